@@ -1,0 +1,32 @@
+"""Cluster, merge, gate and analyse LoRA adapters, rank by rank.
+
+Names are resolved on first use (PEP 562), so that `lora-merge --help` never imports torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lora_merge._version import __version__
+
+if TYPE_CHECKING:
+    from lora_merge.adapters import Adapter as Adapter
+    from lora_merge.adapters import RankStack as RankStack
+    from lora_merge.errors import LoraMergeError as LoraMergeError
+
+_PUBLIC = {
+    "Adapter": "lora_merge.adapters",
+    "LoraMergeError": "lora_merge.errors",
+    "RankStack": "lora_merge.adapters",
+}
+
+__all__ = ["Adapter", "LoraMergeError", "RankStack", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

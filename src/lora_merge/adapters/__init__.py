@@ -1,0 +1,39 @@
+"""Adapters on disk and as rank stacks: references, files, alignment, writing."""
+
+from lora_merge.adapters.adapter import Adapter, ExtraSpec, build_adapter, open_adapter
+from lora_merge.adapters.align import AlignedModule, Alignment, align, read_stacks
+from lora_merge.adapters.atomic import atomic_directory, check_target
+from lora_merge.adapters.config import AdapterConfig, parse_config, read_config
+from lora_merge.adapters.modules import ModuleSpec
+from lora_merge.adapters.source import Source, resolve, sha256
+from lora_merge.adapters.stack import RankStack
+from lora_merge.adapters.tensors import DTYPES, SafetensorsFile, TensorDict
+from lora_merge.adapters.writer import AdapterWriter, OutputPlan, RankLayout, plan_output
+
+__all__ = [
+    "DTYPES",
+    "Adapter",
+    "AdapterConfig",
+    "AdapterWriter",
+    "AlignedModule",
+    "Alignment",
+    "ExtraSpec",
+    "ModuleSpec",
+    "OutputPlan",
+    "RankLayout",
+    "RankStack",
+    "SafetensorsFile",
+    "Source",
+    "TensorDict",
+    "align",
+    "atomic_directory",
+    "build_adapter",
+    "check_target",
+    "open_adapter",
+    "parse_config",
+    "plan_output",
+    "read_config",
+    "read_stacks",
+    "resolve",
+    "sha256",
+]

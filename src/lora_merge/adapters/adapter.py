@@ -1,0 +1,222 @@
+"""One LoRA adapter: opened lazily, read module by module."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from torch import Tensor
+
+from lora_merge.adapters.config import AdapterConfig, read_config
+from lora_merge.adapters.keys import FactorKeys, sort_keys
+from lora_merge.adapters.modules import Form, ModuleSpec
+from lora_merge.adapters.source import Source, resolve
+from lora_merge.adapters.tensors import DTYPES, SafetensorsFile, TensorSource, load_pickle
+from lora_merge.errors import AdapterError, SourceError
+
+
+@dataclass(frozen=True)
+class ExtraSpec:
+    """A tensor that is not a low-rank factor: a bias, or a tensor of a module saved whole.
+
+    Attributes:
+        name: Name in the base model.
+        key: Name in the file.
+        dtype: safetensors dtype code.
+        shape: Its shape.
+    """
+
+    name: str
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA adapter whose tensors stay on disk until a module is read.
+
+    Attributes:
+        name: What the user called it; used in every message.
+        config: What its tensors mean.
+        modules: Adapted modules by name, in name order.
+        extras: Tensors that are not factors, by name.
+        tensors: Where the tensors are.
+        source: Its files, None for an adapter made in memory.
+        notes: Oddities of the files that were understood, in words.
+    """
+
+    name: str
+    config: AdapterConfig
+    modules: Mapping[str, ModuleSpec]
+    extras: Mapping[str, ExtraSpec]
+    tensors: TensorSource
+    source: Source | None = None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_pretrained(cls, ref: str | Path, *, allow_pickle: bool = False) -> "Adapter":
+        """Open one adapter: a directory, a `.safetensors` file or a Hub reference.
+
+        Reads the header and the config only.
+
+        Raises:
+            SourceError: If nothing is found, or the reference stands for several adapters.
+            AdapterError: If it is no plain LoRA adapter.
+        """
+        sources = resolve([str(ref)], allow_pickle=allow_pickle)
+        if len(sources) != 1:
+            raise SourceError(f"{ref}: matches {len(sources)} adapters", "name one")
+        return open_adapter(sources[0])
+
+    @property
+    def num_parameters(self) -> int:
+        """Entries of all factors."""
+        return sum(spec.num_parameters for spec in self.modules.values())
+
+    def ranks(self) -> Counter[int]:
+        """How many modules have each rank."""
+        return Counter(spec.rank for spec in self.modules.values())
+
+    def read(self, module: str) -> tuple[Tensor, Tensor]:
+        """Stored A and B of a module, as they are in the file."""
+        spec = self.modules[module]
+        return self.tensors.read(spec.key_a), self.tensors.read(spec.key_b)
+
+    def read_extra(self, name: str) -> Tensor:
+        """A tensor that is not a factor, as stored."""
+        return self.tensors.read(self.extras[name].key)
+
+
+def open_adapter(source: Source, *, fallback: AdapterConfig | None = None) -> Adapter:
+    """Open an adapter from its files; reads headers only (a pickle is loaded whole).
+
+    Args:
+        source: Its files.
+        fallback: Config to use where the files hold none.
+
+    Raises:
+        AdapterError: If it is no plain LoRA adapter; the message names file, module and remedy.
+    """
+    name = source.ref
+    if source.config is not None:
+        config: AdapterConfig | None = read_config(source.config, name)
+    else:
+        config = fallback
+    tensors: TensorSource
+    if source.is_pickle:
+        tensors = load_pickle(source.weights, name)
+    else:
+        tensors = SafetensorsFile(source.weights, name)
+    return build_adapter(name, config, tensors, source=source)
+
+
+def build_adapter(
+    name: str,
+    config: AdapterConfig | None,
+    tensors: TensorSource,
+    *,
+    source: Source | None = None,
+) -> Adapter:
+    """Make an adapter from tensors and their config; checks every shape against every other."""
+    entries = tensors.entries()
+    table = sort_keys(entries, name)
+    if config is None:
+        raise AdapterError(
+            f"{name}: no adapter_config.json, so the scaling is unknown",
+            "put the config beside the file, or give --alpha (and --rslora)",
+        )
+    modules = {
+        module: _module_spec(module, keys, config, entries, name)
+        for module, keys in sorted(table.factors.items())
+    }
+    extras = {
+        extra: ExtraSpec(extra, key, *entries[key]) for extra, key in sorted(table.extras.items())
+    }
+    notes = []
+    if table.rewrapped:
+        notes.append("keys are wrapped by PEFT more than once; unwrapped")
+    copies = len(entries) - len(extras) - sum(3 if m.key_bias else 2 for m in modules.values())
+    if copies:
+        notes.append(f"{copies} tensors are copies left by PEFT's wrappers; ignored")
+    return Adapter(name, config, modules, extras, tensors, source, tuple(notes))
+
+
+def _module_spec(
+    module: str,
+    keys: FactorKeys,
+    config: AdapterConfig,
+    entries: Mapping[str, tuple[str, tuple[int, ...]]],
+    adapter: str,
+) -> ModuleSpec:
+    key_a, key_b = keys.a or "", keys.b or ""
+    (dtype, shape_a), (dtype_b, shape_b) = entries[key_a], entries[key_b]
+    for key, code in ((key_a, dtype), (key_b, dtype_b)):
+        if code not in DTYPES:
+            raise AdapterError(
+                f"{adapter}: {key} has dtype {code}; factors are {', '.join(DTYPES)}",
+                "dequantise the adapter first",
+            )
+    where = f"{adapter}: {module}: A {list(shape_a)}, B {list(shape_b)}"
+    if min((*shape_a, *shape_b), default=0) < 1 or len(shape_a) < 2 or len(shape_b) < 2:
+        raise AdapterError(
+            f"{where}: empty or flat factors",
+            "they were probably saved from an unsharded run; gather the shards before saving",
+        )
+    form = _form_of(module, keys, config, shape_a)
+    rank, experts = _rank_of(module, form, config, shape_a[0], where)
+    kernel = shape_a[2:]
+    if form == "conv" and shape_b[1] != rank and rank % shape_b[1] == 0:
+        raise AdapterError(
+            f"{where}: the B of a grouped convolution, which is no single matrix",
+            "leave this module out of the adapter",
+        )
+    ones = shape_b[2:]
+    if shape_b[1] != rank * experts or len(ones) != len(kernel) or any(n != 1 for n in ones):
+        raise AdapterError(f"{where}: the shapes do not belong together", "save it again")
+    return ModuleSpec(
+        name=module,
+        form=form,
+        d_out=shape_b[0],
+        d_in=prod(shape_a[1:]),
+        rank=rank,
+        scaling=config.scaling_of(module, rank),
+        dtype=dtype,
+        key_a=key_a,
+        key_b=key_b,
+        kernel=kernel,
+        num_experts=experts,
+        key_bias=keys.bias,
+    )
+
+
+def _form_of(
+    module: str, keys: FactorKeys, config: AdapterConfig, shape_a: tuple[int, ...]
+) -> Form:
+    if keys.embedding:
+        return "embedding"
+    if len(shape_a) > 2:
+        return "conv"
+    parents = {parameter.rpartition(".")[0] for parameter in config.target_parameters}
+    unwrapped = module
+    while unwrapped.endswith(".base_layer"):
+        unwrapped = unwrapped.removesuffix(".base_layer")
+    is_expert = any(unwrapped == p or unwrapped.endswith("." + p) for p in parents if p)
+    return "experts" if is_expert else "linear"
+
+
+def _rank_of(
+    module: str, form: Form, config: AdapterConfig, rows: int, where: str
+) -> tuple[int, int]:
+    """(rank, number of experts) of a module; refuses a config that contradicts the tensors."""
+    rank = config.rank_of(module)
+    if form == "experts":
+        if rows % rank == 0:
+            return rank, rows // rank
+    elif rows == rank:
+        return rank, 1
+    raise AdapterError(
+        f"{where}: the tensors have rank {rows}, adapter_config.json says {rank}",
+        "correct r or rank_pattern in adapter_config.json",
+    )

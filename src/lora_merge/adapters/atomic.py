@@ -1,0 +1,138 @@
+"""Output directories that appear whole or not at all."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lora_merge.errors import OutputError
+
+# One of these in a directory says that it is something this library (or PEFT) wrote.
+_MARKERS = ("adapter_config.json", "lora_merge.yaml", "lora_merge_mixture.json", "config.json")
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def check_target(
+    target: Path, *, force: bool, inputs: Sequence[Path] = (), needed: int = 0
+) -> None:
+    """Refuse a target directory before any work is done.
+
+    Args:
+        target: The directory that is to be created.
+        force: Replace an existing adapter directory.
+        inputs: Files that are read; the target may not contain one of them.
+        needed: Bytes that will be written.
+
+    Raises:
+        OutputError: If the target cannot or must not be written.
+    """
+    resolved = target.resolve()
+    for path in inputs:
+        if path.resolve().is_relative_to(resolved):
+            raise OutputError(f"{target} holds an input ({path})", "choose another -o")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise OutputError(f"{target} exists and is no directory", "choose another -o")
+    if target.is_dir() and any(target.iterdir()):
+        if not force:
+            raise OutputError(
+                f"{target} exists and is not empty", "choose another -o, or --force to replace it"
+            )
+        if not any((target / marker).is_file() for marker in _MARKERS):
+            raise OutputError(
+                f"{target} is not empty and holds no adapter, so it is not replaced",
+                "choose another -o, or empty it yourself",
+            )
+    parent = _existing_parent(resolved)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent} is not writable", "choose another -o")
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(
+            f"no space for the result: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free "
+            f"on {parent}",
+            "free space or choose another -o",
+        )
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A fresh directory that takes the target's name when the block ends without an error.
+
+    The files are flushed to disk first. An existing target is exchanged for the new directory in
+    one step where the system can (Linux), and deleted afterwards; on an error or a kill it is still
+    what it was.
+    """
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        staging = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        )
+    except OSError as error:
+        raise OutputError(
+            f"cannot write beside {target}: {error.strerror}", "choose another -o"
+        ) from error
+    try:
+        yield staging
+        staging.chmod(0o777 & ~_umask())
+        _sync(staging)
+        _put_in_place(staging, target)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {target}: {error}", "free space or choose another -o"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    if target.exists() and any(target.iterdir()):
+        if _exchange(staging, target):
+            return  # staging now holds the old directory; the caller deletes it
+        aside = staging.with_suffix(".old")
+        target.rename(aside)
+        staging.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        staging.rename(target)  # POSIX replaces an empty directory
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two directories atomically; False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    paths = os.fsencode(first), os.fsencode(second)
+    return int(rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)) == 0
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _existing_parent(path: Path) -> Path:
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is no directory", "choose another -o")
+    return parent

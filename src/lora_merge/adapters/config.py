@@ -1,0 +1,184 @@
+"""`adapter_config.json`: what PEFT's LoRA says of itself, read strictly."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_merge.errors import AdapterError
+
+# LoRA variants whose delta is not scaling * B @ A: merging them as if it were is silently wrong.
+_VARIANTS: dict[str, str] = {
+    "use_dora": "DoRA rescales the base weight",
+    "use_qalora": "QA-LoRA pools its input",
+    "use_bdlora": "BD-LoRA keeps block-diagonal factors",
+    "alora_invocation_tokens": "aLoRA is active on part of the sequence only",
+    "kasa_config": "KaSA adds a diagonal between A and B",
+    "monteclora_config": "MonteCLoRA samples its factors",
+    "velora_config": "VeLoRA changes the factors' layout",
+    "arrow_config": "Arrow is a router over adapters, not one adapter",
+    "layer_replication": "replicated layers do not exist in the base model's files",
+    "trainable_token_indices": "trained token rows are stored beside the factors",
+}
+# Initialisations that subtract B @ A from the base weight before training.
+_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The part of a LoRA config that decides what its tensors mean.
+
+    Attributes:
+        base_model: Name or path of the base model, None where the config does not say.
+        revision: Revision of the base model.
+        r: Default rank.
+        lora_alpha: Default alpha.
+        use_rslora: Scaling is alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732).
+        rank_pattern: Rank by module-name pattern; the first match in order wins.
+        alpha_pattern: Alpha by module-name pattern; the first match in order wins.
+        target_modules: Names or one regular expression, as stored.
+        target_parameters: Parameters (MoE experts) that are adapted directly.
+        fan_in_fan_out: The base stores (in, out) weights (GPT-2's Conv1D).
+        bias: "none", "all" or "lora_only".
+        lora_bias: B has a bias vector of its own.
+        modules_to_save: Names of modules stored whole.
+        task_type: PEFT's task type.
+        init: `init_lora_weights` as stored.
+        partial: Whether layers are selected in a way that names alone do not tell.
+    """
+
+    base_model: str | None = None
+    revision: str | None = None
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    target_modules: tuple[str, ...] | str | None = None
+    target_parameters: tuple[str, ...] = ()
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    lora_bias: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    task_type: str | None = None
+    init: str | bool | None = True
+    partial: bool = False
+
+    def rank_of(self, module: str) -> int:
+        """Configured rank of a module (PEFT's matching rules)."""
+        return int(_by_pattern(self.rank_pattern, module, self.r))
+
+    def scaling_of(self, module: str, rank: int) -> float:
+        """Scaling of a module of the given rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        alpha = float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
+        return alpha / rank**0.5 if self.use_rslora else alpha / rank
+
+
+def read_config(path: Path, adapter: str) -> AdapterConfig:
+    """Read an `adapter_config.json`.
+
+    Args:
+        path: The file.
+        adapter: The adapter's name, for messages.
+
+    Raises:
+        AdapterError: If the file is no valid config, or is not plain LoRA.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterError(
+            f"{adapter}: cannot read {path}: {error.strerror}", "check the file"
+        ) from error
+    except ValueError as error:
+        raise AdapterError(f"{adapter}: {path} is not valid JSON: {error}", "repair it") from error
+    if not isinstance(raw, dict):
+        raise AdapterError(f"{adapter}: {path} holds no JSON object", "repair it")
+    return parse_config(raw, adapter)
+
+
+def parse_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
+    """Turn a config's JSON object into an `AdapterConfig`; refuses what is not plain LoRA."""
+    _refuse_variants(raw, adapter)
+    try:
+        config = AdapterConfig(
+            base_model=_text(raw.get("base_model_name_or_path")),
+            revision=_text(raw.get("revision")),
+            r=int(raw.get("r", 8)),
+            lora_alpha=float(raw.get("lora_alpha", 8)),
+            use_rslora=bool(raw.get("use_rslora", False)),
+            rank_pattern={str(k): int(v) for k, v in (raw.get("rank_pattern") or {}).items()},
+            alpha_pattern={str(k): float(v) for k, v in (raw.get("alpha_pattern") or {}).items()},
+            target_modules=_targets(raw.get("target_modules")),
+            target_parameters=tuple(raw.get("target_parameters") or ()),
+            fan_in_fan_out=bool(raw.get("fan_in_fan_out", False)),
+            bias=str(raw.get("bias") or "none"),
+            lora_bias=bool(raw.get("lora_bias", False)),
+            modules_to_save=tuple(raw.get("modules_to_save") or ()),
+            task_type=_text(raw.get("task_type")),
+            init=raw.get("init_lora_weights", True),
+            partial=any(
+                raw.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules")
+            ),
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise AdapterError(
+            f"{adapter}: adapter_config.json has a field of the wrong type: {error}", "repair it"
+        ) from error
+    ranks = {"r": config.r, **config.rank_pattern}
+    wrong = [f"{key} = {value}" for key, value in ranks.items() if value < 1]
+    if wrong:
+        raise AdapterError(
+            f"{adapter}: adapter_config.json has no positive rank ({', '.join(wrong)})", "repair it"
+        )
+    return config
+
+
+def _refuse_variants(raw: Mapping[str, Any], adapter: str) -> None:
+    kind = str(raw.get("peft_type", "missing")).upper()
+    if kind != "LORA":
+        raise AdapterError(
+            f"{adapter}: peft_type is {raw.get('peft_type')!r}, not LORA",
+            "convert it to LoRA first (peft: convert_to_lora), then merge the converted adapter",
+        )
+    if raw.get("enable_lora") is not None:
+        raise AdapterError(
+            f"{adapter}: a MergedLinear adapter of PEFT < 0.3 (enable_lora is set): its B is the "
+            "kernel of a grouped convolution, not a matrix",
+            "retrain it, or convert each enabled block to a LoRA of its own",
+        )
+    for key, why in _VARIANTS.items():
+        if raw.get(key):
+            raise AdapterError(
+                f"{adapter}: {key} is set: {why}, so it is not scaling * B @ A",
+                "convert it to plain LoRA first (peft: convert_to_lora)",
+            )
+    init = str(raw.get("init_lora_weights", True)).lower()
+    if init.startswith(_MUTATING_INITS):
+        raise AdapterError(
+            f"{adapter}: init_lora_weights is {init!r}: the adapter belongs to a base model that "
+            "this initialisation changed",
+            "save it again in PEFT with path_initial_model_for_weight_conversion",
+        )
+
+
+def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
+    """First pattern that matches the module's name or a dotted suffix of it, as PEFT does."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _targets(value: Any) -> tuple[str, ...] | str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Iterable):
+        return tuple(sorted(str(item) for item in value))
+    raise TypeError(f"target_modules is {value!r}")
+
+
+def _text(value: Any) -> str | None:
+    return str(value) if value else None

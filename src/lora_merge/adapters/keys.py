@@ -1,0 +1,148 @@
+"""Tensor names of PEFT checkpoints: which belong to the factors of which module."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from lora_merge.errors import AdapterError
+
+_PREFIX = "base_model.model."
+# `<module>.lora_A.weight`, `.lora_A.default.weight` (saved from a state dict with the adapter's
+# name left in) and `.lora_embedding_A` (a bare parameter).
+_FACTOR = re.compile(
+    r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])"
+    r"(?:\.(?P<adapter>[^.]+))??(?:\.(?P<leaf>weight|bias))?$"
+)
+_FOREIGN = (
+    (re.compile(r"\.lora_(down|up)\.weight$|\.alpha$"), "kohya (lora_down / lora_up / alpha)"),
+    (re.compile(r"\.hada_w|\.lokr_w|\.oft_"), "LyCORIS (LoHa, LoKr or OFT)"),
+    (re.compile(r"lora_magnitude_vector"), "DoRA (lora_magnitude_vector)"),
+    (re.compile(r"\.lora_E$|\.ranknum$"), "AdaLoRA (lora_E)"),
+    (re.compile(r"_lora\.(down|up)\.weight$"), "an old diffusers attention processor"),
+)
+_LEGAL = re.compile(r"^[^\x00-\x1f/\\]+$")
+
+
+@dataclass
+class FactorKeys:
+    """Tensor names of one module's factors.
+
+    Attributes:
+        embedding: Whether they are `lora_embedding_A` and `lora_embedding_B`.
+        a: Name of A.
+        b: Name of B.
+        bias: Name of B's bias.
+    """
+
+    embedding: bool
+    a: str | None = None
+    b: str | None = None
+    bias: str | None = None
+
+
+@dataclass
+class KeyTable:
+    """All tensor names of a file, sorted into factors and everything else.
+
+    Attributes:
+        factors: By module name.
+        extras: Name without prefix → name in the file, of tensors that are not factors.
+        rewrapped: Whether the prefix stood more than once (a PEFT model wrapped again).
+    """
+
+    factors: dict[str, FactorKeys] = field(default_factory=dict)
+    extras: dict[str, str] = field(default_factory=dict)
+    rewrapped: bool = False
+
+
+def sort_keys(names: Iterable[str], adapter: str) -> KeyTable:
+    """Sort tensor names into factors and extras.
+
+    Raises:
+        AdapterError: If the names are another tool's format, two names mean the same tensor, or
+            A stands without B.
+    """
+    table = KeyTable()
+    adapter_names: set[str] = set()
+    for name in sorted(names):
+        _refuse_foreign(name, adapter)
+        bare, wraps = _strip_prefix(name)
+        table.rewrapped |= wraps > 1
+        match = _FACTOR.match(bare)
+        if match is None:
+            _put_extra(table, bare, name, adapter)
+            continue
+        if match["adapter"]:
+            adapter_names.add(match["adapter"])
+        _put_factor(table, match, name, adapter)
+    if len(adapter_names) > 1:
+        raise AdapterError(
+            f"{adapter}: the file holds several adapters ({', '.join(sorted(adapter_names))})",
+            "save each with peft's save_pretrained(selected_adapters=[...])",
+        )
+    _check_pairs(table, adapter)
+    return table
+
+
+def _strip_prefix(name: str) -> tuple[str, int]:
+    wraps = 0
+    while name.startswith(_PREFIX):
+        name = name.removeprefix(_PREFIX)
+        wraps += 1
+    return name, wraps
+
+
+def _put_factor(table: KeyTable, match: re.Match[str], name: str, adapter: str) -> None:
+    module = match["module"]
+    if not _LEGAL.match(module) or ".." in module:
+        raise AdapterError(f"{adapter}: illegal module name {module!r}", "do not trust this file")
+    keys = table.factors.setdefault(module, FactorKeys(embedding=bool(match["embedding"])))
+    slot = match["half"].lower()
+    if match["leaf"] == "bias":
+        if slot == "a":
+            raise AdapterError(f"{adapter}: {module} has a bias on A, which no LoRA has", "")
+        slot = "bias"
+    if getattr(keys, slot) is not None or keys.embedding != bool(match["embedding"]):
+        raise AdapterError(
+            f"{adapter}: {name} and {getattr(keys, slot) or keys.a or keys.b} both name the same "
+            f"factor of {module}",
+            "save the adapter again with peft's save_pretrained",
+        )
+    setattr(keys, slot, name)
+
+
+def _put_extra(table: KeyTable, bare: str, name: str, adapter: str) -> None:
+    """Everything else; the copies that a saved wrapper leaves behind are folded away."""
+    if ".original_module." in bare:
+        return  # the base model's own weights, kept by ModulesToSaveWrapper
+    canonical = re.sub(r"\.modules_to_save(\.default)?\.", ".", bare)
+    if canonical in table.extras and canonical != bare:
+        return  # stored a second time under the wrapper's name
+    table.extras[canonical] = name
+    if not _LEGAL.match(canonical):
+        raise AdapterError(f"{adapter}: illegal tensor name {name!r}", "do not trust this file")
+
+
+def _check_pairs(table: KeyTable, adapter: str) -> None:
+    for module, keys in table.factors.items():
+        if keys.a is None or keys.b is None:
+            missing, there = ("A", "B") if keys.a is None else ("B", "A")
+            raise AdapterError(
+                f"{adapter}: {module} has lora_{there} but no lora_{missing}",
+                "the file is incomplete; save or download it again",
+            )
+    if not table.factors:
+        names = ", ".join(list(table.extras)[:3]) or "none"
+        raise AdapterError(
+            f"{adapter}: no LoRA module found (its tensors: {names})",
+            "expected names like base_model.model.<module>.lora_A.weight",
+        )
+
+
+def _refuse_foreign(name: str, adapter: str) -> None:
+    for pattern, tool in _FOREIGN:
+        if pattern.search(name):
+            raise AdapterError(
+                f"{adapter}: {name} is in the format of {tool}, not plain PEFT LoRA",
+                "convert it to a PEFT LoRA first",
+            )

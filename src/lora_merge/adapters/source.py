@@ -1,0 +1,175 @@
+"""From what a user types to files on disk. The only place that downloads."""
+
+import glob
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_merge.errors import SourceError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+_HUB_ID = re.compile(
+    r"^(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^:@]+))?(?::(?P<subfolder>[^:@]+))?$"
+)
+_HUB_SCHEMES = ("hf://", "https://huggingface.co/", "https://hf.co/")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter's files.
+
+    Attributes:
+        ref: What the user typed (or the match of their glob).
+        weights: The safetensors file, or a pickle.
+        config: `adapter_config.json` beside it, None if there is none.
+        revision: Commit hash on the Hub, None for local files.
+    """
+
+    ref: str
+    weights: Path
+    config: Path | None
+    revision: str | None = None
+
+    @property
+    def is_pickle(self) -> bool:
+        """Whether the weights would have to be unpickled."""
+        return self.weights.suffix != ".safetensors"
+
+
+def resolve(refs: Sequence[str], *, allow_pickle: bool = False) -> list[Source]:
+    """Find the files of adapter references.
+
+    A reference is a directory, a `.safetensors` file, a glob, `user/repo`, `user/repo@revision`,
+    `user/repo:subfolder`, an `hf://` URI or a Hub URL. What exists on disk wins.
+
+    Args:
+        refs: References; a glob may stand for many adapters.
+        allow_pickle: Accept `adapter_model.bin` where no safetensors file is there.
+
+    Raises:
+        SourceError: If a reference leads nowhere, or only to a pickle that is not allowed.
+    """
+    found: list[Source] = []
+    for ref in refs:
+        path = Path(ref).expanduser()
+        if path.exists():
+            found.append(_local(ref, path, allow_pickle))
+        elif glob.has_magic(ref):
+            matches = sorted(glob.glob(str(path)))  # noqa: PTH207 - may be absolute
+            if not matches:
+                raise SourceError(f"{ref}: no file matches this pattern", "check the pattern")
+            found.extend(_local(match, Path(match), allow_pickle) for match in matches)
+        else:
+            found.append(_hub(ref, allow_pickle))
+    return found
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _local(ref: str, path: Path, allow_pickle: bool) -> Source:
+    if path.is_dir():
+        weights = _weights_in(ref, path, allow_pickle)
+    elif path.suffix == ".safetensors" or (path.suffix in {".bin", ".pt"} and allow_pickle):
+        weights = path
+    else:
+        raise SourceError(
+            f"{ref}: not an adapter directory or a .safetensors file",
+            "give the directory that holds adapter_config.json"
+            if path.suffix not in {".bin", ".pt"}
+            else "pass --allow-pickle to load this pickle with weights_only=True",
+        )
+    config = weights.parent / CONFIG_NAME
+    return Source(ref, weights, config if config.is_file() else None)
+
+
+def _weights_in(ref: str, folder: Path, allow_pickle: bool) -> Path:
+    if (folder / WEIGHTS_NAME).is_file():
+        return folder / WEIGHTS_NAME
+    pickle = folder / PICKLE_NAME
+    if pickle.is_file():
+        if allow_pickle:
+            return pickle
+        raise SourceError(
+            f"{ref}: its weights are a pickle ({PICKLE_NAME}), which can run code when loaded",
+            "pass --allow-pickle to load it with weights_only=True",
+        )
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others[0]
+    if others:
+        raise SourceError(
+            f"{ref}: several .safetensors files and none is {WEIGHTS_NAME}",
+            f"name one of them: {', '.join(p.name for p in others[:4])}",
+        )
+    nested = sorted(p.parent.name for p in folder.glob(f"*/{WEIGHTS_NAME}"))
+    remedy = f"did you mean {ref.rstrip('/')}/{nested[0]}?" if nested else "check the path"
+    raise SourceError(f"{ref}: no {WEIGHTS_NAME} in this directory", remedy)
+
+
+def _hub(ref: str, allow_pickle: bool) -> Source:
+    repo, revision, subfolder = _parse_hub(ref)
+    if ".." in Path(subfolder).parts or subfolder.startswith("/"):
+        raise SourceError(f"{ref}: a subfolder may not leave the repository", "drop the '..'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    names = [CONFIG_NAME, WEIGHTS_NAME] + ([PICKLE_NAME] if allow_pickle else [])
+    patterns = [f"{subfolder}/{name}" if subfolder else name for name in names]
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise SourceError(
+            f"{ref}: gated on the Hub", "accept its terms, then set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceError(f"{ref}: no revision {revision!r} in {repo}", "check it") from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"{ref}: no such file, directory or Hub repository",
+            "check the spelling; for a private repository set HF_TOKEN",
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise SourceError(
+            f"{ref}: not on disk, not in the Hub cache, and the Hub cannot be asked",
+            "check the path, the network and HF_HUB_OFFLINE",
+        ) from error
+    inside = folder / subfolder if subfolder else folder
+    if not inside.is_dir():
+        raise SourceError(f"{ref}: {repo} holds no adapter there", "name the right subfolder")
+    weights = _weights_in(ref, inside, allow_pickle)
+    config = inside / CONFIG_NAME
+    return Source(ref, weights, config if config.is_file() else None, revision=folder.name)
+
+
+def _parse_hub(ref: str) -> tuple[str, str | None, str]:
+    """(repo id, revision, subfolder) of a Hub reference."""
+    if ref.startswith(_HUB_SCHEMES):
+        from huggingface_hub import parse_hf_uri
+        from huggingface_hub.errors import HfUriError
+
+        try:
+            uri = parse_hf_uri(ref)
+        except HfUriError as error:
+            raise SourceError(f"{ref}: {error}", "write hf://user/repo[@revision]") from error
+        if uri.type != "model":
+            raise SourceError(f"{ref}: a {uri.type}, not a model repository", "check the URI")
+        return uri.id, uri.revision, uri.path_in_repo
+    match = _HUB_ID.match(ref)
+    if match is None or ref.startswith(("./", "../", "~", "/")):
+        raise SourceError(f"{ref}: no such file or directory", "check the path")
+    return match["repo"], match["revision"], match["subfolder"] or ""

@@ -1,0 +1,105 @@
+"""Write a safetensors file tensor by tensor, in any order, in the memory of one tensor."""
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters.tensors import DTYPES
+from lora_merge.errors import OutputError
+
+_ALIGNMENT = 8
+
+
+def header_of(
+    entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int], int]:
+    """The file's head (length and padded JSON), each tensor's offset in the file, and its size."""
+    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offsets: dict[str, int] = {}
+    position = 0
+    # Wide dtypes first keeps every tensor aligned to its item size, as safetensors itself does.
+    for name, (code, shape) in sorted(entries.items(), key=lambda e: (-_itemsize(e[1][0]), e[0])):
+        end = position + prod(shape) * _itemsize(code)
+        table[name] = {"dtype": code, "shape": list(shape), "data_offsets": [position, end]}
+        offsets[name] = position
+        position = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    start = 8 + len(text)
+    absolute = {name: start + offset for name, offset in offsets.items()}
+    return struct.pack("<Q", len(text)) + text, absolute, start + position
+
+
+class SafetensorsStream:
+    """A safetensors file whose header is known before its tensors.
+
+    Use as a context manager; leaving it flushes the file to disk and checks that every tensor was
+    written.
+
+    Args:
+        path: The file to create.
+        entries: Name → (safetensors dtype code, shape) of every tensor there will be.
+        metadata: Text metadata for the header.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        entries: Mapping[str, tuple[str, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = path
+        self._entries = entries
+        head, self._offsets, self.size = header_of(entries, metadata or {"format": "pt"})
+        self._missing = set(entries)
+        self._file = path.open("wb")
+        self._write(head, 0)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor in its place, cast to the announced dtype. Safe from several threads."""
+        code, shape = self._entries[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: {tuple(tensor.shape)} is not the announced {shape}")
+        data = tensor.detach().to("cpu", DTYPES[code]).contiguous()
+        if data.numel():
+            self._write(data.reshape(-1).view(torch.uint8).numpy().data, self._offsets[name])
+        self._missing.discard(name)
+
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                written = os.pwrite(self._file.fileno(), view, offset)
+                view, offset = view[written:], offset + written
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self.path.name}: {error.strerror}",
+                "free space or choose another -o",
+            ) from error
+
+    def __enter__(self) -> "SafetensorsStream":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        if kind is None and self._missing:
+            raise ValueError(f"never written: {sorted(self._missing)[:3]}")
+
+
+def _itemsize(code: str) -> int:
+    return DTYPES[code].itemsize

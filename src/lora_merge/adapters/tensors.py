@@ -1,0 +1,124 @@
+"""Tensors in a file or in memory, behind one small lazy interface."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_merge.errors import AdapterError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_LFS_MAGIC = b"version https://git-lfs"
+
+
+class TensorSource(Protocol):
+    """Where an adapter's tensors come from."""
+
+    def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Name → (safetensors dtype code, shape) of every tensor; reads headers only."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored, on the CPU."""
+        ...
+
+
+class SafetensorsFile:
+    """A safetensors file, opened once; opening reads the header alone.
+
+    Tensors are read with `pread`, not mapped: a mapped file counts every page ever touched as the
+    process's memory, which for 64 adapters is gigabytes, and a file truncated by somebody else
+    would kill the process with SIGBUS.
+    """
+
+    def __init__(self, path: Path, adapter: str) -> None:
+        self.path = path
+        self.adapter = adapter
+        _refuse_pointer(path, adapter)
+        try:
+            self._file = safe_open(str(path), framework="pt", backend="pread")
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+            self._entries = {
+                name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
+            }
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(
+                f"{adapter}: {path} is not a readable safetensors file: {error}",
+                "download it again",
+            ) from error
+
+    def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Name → (dtype code, shape), from the header."""
+        return self._entries
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored, on the CPU."""
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(
+                f"{self.adapter}: cannot read {name} from {self.path}: {error}",
+                "the file changed or is damaged; download it again",
+            ) from error
+        return tensor
+
+
+class TensorDict:
+    """Tensors that are in memory already (a merge result, a loaded pickle)."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._codes = {dtype: code for code, dtype in DTYPES.items()}
+
+    def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Name → (dtype code, shape); a dtype that is no float has its torch name."""
+        return {
+            name: (self._codes.get(t.dtype, str(t.dtype)), tuple(t.shape))
+            for name, t in self._tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored."""
+        return self._tensors[name].cpu()
+
+
+def load_pickle(path: Path, adapter: str) -> TensorDict:
+    """Load a `.bin` checkpoint with `weights_only=True`; only after the user allowed pickles."""
+    _refuse_pointer(path, adapter)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds here, and all mean the same to the user
+        raise AdapterError(
+            f"{adapter}: {path} cannot be unpickled safely: {str(error).splitlines()[0]}",
+            "ask its author for a safetensors file",
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise AdapterError(f"{adapter}: {path} holds no dictionary of tensors", "convert it")
+    return TensorDict(loaded)
+
+
+def _refuse_pointer(path: Path, adapter: str) -> None:
+    """Name a Git LFS pointer or an empty file as what it is."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_LFS_MAGIC))
+        size = path.stat().st_size
+    except OSError as error:
+        raise AdapterError(
+            f"{adapter}: cannot read {path}: {error.strerror}", "check the path and its rights"
+        ) from error
+    if head == _LFS_MAGIC:
+        raise AdapterError(
+            f"{adapter}: {path} is a Git LFS pointer, not the weights",
+            "run `git lfs pull` in its repository, or download the file from the Hub",
+        )
+    if size < 10:
+        raise AdapterError(f"{adapter}: {path} is {size} bytes long, not weights", "get it again")

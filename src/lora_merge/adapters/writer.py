@@ -1,0 +1,200 @@
+"""Write a LoRA adapter that loads everywhere, one module at a time.
+
+The portable layout: all scaling folded into the factors, one rank for all modules (zero-padded),
+`lora_alpha = r`, no rsLoRA, no patterns. Every runtime then computes scaling 1, whatever it does
+with `rank_pattern` (vLLM ignores it, llama.cpp divides by each tensor's own rank).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.align import AlignedModule
+from lora_merge.adapters.modules import ModuleSpec, stored_shapes, to_stored
+from lora_merge.adapters.source import CONFIG_NAME, WEIGHTS_NAME
+from lora_merge.adapters.stack import RankStack
+from lora_merge.adapters.stream import SafetensorsStream, header_of
+
+RankLayout = Literal["uniform", "per-module"]
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """What the written adapter will be; known before any tensor is computed.
+
+    Attributes:
+        modules: Geometry of every module, by name.
+        ranks: Rank that each module is written with.
+        dtype: safetensors dtype code of the factors.
+        biases: Modules whose B has a bias (`lora_bias`); all linear modules if any has one.
+        extras: Tensors that are not factors: name → (dtype code, shape).
+        config: The `adapter_config.json` to write.
+    """
+
+    modules: Mapping[str, ModuleSpec]
+    ranks: Mapping[str, int]
+    dtype: str
+    biases: tuple[str, ...]
+    extras: Mapping[str, tuple[str, tuple[int, ...]]]
+    config: Mapping[str, Any]
+
+    def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name → (dtype code, shape) of every tensor in the file."""
+        entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, spec in self.modules.items():
+            shape_a, shape_b = stored_shapes(spec, self.ranks[name])
+            key_a, key_b = _factor_keys(spec)
+            entries[key_a] = (self.dtype, shape_a)
+            entries[key_b] = (self.dtype, shape_b)
+        for name in self.biases:
+            entries[_bias_key(name)] = (self.dtype, (self.modules[name].d_out,))
+        for name, entry in self.extras.items():
+            entries[_PREFIX + name] = entry
+        return entries
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the safetensors file."""
+        return header_of(self.entries(), {"format": "pt"})[2]
+
+
+def plan_output(
+    adapters: Sequence[Adapter],
+    modules: Sequence[AlignedModule],
+    ranks: Mapping[str, int],
+    *,
+    dtype: str,
+    layout: RankLayout = "uniform",
+    extras: Mapping[str, tuple[str, tuple[int, ...]]] | None = None,
+    base_model: str | None = None,
+) -> OutputPlan:
+    """Decide names, shapes and config of an adapter made from others.
+
+    Args:
+        adapters: Where it comes from: decides targets, task type, biases and saved modules.
+        modules: The modules it has.
+        ranks: Rank of each module's result.
+        dtype: safetensors dtype code of the factors.
+        layout: "uniform" pads all modules to the largest rank; "per-module" writes
+            `rank_pattern` and `alpha_pattern`, which llama.cpp and vLLM do not read.
+        extras: Tensors that are not factors and are kept.
+        base_model: Base model to name; default: the first one that an adapter names.
+    """
+    extras = extras or {}
+    largest = max(ranks.values())
+    if layout == "uniform":
+        ranks = dict.fromkeys(ranks, largest)
+    specs = {module.name: module.first for module in modules}
+    has_bias = any(spec.key_bias for module in modules for spec in module.specs.values())
+    biases = [n for n, s in specs.items() if s.form != "experts" and s.form != "embedding"]
+    kept_bias = any(name.endswith(".bias") for name in extras)
+    different = {name: rank for name, rank in ranks.items() if rank != largest}
+    config: dict[str, Any] = {
+        "base_model_name_or_path": base_model or _first(a.config.base_model for a in adapters),
+        "bias": _first(a.config.bias for a in adapters if a.config.bias != "none") or "none"
+        if kept_bias
+        else "none",
+        "fan_in_fan_out": any(a.config.fan_in_fan_out for a in adapters),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": largest,
+        "lora_bias": has_bias,
+        "lora_dropout": 0.0,
+        "modules_to_save": sorted({m for a in adapters for m in a.config.modules_to_save}) or None
+        if extras
+        else None,
+        "peft_type": "LORA",
+        "r": largest,
+        "rank_pattern": _exact(different),
+        "alpha_pattern": _exact(different),
+        "revision": _common([a.config.revision for a in adapters]),
+        "target_modules": _targets(adapters, specs),
+        "target_parameters": list(_first(a.config.target_parameters for a in adapters) or ())
+        or None,
+        "task_type": _first(a.config.task_type for a in adapters),
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    return OutputPlan(specs, ranks, dtype, tuple(biases) if has_bias else (), extras, config)
+
+
+class AdapterWriter:
+    """Streams an adapter into a directory. Use as a context manager.
+
+    Args:
+        folder: An existing directory.
+        plan: What will be written.
+    """
+
+    def __init__(self, folder: Path, plan: OutputPlan) -> None:
+        self.plan = plan
+        text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
+        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+        self._stream = SafetensorsStream(folder / WEIGHTS_NAME, plan.entries())
+
+    def add(self, module: str, results: Sequence[RankStack], bias: Tensor | None = None) -> None:
+        """Write one module: one result per expert (one, usually), and B's bias where planned."""
+        spec = self.plan.modules[module]
+        a, b = to_stored(spec, [r.balanced() for r in results], self.plan.ranks[module])
+        key_a, key_b = _factor_keys(spec)
+        self._stream.write(key_a, a)
+        self._stream.write(key_b, b)
+        if module in self.plan.biases:
+            self._stream.write(_bias_key(module), b.new_zeros(spec.d_out) if bias is None else bias)
+
+    def add_extra(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that is not a factor."""
+        self._stream.write(_PREFIX + name, tensor)
+
+    def __enter__(self) -> "AdapterWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stream.__exit__(kind, error, trace)
+
+
+def _factor_keys(spec: ModuleSpec) -> tuple[str, str]:
+    if spec.form == "embedding":
+        stem = f"{_PREFIX}{spec.name}.lora_embedding_"
+        return stem + "A", stem + "B"
+    return f"{_PREFIX}{spec.name}.lora_A.weight", f"{_PREFIX}{spec.name}.lora_B.weight"
+
+
+def _bias_key(module: str) -> str:
+    return f"{_PREFIX}{module}.lora_B.bias"
+
+
+def _targets(adapters: Sequence[Adapter], specs: Mapping[str, ModuleSpec]) -> list[str]:
+    """Names for `target_modules`: the adapters' own short names where they say the same thing."""
+    names = [name for name, spec in specs.items() if spec.form != "experts"]
+    lists = [a.config.target_modules for a in adapters]
+    if all(isinstance(one, tuple) for one in lists) and not any(a.config.partial for a in adapters):
+        short = sorted({target for one in lists for target in one or ()})
+        if all(any(n == t or n.endswith("." + t) for t in short) for n in names):
+            return short
+    return names
+
+
+def _exact(values: Mapping[str, int]) -> dict[str, int]:
+    """Patterns that match one module each: dots escaped, since PEFT reads them as regexes."""
+    return {"^" + name.replace(".", r"\."): value for name, value in values.items()}
+
+
+def _first(values: Any) -> Any:
+    return next((value for value in values if value), None)
+
+
+def _common(values: Sequence[str | None]) -> str | None:
+    return values[0] if len(set(values)) == 1 else None

@@ -1,0 +1,40 @@
+"""Errors a user can act on. Every message says what and where; `remedy` says what to do."""
+
+from collections.abc import Sequence
+
+
+class LoraMergeError(Exception):
+    """Base of all errors that are the input's fault, not a bug.
+
+    Args:
+        message: What is wrong and where (adapter, module, shapes).
+        remedy: What the user can do about it.
+    """
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+class SourceError(LoraMergeError):
+    """A reference names nothing that can be opened."""
+
+
+class AdapterError(LoraMergeError):
+    """A file is there but is not an adapter this library can take apart."""
+
+
+class AlignmentError(LoraMergeError):
+    """Adapters cannot be stacked together; lists every mismatch at once."""
+
+    def __init__(self, mismatches: Sequence[str], remedy: str = "") -> None:
+        self.mismatches = tuple(mismatches)
+        super().__init__("the adapters do not fit together:\n  " + "\n  ".join(mismatches), remedy)
+
+
+class MethodError(LoraMergeError):
+    """A method was asked for something it cannot do."""
+
+
+class OutputError(LoraMergeError):
+    """The result cannot be written where it was asked for."""

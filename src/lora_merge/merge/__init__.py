@@ -1,0 +1,1 @@
+"""Merging: methods on stacks, and the executor that streams modules through them."""
