@@ -13,7 +13,7 @@ from lora_merge.adapters.keys import FactorKeys, sort_keys
 from lora_merge.adapters.modules import Form, ModuleSpec
 from lora_merge.adapters.source import Source, resolve
 from lora_merge.adapters.tensors import DTYPES, SafetensorsFile, TensorSource, load_pickle
-from lora_merge.errors import AdapterError, SourceError
+from lora_merge.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,10 @@ class Adapter:
         Reads the header and the config only.
 
         Raises:
-            SourceError: If nothing is found, or the reference stands for several adapters.
+            SourceError: If nothing is found.
             AdapterError: If it is no plain LoRA adapter.
         """
-        sources = resolve([str(ref)], allow_pickle=allow_pickle)
-        if len(sources) != 1:
-            raise SourceError(f"{ref}: matches {len(sources)} adapters", "name one")
-        return open_adapter(sources[0])
+        return open_adapter(resolve(str(ref), allow_pickle=allow_pickle))
 
     @property
     def num_parameters(self) -> int:
@@ -210,7 +207,7 @@ def _rank_of(
     module: str, form: Form, config: AdapterConfig, rows: int, where: str
 ) -> tuple[int, int]:
     """(rank, number of experts) of a module; refuses a config that contradicts the tensors."""
-    rank = config.rank_of(module)
+    rank = config.rank_of(module) or rows
     if form == "experts":
         if rows % rank == 0:
             return rank, rows // rank

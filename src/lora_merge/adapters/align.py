@@ -84,7 +84,7 @@ def align(adapters: Sequence[Adapter], *, force: bool = False) -> Alignment:
         raise AlignmentError(
             mismatches,
             "merge adapters of one base model"
-            + ("" if force else "; --force accepts different base model names"),
+            + ("" if force else "; --force accepts different base model names, not shapes"),
         )
     return Alignment(tuple(adapters), tuple(modules), base)
 

@@ -33,7 +33,7 @@ class AdapterConfig:
     Attributes:
         base_model: Name or path of the base model, None where the config does not say.
         revision: Revision of the base model.
-        r: Default rank.
+        r: Default rank; None means that of the tensors (a bare file without a config).
         lora_alpha: Default alpha.
         use_rslora: Scaling is alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732).
         rank_pattern: Rank by module-name pattern; the first match in order wins.
@@ -51,7 +51,7 @@ class AdapterConfig:
 
     base_model: str | None = None
     revision: str | None = None
-    r: int = 8
+    r: int | None = 8
     lora_alpha: float = 8
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -66,13 +66,15 @@ class AdapterConfig:
     init: str | bool | None = True
     partial: bool = False
 
-    def rank_of(self, module: str) -> int:
-        """Configured rank of a module (PEFT's matching rules)."""
-        return int(_by_pattern(self.rank_pattern, module, self.r))
+    def rank_of(self, module: str) -> int | None:
+        """Configured rank of a module (PEFT's matching rules), None if there is none."""
+        key = _matching(self.rank_pattern, module)
+        return self.r if key is None else self.rank_pattern[key]
 
     def scaling_of(self, module: str, rank: int) -> float:
         """Scaling of a module of the given rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        alpha = float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
+        key = _matching(self.alpha_pattern, module)
+        alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
 
 
@@ -128,7 +130,7 @@ def parse_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
             f"{adapter}: adapter_config.json has a field of the wrong type: {error}", "repair it"
         ) from error
     ranks = {"r": config.r, **config.rank_pattern}
-    wrong = [f"{key} = {value}" for key, value in ranks.items() if value < 1]
+    wrong = [f"{key} = {value}" for key, value in ranks.items() if value is None or value < 1]
     if wrong:
         raise AdapterError(
             f"{adapter}: adapter_config.json has no positive rank ({', '.join(wrong)})", "repair it"
@@ -164,12 +166,9 @@ def _refuse_variants(raw: Mapping[str, Any], adapter: str) -> None:
         )
 
 
-def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
+def _matching(pattern: Iterable[str], module: str) -> str | None:
     """First pattern that matches the module's name or a dotted suffix of it, as PEFT does."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
 
 
 def _targets(value: Any) -> tuple[str, ...] | str | None:

@@ -41,32 +41,38 @@ class Source:
         return self.weights.suffix != ".safetensors"
 
 
-def resolve(refs: Sequence[str], *, allow_pickle: bool = False) -> list[Source]:
-    """Find the files of adapter references.
+def expand(refs: Sequence[str]) -> list[str]:
+    """Replace every pattern by the paths it matches, in name order; other references stay.
 
-    A reference is a directory, a `.safetensors` file, a glob, `user/repo`, `user/repo@revision`,
-    `user/repo:subfolder`, an `hf://` URI or a Hub URL. What exists on disk wins.
+    Raises:
+        SourceError: If a pattern matches nothing.
+    """
+    expanded: list[str] = []
+    for ref in refs:
+        path = Path(ref).expanduser()
+        if path.exists() or not glob.has_magic(ref):
+            expanded.append(ref)
+            continue
+        matches = sorted(glob.glob(str(path)))  # noqa: PTH207 - may be absolute
+        if not matches:
+            raise SourceError(f"{ref}: no file matches this pattern", "check the pattern")
+        expanded.extend(matches)
+    return expanded
+
+
+def resolve(ref: str, *, allow_pickle: bool = False) -> Source:
+    """Find the files of an adapter.
 
     Args:
-        refs: References; a glob may stand for many adapters.
+        ref: A directory, a `.safetensors` file, `user/repo`, `user/repo@revision`,
+            `user/repo:subfolder`, an `hf://` URI or a Hub URL. What exists on disk wins.
         allow_pickle: Accept `adapter_model.bin` where no safetensors file is there.
 
     Raises:
-        SourceError: If a reference leads nowhere, or only to a pickle that is not allowed.
+        SourceError: If the reference leads nowhere, or only to a pickle that is not allowed.
     """
-    found: list[Source] = []
-    for ref in refs:
-        path = Path(ref).expanduser()
-        if path.exists():
-            found.append(_local(ref, path, allow_pickle))
-        elif glob.has_magic(ref):
-            matches = sorted(glob.glob(str(path)))  # noqa: PTH207 - may be absolute
-            if not matches:
-                raise SourceError(f"{ref}: no file matches this pattern", "check the pattern")
-            found.extend(_local(match, Path(match), allow_pickle) for match in matches)
-        else:
-            found.append(_hub(ref, allow_pickle))
-    return found
+    path = Path(ref).expanduser()
+    return _local(ref, path, allow_pickle) if path.exists() else _hub(ref, allow_pickle)
 
 
 def sha256(path: Path) -> str:

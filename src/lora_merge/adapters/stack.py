@@ -92,8 +92,14 @@ class RankStack:
         return self.units(self.owner == owner)
 
     def weighted(self, weights: Tensor) -> "RankStack":
-        """Multiply each adapter by its weight, float64, shape (N,), indexed by owner."""
-        return replace(self, scale=self.scale * weights[self.owner])
+        """Multiply each adapter by its weight, float64, shape (N,), indexed by owner.
+
+        The Grams do not depend on weights: those already computed are shared.
+        """
+        stack = replace(self, scale=self.scale * weights[self.owner])
+        shared = {"gram_down", "gram_up"}
+        stack.__dict__.update({name: self.__dict__[name] for name in shared & self.__dict__.keys()})
+        return stack
 
     def adapter_products(self) -> Tensor:
         """All inner products <Delta_i, Delta_j> of the adapters, float64, shape (N, N).

@@ -1,0 +1,1 @@
+"""Looking into adapters: plain results as frozen dataclasses, nothing printed."""

@@ -1,0 +1,103 @@
+"""Tables that show a merge: the plan before it, the report after it."""
+
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from lora_merge.cli._output import percent, size, span, table
+from lora_merge.merge.plan import MergePlan
+from lora_merge.merge.report import GroupReport, MergeReport, kind_of
+
+
+def plan_data(plan: MergePlan, jobs: int) -> dict[str, Any]:
+    """A plan as JSON values."""
+    return {
+        "schema": 1,
+        "method": plan.method.name,
+        "base_model": plan.alignment.base_model,
+        "adapters": [
+            {"adapter": a.name, "weight": w, "ranks": sorted(a.ranks()), "modules": len(a.modules)}
+            for a, w in zip(plan.alignment.adapters, plan.weights, strict=True)
+        ],
+        "modules": [
+            {
+                "name": m.name,
+                "adapters": list(m.specs),
+                "units": m.num_units,
+                "rank": plan.ranks[m.name],
+                "shape": [m.first.d_out, m.first.d_in],
+            }
+            for m in plan.alignment.modules
+        ],
+        "output_bytes": plan.output.num_bytes,
+        "peak_bytes": plan.peak_bytes(jobs),
+        "dtype": plan.output.dtype,
+        "notes": list(plan.notes),
+    }
+
+
+def plan_view(plan: MergePlan, jobs: int) -> list[RenderableType]:
+    """A plan for a terminal."""
+    sources = table("adapter", "weight", "modules", "rank")
+    for adapter, weight in zip(plan.alignment.adapters, plan.weights, strict=True):
+        ranks = sorted(adapter.ranks())
+        sources.add_row(
+            Text(adapter.name), f"{weight:g}", str(len(adapter.modules)), span(ranks[0], ranks[-1])
+        )
+    kinds: dict[str, list[tuple[int, int, str]]] = {}
+    for module in plan.alignment.modules:
+        shape = f"{module.first.d_out} x {module.first.d_in}"
+        entry = (module.num_units, plan.ranks[module.name], shape)
+        kinds.setdefault(kind_of(module.name), []).append(entry)
+    kinds_table = table("kind", "modules", "shape", "units in", "rank out")
+    for kind, entries in kinds.items():
+        units, ranks = [e[0] for e in entries], [e[1] for e in entries]
+        shapes = sorted({e[2] for e in entries})
+        kinds_table.add_row(
+            kind,
+            str(len(entries)),
+            shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes",
+            span(min(units), max(units)),
+            span(min(ranks), max(ranks)),
+        )
+    return [
+        sources,
+        kinds_table,
+        f"{plan.method.name} would write {size(plan.output.num_bytes)} "
+        f"({plan.output.dtype}); working memory about {size(plan.peak_bytes(jobs))} beyond torch "
+        f"itself, with {jobs} job{'s' if jobs > 1 else ''}",
+    ]
+
+
+def report_view(report: MergeReport) -> list[RenderableType]:
+    """A report for a terminal."""
+    total = report.total()
+    clusters = ("clusters up to",) if total.largest_clusters else ()
+    grid = table("kind", "modules", "units", "rank", "error", "norm", *clusters)
+    groups = report.groups()
+    for group in groups:
+        grid.add_row(*_row(group))
+    if len(groups) > 1:
+        grid.add_section()
+        grid.add_row(*_row(total), style="bold")
+    return [
+        grid,
+        "error: distance from the exact weighted sum; norm: of the result; both over its norm",
+        f"wrote {report.out} ({size(report.num_bytes)})",
+    ]
+
+
+def _row(group: GroupReport) -> list[str]:
+    row = [
+        group.name,
+        str(group.modules),
+        span(*group.num_units),
+        span(*group.rank),
+        percent(group.relative_error),
+        "-" if group.norm_ratio is None else f"{group.norm_ratio:.2f}",
+    ]
+    if group.largest_clusters:
+        mean, largest = group.largest_clusters
+        row.append(f"{mean:.1f}, {largest}")
+    return row

@@ -1,0 +1,131 @@
+"""Options that several commands share, and the one way to run a merge from them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from lora_merge.merge.recipe import Recipe
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+adapters_argument = click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+pickle_option = click.option(
+    "--allow-pickle", is_flag=True, help="Load .bin files (with weights_only=True)."
+)
+
+
+def together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, shown in the order given."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+input_options = together(
+    click.option(
+        "-w",
+        "--weight",
+        "weights",
+        type=float,
+        multiple=True,
+        help="Weight of an adapter; repeat it, in the adapters' order. May be negative.",
+    ),
+    click.option("--alpha", type=float, help="lora_alpha of .safetensors files without a config."),
+    click.option("--rslora", is_flag=True, help="Those files' scaling is alpha / sqrt(r)."),
+    pickle_option,
+)
+
+result_options = together(
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "float16", "bfloat16", "float64"]),
+        help="Dtype of the result.  [default: the inputs']",
+    ),
+    click.option(
+        "--ranks",
+        type=click.Choice(["uniform", "per-module"]),
+        default="uniform",
+        show_default=True,
+        help="Pad all modules to one rank, or write rank_pattern (vLLM and llama.cpp ignore it).",
+    ),
+    click.option(
+        "--extras",
+        type=click.Choice(["average", "first", "drop", "error"]),
+        default="average",
+        show_default=True,
+        help="What to do with biases and modules that were saved whole.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Seed of all randomness."),
+)
+
+run_options = together(
+    click.option(
+        "-o",
+        "--out",
+        type=click.Path(path_type=Path),
+        default=Path("merged"),
+        show_default=True,
+        help="Directory to make.",
+    ),
+    click.option(
+        "--force",
+        is_flag=True,
+        help="Replace an adapter directory that is there; accept different base models.",
+    ),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1."),
+    click.option("--jobs", type=click.IntRange(min=1), help="Worker threads.  [default: CPUs]"),
+    click.option("--dry-run", is_flag=True, help="Plan from the headers, write nothing."),
+    json_option,
+)
+
+
+def run_merge(
+    recipe: "Recipe",
+    *,
+    out: Path,
+    force: bool,
+    device: str,
+    jobs: int | None,
+    dry_run: bool,
+    as_json: bool,
+    allow_pickle: bool,
+) -> None:
+    """Plan a recipe, run it and show what happened; every merging command ends here."""
+    from lora_merge.cli._merge_view import plan_data, plan_view, report_view
+    from lora_merge.cli._output import Output
+    from lora_merge.merge.executor import default_jobs, pick_device
+    from lora_merge.merge.recipe import open_adapters, plan_recipe, resolved_recipe
+    from lora_merge.merge.save import save_merge
+
+    output = Output(as_json)
+    pick_device(device)
+    adapters, weights = open_adapters(recipe.adapters, allow_pickle=allow_pickle)
+    recipe = recipe.model_copy(update={"accept_base_models": recipe.accept_base_models or force})
+    plan = plan_recipe(recipe, adapters, weights)
+    for note in plan.notes:
+        output.note(note)
+    if dry_run:
+        workers = jobs or default_jobs()
+        output.data(plan_data(plan, workers), *plan_view(plan, workers))
+        return
+    with output.progress("merging", len(plan.alignment.modules)) as advance:
+        report = save_merge(
+            plan,
+            out,
+            recipe=lambda: resolved_recipe(recipe, plan, adapters, weights),
+            force=force,
+            jobs=jobs,
+            device=device,
+            on_module=lambda _: advance(),
+        )
+    for note in report.notes[len(plan.notes) :]:
+        output.note(note)
+    output.data(report.to_dict(), *report_view(report))

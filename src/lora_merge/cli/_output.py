@@ -1,0 +1,91 @@
+"""Where commands put what they have to say: data on stdout, everything else on stderr."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+
+class Output:
+    """One command's output, for people or as one JSON document.
+
+    Args:
+        as_json: Print data as JSON and keep stderr free of progress.
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self._out = Console(highlight=False, soft_wrap=False)
+        self._err = Console(stderr=True, highlight=False)
+
+    def data(self, data: Mapping[str, Any], *renderables: RenderableType) -> None:
+        """The command's result: `data` as JSON, or the renderables."""
+        if self.as_json:
+            json.dump(data, sys.stdout, indent=2, allow_nan=False)
+            sys.stdout.write("\n")
+            return
+        for renderable in renderables:
+            self._out.print(renderable)
+
+    def note(self, text: str) -> None:
+        """A remark for the person at the terminal."""
+        if not self.as_json:
+            self._err.print(f"note: {text}", style="dim", markup=False)
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
+        """A bar on stderr, on a terminal only; yields what to call after each step."""
+        if self.as_json or not sys.stderr.isatty():
+            yield lambda: None
+            return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._err, transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda: bar.advance(task)
+
+
+def table(first: str, *others: str) -> Table:
+    """The house's table: a text column that folds, then columns of numbers."""
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column(first, overflow="fold")
+    for name in others:
+        grid.add_column(name, justify="right", no_wrap=True)
+    return grid
+
+
+def percent(value: float | None) -> str:
+    """A ratio as per cent for a table."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def size(num_bytes: int) -> str:
+    """A number of bytes for a person."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def span(low: int, high: int) -> str:
+    """A range of whole numbers, or the one number it is."""
+    return f"{low}" if low == high else f"{low}-{high}"

@@ -1,0 +1,93 @@
+"""The `lora-merge` command: a table of subcommands, and what becomes of errors."""
+
+import os
+import signal
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+from types import FrameType
+from typing import Any
+
+import click
+
+from lora_merge._version import __version__
+from lora_merge.errors import LoraMergeError
+
+# Name → module with a click command `command`. Modules are imported when their command is needed,
+# and none of them imports torch at its top.
+_COMMANDS = {
+    "cluster": "lora_merge.cli.cluster",
+    "info": "lora_merge.cli.info",
+    "run": "lora_merge.cli.run",
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(_COMMANDS[cmd_name]).command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        near = get_close_matches(args[0], _COMMANDS, n=1)
+        if args[0] not in _COMMANDS and near and not args[0].startswith("-"):
+            raise click.UsageError(f"no command {args[0]!r}; did you mean {near[0]!r}?", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lora-merge")
+def cli() -> None:
+    """Cluster, merge and look into LoRA adapters, rank by rank.
+
+    An ADAPTER is a directory, a .safetensors file, a glob, user/repo[@revision][:subfolder]
+    or an hf:// URI.
+    """
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 the input is at fault, 2 wrong usage, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        cli.main(arguments, prog_name="lora-merge", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _complain("interrupted; nothing was written")
+        return 130
+    except BrokenPipeError:
+        # The reader went away (`| head`). Python would complain again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except LoraMergeError as error:
+        if os.environ.get("LORA_MERGE_DEBUG"):
+            raise
+        _complain(f"error: {error}")
+        if error.remedy:
+            _complain(f"  try: {error.remedy}")
+        return 1
+    return 0
+
+
+def _complain(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _terminate(number: int, frame: FrameType | None) -> Any:
+    """End on SIGTERM the way an error does, so that temporary files are removed."""
+    raise SystemExit(128 + number)

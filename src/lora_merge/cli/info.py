@@ -1,0 +1,80 @@
+"""`lora-merge info`: what an adapter is."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from lora_merge.cli._options import json_option, pickle_option
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lora_merge.analysis.describe import AdapterInfo, ModuleInfo
+
+
+@click.command(short_help="What an adapter is: modules, ranks, norms, oddities.")
+@click.argument("adapter")
+@click.option("--alpha", type=float, help="lora_alpha of a .safetensors file without a config.")
+@click.option("--rslora", is_flag=True, help="That file's scaling is alpha / sqrt(r).")
+@pickle_option
+@json_option
+def command(
+    adapter: str, alpha: float | None, rslora: bool, allow_pickle: bool, as_json: bool
+) -> None:
+    """Show what an ADAPTER is: base model, modules, ranks, norms, and what is odd about it."""
+    from lora_merge.adapters import AdapterConfig, open_adapter, resolve
+    from lora_merge.analysis.describe import describe
+    from lora_merge.cli._output import Output
+
+    output = Output(as_json)
+    fallback = None
+    if alpha is not None:
+        fallback = AdapterConfig(r=None, lora_alpha=alpha, use_rslora=rslora)
+    opened = open_adapter(resolve(adapter, allow_pickle=allow_pickle), fallback=fallback)
+    with output.progress("reading", len(opened.modules)) as advance:
+        info = describe(opened, on_module=advance)
+    output.data(info.to_dict(), *_view(info))
+
+
+def _view(info: "AdapterInfo") -> "list[RenderableType]":
+    from lora_merge.cli._output import size, span, table
+    from lora_merge.merge.report import kind_of
+
+    lines = [
+        f"[bold]{_safe(info.name)}[/bold]",
+        f"base model  {_safe(info.base_model or 'not said')}",
+        f"size        {info.num_parameters:,} parameters, {size(info.num_bytes)}, "
+        f"{len(info.modules)} modules",
+        f"norm        {info.norm:.4g} (Frobenius, all deltas together)",
+    ]
+    if info.revision:
+        lines.insert(1, f"revision    {info.revision}")
+    kinds: dict[str, list[ModuleInfo]] = {}
+    for module in info.modules:
+        kinds.setdefault(kind_of(module.name), []).append(module)
+    grid = table("kind", "modules", "shape", "rank", "scaling", "norm: mean", "max")
+    for kind, modules in kinds.items():
+        ranks = [m.rank for m in modules]
+        norms = [m.norm for m in modules]
+        grid.add_row(
+            kind,
+            str(len(modules)),
+            _common([f"{m.shape[0]} x {m.shape[1]}" for m in modules]),
+            span(min(ranks), max(ranks)),
+            _common([f"{m.scaling:g}" for m in modules]),
+            f"{sum(norms) / len(norms):.4g}",
+            f"{max(norms):.4g}",
+        )
+    remarks = [f"- {_safe(oddity)}" for oddity in info.oddities]
+    return ["\n".join(lines), grid, *remarks]
+
+
+def _common(values: Sequence[str]) -> str:
+    return values[0] if len(set(values)) == 1 else f"{len(set(values))} kinds"
+
+
+def _safe(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,189 @@
+"""The recipe: a merge as a YAML file that gives the same bytes whenever it is run."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lora_merge.adapters import Adapter, AdapterConfig, expand, open_adapter, resolve, sha256
+from lora_merge.errors import LoraMergeError
+from lora_merge.merge.plan import ExtrasPolicy, MergePlan, plan_merge
+
+RECIPE_NAME = "lora_merge.yaml"
+
+
+class RecipeError(LoraMergeError):
+    """A recipe that cannot be read or does not fit its inputs."""
+
+
+class AdapterItem(BaseModel):
+    """One adapter of a recipe."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapter: str = Field(description="directory, .safetensors file or Hub reference")
+    weight: float = Field(
+        default=1.0, description="factor on the adapter's delta; 0 is the same as absent"
+    )
+    revision: str | None = Field(default=None, description="commit on the Hub that was used")
+    sha256: str | None = Field(
+        default=None, description="hash of the weights file; checked when given"
+    )
+    alpha: float | None = Field(default=None, description="lora_alpha of a file without a config")
+    rslora: bool = Field(default=False, description="that file's scaling is alpha / sqrt(r)")
+
+
+class Recipe(BaseModel):
+    """Everything that decides the bytes of a merged adapter."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1] = 1
+    merge_method: str
+    adapters: list[AdapterItem] = Field(min_length=1)
+    rank: int = Field(gt=0, description="rank of the merged adapter")
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    seed: int = 0
+    dtype: str | None = Field(default=None, description="output dtype; default: the inputs'")
+    ranks: Literal["uniform", "per-module"] = "uniform"
+    extras: ExtrasPolicy = "average"
+    accept_base_models: bool = Field(
+        default=False, description="merge adapters of different base models"
+    )
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML; fields that say nothing are left out."""
+        data = self.model_dump(exclude_none=True, exclude_defaults=True)
+        return yaml.safe_dump({"version": self.version, **data}, sort_keys=False, width=100)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        RecipeError: If it is no valid recipe; an unknown key gets the nearest known one.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror}", "check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}", "repair it") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} holds no mapping", "a recipe has keys like merge_method")
+    return parse_recipe(data, str(path))
+
+
+def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
+    """Validate a recipe given as plain data."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(*_explain(error, where)) from error
+
+
+def open_adapters(
+    items: Sequence[AdapterItem], *, allow_pickle: bool = False
+) -> tuple[list[Adapter], list[float]]:
+    """Open a recipe's adapters at their pinned revisions; globs may stand for many.
+
+    Returns:
+        The adapters and their weights.
+    """
+    adapters: list[Adapter] = []
+    weights: list[float] = []
+    for item in items:
+        fallback = None
+        if item.alpha is not None:
+            fallback = AdapterConfig(r=None, lora_alpha=item.alpha, use_rslora=item.rslora)
+        for ref in expand([_pinned(item)]):
+            source = resolve(ref, allow_pickle=allow_pickle)
+            if item.sha256 and sha256(source.weights) != item.sha256:
+                raise RecipeError(
+                    f"{item.adapter}: its weights are not those the recipe was made from",
+                    "get the original file, or remove sha256 from the recipe",
+                )
+            # A pinned reference keeps the name the user knows it by.
+            name = item.adapter if item.revision else ref
+            adapters.append(open_adapter(replace(source, ref=name), fallback=fallback))
+            weights.append(item.weight)
+    return adapters, weights
+
+
+def plan_recipe(recipe: Recipe, adapters: Sequence[Adapter], weights: Sequence[float]) -> MergePlan:
+    """Plan what a recipe says."""
+    return plan_merge(
+        adapters,
+        method=recipe.merge_method,
+        rank=recipe.rank,
+        weights=weights,
+        parameters=recipe.parameters,
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+        layout=recipe.ranks,
+        extras=recipe.extras,
+        force=recipe.accept_base_models,
+    )
+
+
+def resolved_recipe(
+    recipe: Recipe, plan: MergePlan, adapters: Sequence[Adapter], weights: Sequence[float]
+) -> Recipe:
+    """The recipe with every source pinned by revision and hash, adapters of weight 0 left out.
+
+    Adapters stand in the plan's order unless "first" gives the order on the command line a meaning.
+    """
+    if recipe.extras == "first":
+        pairs = [(a, w) for a, w in zip(adapters, weights, strict=True) if w != 0]
+    else:
+        pairs = list(zip(plan.alignment.adapters, plan.weights, strict=True))
+    items = [_item(adapter, weight) for adapter, weight in pairs]
+    bases = {a.config.base_model for a in plan.alignment.adapters} - {None}
+    return recipe.model_copy(update={"adapters": items, "accept_base_models": len(bases) > 1})
+
+
+def _item(adapter: Adapter, weight: float) -> AdapterItem:
+    source = adapter.source
+    bare = source is not None and source.config is None
+    return AdapterItem(
+        adapter=adapter.name,
+        weight=weight,
+        revision=source.revision if source else None,
+        sha256=sha256(source.weights) if source else None,
+        alpha=adapter.config.lora_alpha if bare else None,
+        rslora=adapter.config.use_rslora if bare else False,
+    )
+
+
+def _pinned(item: AdapterItem) -> str:
+    """The reference with its pinned revision in place of whatever it names."""
+    if item.revision is None or Path(item.adapter).expanduser().exists():
+        return item.adapter
+    scheme, separator, rest = item.adapter.rpartition("://")
+    repo, colon, subfolder = rest.partition(":")
+    if scheme:
+        parts = repo.split("/")
+        parts[1] = f"{parts[1].partition('@')[0]}@{item.revision}"
+        repo = "/".join(parts)
+    else:
+        repo = f"{repo.partition('@')[0]}@{item.revision}"
+    return f"{scheme}{separator}{repo}{colon}{subfolder}"
+
+
+def _explain(error: ValidationError, where: str) -> tuple[str, str]:
+    """One line for the first fault, and a remedy."""
+    fault = error.errors()[0]
+    place = ".".join(str(part) for part in fault["loc"]) or "recipe"
+    if fault["type"] == "extra_forbidden":
+        model = AdapterItem if fault["loc"][0] == "adapters" else Recipe
+        near = get_close_matches(str(fault["loc"][-1]), model.model_fields, n=1)
+        known = ", ".join(model.model_fields)
+        return (
+            f"{where}: unknown key {place!r}",
+            f"did you mean {near[0]!r}?" if near else f"keys are: {known}",
+        )
+    return f"{where}: {place}: {fault['msg'].lower()}", "correct the recipe"

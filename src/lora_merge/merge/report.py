@@ -1,0 +1,129 @@
+"""What a merge did to each module, measured from Grams; plain data, nothing printed."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import sqrt
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """How far one module's result is from the exact weighted sum of the adapters.
+
+    Attributes:
+        name: Module path.
+        num_units: Units that went in (R).
+        rank: Units that came out.
+        exact_norm: Frobenius norm of the exact sum.
+        norm: Frobenius norm of the result.
+        error_norm: Frobenius norm of their difference.
+        details: What the method adds, as JSON values.
+    """
+
+    name: str
+    num_units: int
+    rank: int
+    exact_norm: float
+    norm: float
+    error_norm: float
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            **asdict(self),
+            "relative_error": ratio(self.error_norm, self.exact_norm),
+            "norm_ratio": ratio(self.norm, self.exact_norm),
+        }
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """Modules of one kind (say, every q_proj) taken together.
+
+    Attributes:
+        name: The kind.
+        modules: How many.
+        num_units: Smallest and largest number of units that went in.
+        rank: Smallest and largest rank that came out.
+        relative_error: Norm of all differences over the norm of all exact sums; None if both are 0.
+        norm_ratio: Norm of all results over the norm of all exact sums; None if both are 0.
+        largest_clusters: (mean, largest) size of the modules' largest clusters, for clusterings.
+    """
+
+    name: str
+    modules: int
+    num_units: tuple[int, int]
+    rank: tuple[int, int]
+    relative_error: float | None
+    norm_ratio: float | None
+    largest_clusters: tuple[float, int] | None
+
+    @classmethod
+    def of(cls, name: str, modules: Sequence[ModuleReport]) -> "GroupReport":
+        """Sum up some modules."""
+        exact = sqrt(sum(m.exact_norm**2 for m in modules))
+        largest = [max(m.details["cluster_sizes"]) for m in modules if "cluster_sizes" in m.details]
+        return cls(
+            name=name,
+            modules=len(modules),
+            num_units=(min(m.num_units for m in modules), max(m.num_units for m in modules)),
+            rank=(min(m.rank for m in modules), max(m.rank for m in modules)),
+            relative_error=ratio(sqrt(sum(m.error_norm**2 for m in modules)), exact),
+            norm_ratio=ratio(sqrt(sum(m.norm**2 for m in modules)), exact),
+            largest_clusters=(sum(largest) / len(largest), max(largest)) if largest else None,
+        )
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        modules: One report per module, in name order.
+        notes: What the user should know, in words.
+        out: The directory written, None for a merge in memory.
+        num_bytes: Size of the weights file.
+    """
+
+    modules: tuple[ModuleReport, ...]
+    notes: tuple[str, ...]
+    out: str | None
+    num_bytes: int
+
+    def groups(self) -> list[GroupReport]:
+        """The modules by kind, in order of first appearance."""
+        kinds: dict[str, list[ModuleReport]] = {}
+        for module in self.modules:
+            kinds.setdefault(kind_of(module.name), []).append(module)
+        return [GroupReport.of(kind, members) for kind, members in kinds.items()]
+
+    def total(self) -> GroupReport:
+        """All modules together."""
+        return GroupReport.of("all modules", self.modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "schema": 1,
+            "out": self.out,
+            "bytes": self.num_bytes,
+            "notes": list(self.notes),
+            "total": asdict(self.total()),
+            "groups": [asdict(group) for group in self.groups()],
+            "modules": [module.to_dict() for module in self.modules],
+        }
+
+
+def kind_of(module: str) -> str:
+    """A module's kind: its path after the last layer number ("self_attn.q_proj")."""
+    tail = re.split(r"(?:^|\.)\d+\.", module)[-1]
+    return tail or module
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """`part / whole`; 0 for nothing of nothing, None where it has no meaning."""
+    if whole == 0:
+        return 0.0 if part == 0 else None
+    return part / whole
