@@ -118,9 +118,7 @@ class RankStack:
         if other is self:
             products = self.gram_up * self.gram_down
         else:
-            down = self.down.double() @ other.down.double().mT
-            up = self.up.double().mT @ other.up.double()
-            products = up * down
+            products = gram(self.up.mT, other.up.mT) * gram(self.down, other.down)
         return float((self.scale @ products @ other.scale).item())
 
     def norm(self) -> float:

