@@ -76,7 +76,8 @@ def _memory(work: Path, adapters: list[Path], baseline: int) -> None:
     budget = baseline + output + 4 * stack
     print(
         f"cluster {len(adapters)} x r{RANK}: {used.seconds:.1f} s, "
-        f"peak {used.peak_bytes / 1e6:.0f} MB, budget {budget / 1e6:.0f} MB (output {output / 1e6:.0f}, stack {stack / 1e6:.0f})"
+        f"peak {used.peak_bytes / 1e6:.0f} MB, "
+        f"budget {budget / 1e6:.0f} MB (output {output / 1e6:.0f}, stack {stack / 1e6:.0f})"
     )
 
 

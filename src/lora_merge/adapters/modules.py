@@ -82,10 +82,12 @@ def to_stored(
 ) -> tuple[Tensor, Tensor]:
     """Stored A and B from one (A, B) pair per expert, zero-padded to `rank`."""
     first_a, first_b = factors[0]
+    shape_a, shape_b = stored_shapes(spec, rank)
+    if spec.num_experts == 1 and first_a.shape[0] == rank:
+        return first_a.reshape(shape_a), first_b.reshape(shape_b)
     a = first_a.new_zeros(spec.num_experts, rank, spec.d_in)
     b = first_b.new_zeros(spec.d_out, rank, spec.num_experts)
     for expert, (part_a, part_b) in enumerate(factors):
         a[expert, : part_a.shape[0]] = part_a
         b[:, : part_b.shape[1], expert] = part_b
-    shape_a, shape_b = stored_shapes(spec, rank)
     return a.reshape(shape_a), b.reshape(shape_b)

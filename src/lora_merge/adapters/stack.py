@@ -143,8 +143,8 @@ class RankStack:
         Returns:
             A of shape (R, d_in) and B of shape (d_out, R).
         """
-        norm_down = torch.linalg.vector_norm(self.down, dim=1, dtype=torch.float64)
-        norm_up = torch.linalg.vector_norm(self.up, dim=0, dtype=torch.float64)
+        norm_down = torch.linalg.vector_norm(self.down, dim=1).double()
+        norm_up = torch.linalg.vector_norm(self.up, dim=0).double()
         alive = (self.scale != 0) & (norm_down > 0) & (norm_up > 0)
         ratio = torch.where(alive, self.scale.abs() * norm_up / norm_down, 1.0)
         to_down = torch.where(alive, torch.exp2((ratio.log2() / 2).round()), 0.0)

@@ -1,6 +1,7 @@
 """Options that several commands share, and the one way to run a merge from them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -108,7 +109,7 @@ def run_merge(
     output = Output(as_json)
     pick_device(device)
     adapters, weights = open_adapters(recipe.adapters, allow_pickle=allow_pickle)
-    recipe = recipe.model_copy(update={"accept_base_models": recipe.accept_base_models or force})
+    recipe = replace(recipe, accept_base_models=recipe.accept_base_models or force)
     plan = plan_recipe(recipe, adapters, weights)
     for note in plan.notes:
         output.note(note)

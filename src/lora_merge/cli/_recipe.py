@@ -38,10 +38,10 @@ def recipe_from(
     defaults = find_method(method).options()
     return Recipe(
         merge_method=method,
-        adapters=[
-            AdapterItem(adapter=ref, weight=weight, alpha=alpha, rslora=rslora)
+        adapters=tuple(
+            AdapterItem(ref, weight, alpha=alpha, rslora=rslora)
             for ref, weight in zip(refs, weights or (1.0,) * len(refs), strict=True)
-        ],
+        ),
         rank=rank,
         parameters={n: v for n, v in parameters.items() if v != getattr(defaults, n)},
         seed=seed,

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_merge.adapters import AlignedModule, RankStack, read_stacks
 from lora_merge.errors import MethodError
 from lora_merge.merge.plan import MergePlan
-from lora_merge.merge.registry import Job
+from lora_merge.merge.registry import Job, Outcome
 from lora_merge.merge.report import ModuleReport
 
 
@@ -117,8 +117,8 @@ def _merge_module(
         outcome = plan.method.run(stack, job, plan.options)
         results.append(outcome.stack)
         exact_square += exact.inner(exact)
-        square += outcome.stack.inner(outcome.stack)
-        cross += exact.inner(outcome.stack)
+        products = _products(exact, outcome)
+        square, cross = square + products[0], cross + products[1]
         details.append(dict(outcome.details))
     sink.add(module.name, results, _merge_bias(plan, module))
     return ModuleReport(
@@ -130,6 +130,17 @@ def _merge_module(
         error_norm=sqrt(max(exact_square + square - 2 * cross, 0)),
         details={"experts": details} if several else details[0],
     )
+
+
+def _products(exact: RankStack, outcome: Outcome) -> tuple[float, float]:
+    """<result, result> and <exact, result>, from the exact stack's Grams where the mixes allow."""
+    result = outcome.stack
+    if outcome.mixes is None:
+        return result.inner(result), exact.inner(result)
+    down_mix, up_mix = outcome.mixes
+    down, up = down_mix @ exact.gram_down, up_mix @ exact.gram_up
+    square = result.scale @ ((down @ down_mix.mT) * (up @ up_mix.mT)) @ result.scale
+    return float(square.item()), float((result.scale @ (down * up) @ exact.scale).item())
 
 
 def _merge_bias(plan: MergePlan, module: AlignedModule) -> Tensor | None:

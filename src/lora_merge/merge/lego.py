@@ -60,10 +60,13 @@ class LegoResult:
     Attributes:
         stack: k units, all with owner 0.
         labels: Cluster of each source unit, int64, shape (R,).
+        mixes: Coefficients of the centroids' halves in the source units, float64, (down, up), each
+            (k, R); None where the source units were replaced first (`canonical`).
     """
 
     stack: RankStack
     labels: Tensor
+    mixes: tuple[Tensor, Tensor] | None
 
     @property
     def cluster_sizes(self) -> list[int]:
@@ -117,7 +120,8 @@ def lego(
         reference = mean_rank if options.reweight_output == "single" else stack.num_units
         scale = scale * sqrt(reference / k)
     owner = torch.zeros(k, dtype=torch.int64, device=labels.device)
-    return LegoResult(RankStack(down, up, scale, owner), labels)
+    mixes = None if options.canonical else (down_mix, up_mix)
+    return LegoResult(RankStack(down, up, scale, owner), labels, mixes)
 
 
 def _gauge(stack: RankStack, options: LegoOptions) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,15 +1,22 @@
 """The recipe: a merge as a YAML file that gives the same bytes whenever it is run."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lora_merge.adapters import Adapter, AdapterConfig, expand, open_adapter, resolve, sha256
+from lora_merge.adapters import (
+    Adapter,
+    AdapterConfig,
+    RankLayout,
+    expand,
+    open_adapter,
+    resolve,
+    sha256,
+)
 from lora_merge.errors import LoraMergeError
 from lora_merge.merge.plan import ExtrasPolicy, MergePlan, plan_merge
 
@@ -20,45 +27,64 @@ class RecipeError(LoraMergeError):
     """A recipe that cannot be read or does not fit its inputs."""
 
 
-class AdapterItem(BaseModel):
-    """One adapter of a recipe."""
+@dataclass(frozen=True)
+class AdapterItem:
+    """One adapter of a recipe.
 
-    model_config = ConfigDict(extra="forbid")
+    Attributes:
+        adapter: Directory, .safetensors file or Hub reference.
+        weight: Factor on the adapter's delta; 0 is the same as absent.
+        revision: Commit on the Hub that was used.
+        sha256: Hash of the weights file; checked when given.
+        alpha: lora_alpha of a file without a config.
+        rslora: That file's scaling is alpha / sqrt(r).
+    """
 
-    adapter: str = Field(description="directory, .safetensors file or Hub reference")
-    weight: float = Field(
-        default=1.0, description="factor on the adapter's delta; 0 is the same as absent"
-    )
-    revision: str | None = Field(default=None, description="commit on the Hub that was used")
-    sha256: str | None = Field(
-        default=None, description="hash of the weights file; checked when given"
-    )
-    alpha: float | None = Field(default=None, description="lora_alpha of a file without a config")
-    rslora: bool = Field(default=False, description="that file's scaling is alpha / sqrt(r)")
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    adapter: str
+    weight: float = 1.0
+    revision: str | None = None
+    sha256: str | None = None
+    alpha: float | None = None
+    rslora: bool = False
 
 
-class Recipe(BaseModel):
-    """Everything that decides the bytes of a merged adapter."""
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the bytes of a merged adapter.
 
-    model_config = ConfigDict(extra="forbid")
+    Attributes:
+        merge_method: Name of the method.
+        adapters: What is merged.
+        rank: Rank of the merged adapter.
+        parameters: Parameters of the method; those left out have their defaults.
+        seed: Seed of all randomness.
+        dtype: Output dtype; None: the inputs'.
+        ranks: One rank for all modules, or one per module.
+        extras: What becomes of tensors that are not low-rank factors.
+        accept_base_models: Merge adapters of different base models.
+        version: Of this format.
+    """
 
-    version: Literal[1] = 1
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
     merge_method: str
-    adapters: list[AdapterItem] = Field(min_length=1)
-    rank: int = Field(gt=0, description="rank of the merged adapter")
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    adapters: tuple[AdapterItem, ...]
+    rank: int
+    parameters: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    dtype: str | None = Field(default=None, description="output dtype; default: the inputs'")
-    ranks: Literal["uniform", "per-module"] = "uniform"
+    dtype: str | None = None
+    ranks: RankLayout = "uniform"
     extras: ExtrasPolicy = "average"
-    accept_base_models: bool = Field(
-        default=False, description="merge adapters of different base models"
-    )
+    accept_base_models: bool = False
+    version: Literal[1] = 1
 
     def to_yaml(self) -> str:
-        """The recipe as YAML; fields that say nothing are left out."""
-        data = self.model_dump(exclude_none=True, exclude_defaults=True)
-        return yaml.safe_dump({"version": self.version, **data}, sort_keys=False, width=100)
+        """The recipe as YAML; fields at their default are left out."""
+        data = {"version": self.version, **_non_defaults(self)}
+        data["adapters"] = [_non_defaults(item) for item in self.adapters]
+        return yaml.safe_dump(data, sort_keys=False, width=100)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -80,10 +106,16 @@ def read_recipe(path: Path) -> Recipe:
 
 def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
     """Validate a recipe given as plain data."""
+    # Imported here: a tenth of a second that a merge without a recipe file need not pay.
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        return Recipe.model_validate(data)
+        recipe = TypeAdapter(Recipe).validate_python(data)
     except ValidationError as error:
-        raise RecipeError(*_explain(error, where)) from error
+        raise RecipeError(*_explain(error.errors()[0], where)) from error
+    if not recipe.adapters:
+        raise RecipeError(f"{where}: adapters is empty", "name at least one adapter")
+    return recipe
 
 
 def open_adapters(
@@ -143,7 +175,7 @@ def resolved_recipe(
         pairs = list(zip(plan.alignment.adapters, plan.weights, strict=True))
     items = [_item(adapter, weight) for adapter, weight in pairs]
     bases = {a.config.base_model for a in plan.alignment.adapters} - {None}
-    return recipe.model_copy(update={"adapters": items, "accept_base_models": len(bases) > 1})
+    return replace(recipe, adapters=tuple(items), accept_base_models=len(bases) > 1)
 
 
 def _item(adapter: Adapter, weight: float) -> AdapterItem:
@@ -174,16 +206,25 @@ def _pinned(item: AdapterItem) -> str:
     return f"{scheme}{separator}{repo}{colon}{subfolder}"
 
 
-def _explain(error: ValidationError, where: str) -> tuple[str, str]:
-    """One line for the first fault, and a remedy."""
-    fault = error.errors()[0]
+def _non_defaults(value: Any) -> dict[str, Any]:
+    """Fields of a dataclass that say something."""
+    found = {}
+    for spec in fields(value):
+        default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+        if getattr(value, spec.name) != default:
+            found[spec.name] = getattr(value, spec.name)
+    return found
+
+
+def _explain(fault: Any, where: str) -> tuple[str, str]:
+    """One line for a pydantic fault, and a remedy."""
     place = ".".join(str(part) for part in fault["loc"]) or "recipe"
-    if fault["type"] == "extra_forbidden":
+    if fault["type"] == "unexpected_keyword_argument":
         model = AdapterItem if fault["loc"][0] == "adapters" else Recipe
-        near = get_close_matches(str(fault["loc"][-1]), model.model_fields, n=1)
-        known = ", ".join(model.model_fields)
+        known = [spec.name for spec in fields(model)]
+        near = get_close_matches(str(fault["loc"][-1]), known, n=1)
         return (
             f"{where}: unknown key {place!r}",
-            f"did you mean {near[0]!r}?" if near else f"keys are: {known}",
+            f"did you mean {near[0]!r}?" if near else f"keys are: {', '.join(known)}",
         )
     return f"{where}: {place}: {fault['msg'].lower()}", "correct the recipe"

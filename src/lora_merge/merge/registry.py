@@ -43,10 +43,14 @@ class Outcome:
     Attributes:
         stack: The merged units.
         details: What the report should say of this module, as JSON values.
+        mixes: Where the merged units are combinations of the stack's: their coefficients for
+            `down` and for `up`, float64, each (k, R). The report then needs no further pass over
+            the vectors.
     """
 
     stack: RankStack
     details: Mapping[str, Any] = field(default_factory=dict)
+    mixes: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def _check_value(method: str, name: str, kind: Any, value: Any) -> None:
 def _lego(stack: RankStack, job: Job, options: LegoOptions) -> Outcome:
     weighted = stack.weighted(job.weights)
     result = lego(weighted, job.rank, options=options, rng=job.rng())
-    return Outcome(result.stack, {"cluster_sizes": result.cluster_sizes})
+    return Outcome(result.stack, {"cluster_sizes": result.cluster_sizes}, result.mixes)
 
 
 METHODS: dict[str, Method] = {
