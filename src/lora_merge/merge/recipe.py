@@ -1,7 +1,7 @@
 """The recipe: a merge as a YAML file that gives the same bytes whenever it is run."""
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,6 +21,7 @@ from lora_merge.errors import LoraMergeError
 from lora_merge.merge.plan import ExtrasPolicy, MergePlan, plan_merge
 
 RECIPE_NAME = "lora_merge.yaml"
+_UNKNOWN_KEY = "unexpected_keyword_argument"  # pydantic's name for it
 
 
 class RecipeError(LoraMergeError):
@@ -81,9 +82,10 @@ class Recipe:
     version: Literal[1] = 1
 
     def to_yaml(self) -> str:
-        """The recipe as YAML; fields at their default are left out."""
-        data = {"version": self.version, **_non_defaults(self)}
+        """The recipe as YAML; what is not set is left out."""
+        data = {"version": self.version, **asdict(self)}
         data["adapters"] = [_non_defaults(item) for item in self.adapters]
+        data = {name: value for name, value in data.items() if value not in (None, {})}
         return yaml.safe_dump(data, sort_keys=False, width=100)
 
 
@@ -112,7 +114,9 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
     try:
         recipe = TypeAdapter(Recipe).validate_python(data)
     except ValidationError as error:
-        raise RecipeError(*_explain(error.errors()[0], where)) from error
+        # A misspelt key also shows as a missing one; the misspelling is the better message.
+        faults = sorted(error.errors(), key=lambda fault: fault["type"] != _UNKNOWN_KEY)
+        raise RecipeError(*_explain(faults[0], where)) from error
     if not recipe.adapters:
         raise RecipeError(f"{where}: adapters is empty", "name at least one adapter")
     return recipe
@@ -165,7 +169,7 @@ def plan_recipe(recipe: Recipe, adapters: Sequence[Adapter], weights: Sequence[f
 def resolved_recipe(
     recipe: Recipe, plan: MergePlan, adapters: Sequence[Adapter], weights: Sequence[float]
 ) -> Recipe:
-    """The recipe with every source pinned by revision and hash, adapters of weight 0 left out.
+    """The recipe with sources pinned, every parameter written out, adapters of weight 0 left out.
 
     Adapters stand in the plan's order unless "first" gives the order on the command line a meaning.
     """
@@ -175,7 +179,12 @@ def resolved_recipe(
         pairs = list(zip(plan.alignment.adapters, plan.weights, strict=True))
     items = [_item(adapter, weight) for adapter, weight in pairs]
     bases = {a.config.base_model for a in plan.alignment.adapters} - {None}
-    return replace(recipe, adapters=tuple(items), accept_base_models=len(bases) > 1)
+    return replace(
+        recipe,
+        adapters=tuple(items),
+        parameters=asdict(plan.options),
+        accept_base_models=len(bases) > 1,
+    )
 
 
 def _item(adapter: Adapter, weight: float) -> AdapterItem:
@@ -219,7 +228,7 @@ def _non_defaults(value: Any) -> dict[str, Any]:
 def _explain(fault: Any, where: str) -> tuple[str, str]:
     """One line for a pydantic fault, and a remedy."""
     place = ".".join(str(part) for part in fault["loc"]) or "recipe"
-    if fault["type"] == "unexpected_keyword_argument":
+    if fault["type"] == _UNKNOWN_KEY:
         model = AdapterItem if fault["loc"][0] == "adapters" else Recipe
         known = [spec.name for spec in fields(model)]
         near = get_close_matches(str(fault["loc"][-1]), known, n=1)
