@@ -14,6 +14,10 @@ from torch import Tensor
 
 from lora_merge.errors import MethodError
 
+# Below this cosine a point has no sign relative to a centroid but that of rounding: it keeps its
+# own. (The singular units of one adapter are orthogonal to each other.)
+_ORTHOGONAL = 1e-9
+
 
 @dataclass(frozen=True)
 class KMeansResult:
@@ -94,7 +98,8 @@ class _Lloyd:
         distance, labels = (self.centre[:, :, None] - 2 * reach).min(dim=1)  # less |point|^2
         if self.sign_invariant:
             chosen = self.cross.gather(1, labels[:, None]).squeeze(1)
-            signs = torch.where(chosen < 0, -1.0, 1.0).to(torch.float64)
+            lengths = (self.squares * self.centre.gather(1, labels)).clamp_min(0).sqrt()
+            signs = torch.where(chosen < -_ORTHOGONAL * lengths, -1.0, 1.0).to(torch.float64)
         else:
             signs = self.signs
         counts = self._fill_empty(labels, distance + self.squares)
