@@ -60,7 +60,11 @@ class SafetensorsStream:
         head, self._offsets, self.size = header_of(entries, metadata or {"format": "pt"})
         self._missing = set(entries)
         self._file = path.open("wb")
-        self._write(head, 0)
+        try:
+            self._write(head, 0)
+        except OutputError:
+            self._file.close()
+            raise
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put one tensor in its place, cast to the announced dtype. Safe from several threads."""

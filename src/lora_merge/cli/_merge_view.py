@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.console import RenderableType
+from rich.markup import escape
 from rich.text import Text
 
 from lora_merge.cli._output import percent, size, span, table
@@ -84,7 +85,7 @@ def report_view(report: MergeReport) -> list[RenderableType]:
     return [
         grid,
         "error: distance from the exact weighted sum; norm: of the result; both over its norm",
-        f"wrote {report.out} ({size(report.num_bytes)})",
+        escape(f"wrote {report.out} ({size(report.num_bytes)})"),
     ]
 
 

@@ -11,6 +11,12 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let the command line decide; rich would exit with 1."""
+        raise BrokenPipeError
+
+
 class Output:
     """One command's output, for people or as one JSON document.
 
@@ -20,8 +26,8 @@ class Output:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self._out = Console(highlight=False, soft_wrap=False)
-        self._err = Console(stderr=True, highlight=False)
+        self._out = _Console(highlight=False, soft_wrap=False)
+        self._err = _Console(stderr=True, highlight=False)
 
     def data(self, data: Mapping[str, Any], *renderables: RenderableType) -> None:
         """The command's result: `data` as JSON, or the renderables."""
@@ -30,12 +36,13 @@ class Output:
             sys.stdout.write("\n")
             return
         for renderable in renderables:
-            self._out.print(renderable)
+            # Sentences and paths are left whole; a terminal breaks them itself.
+            self._out.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def note(self, text: str) -> None:
         """A remark for the person at the terminal."""
         if not self.as_json:
-            self._err.print(f"note: {text}", style="dim", markup=False)
+            self._err.print(f"note: {text}", style="dim", markup=False, soft_wrap=True)
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:

@@ -106,6 +106,7 @@ def _merge_module(
     weights = torch.tensor(plan.weights, dtype=torch.float64, device=device)
     results = []
     exact_square = square = cross = 0.0
+    adapter_squares = torch.zeros(len(plan.weights), dtype=torch.float64)
     details: list[dict[str, object]] = []
     several = module.first.num_experts > 1
     for expert, stack in enumerate(read_stacks(plan.alignment, module, device=device)):
@@ -116,7 +117,9 @@ def _merge_module(
         exact = stack.weighted(weights)
         outcome = plan.method.run(stack, job, plan.options)
         results.append(outcome.stack)
-        exact_square += exact.inner(exact)
+        between = exact.adapter_products().cpu()
+        exact_square += float(between.sum())
+        adapter_squares[: len(between)] += between.diagonal()
         products = _products(exact, outcome)
         square, cross = square + products[0], cross + products[1]
         details.append(dict(outcome.details))
@@ -128,6 +131,7 @@ def _merge_module(
         exact_norm=sqrt(max(exact_square, 0)),
         norm=sqrt(max(square, 0)),
         error_norm=sqrt(max(exact_square + square - 2 * cross, 0)),
+        adapter_norms=tuple(adapter_squares.clamp_min(0).sqrt().tolist()),
         details={"experts": details} if several else details[0],
     )
 

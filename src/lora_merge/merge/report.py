@@ -18,6 +18,8 @@ class ModuleReport:
         exact_norm: Frobenius norm of the exact sum.
         norm: Frobenius norm of the result.
         error_norm: Frobenius norm of their difference.
+        adapter_norms: Frobenius norm of each adapter's weighted delta, in the plan's order; 0 for
+            adapters that do not have the module.
         details: What the method adds, as JSON values.
     """
 
@@ -27,6 +29,7 @@ class ModuleReport:
     exact_norm: float
     norm: float
     error_norm: float
+    adapter_norms: tuple[float, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

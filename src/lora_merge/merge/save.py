@@ -49,7 +49,18 @@ def save_merge(
             text = f"# made by lora-merge {__version__}\n" + resolved.result().to_yaml()
         (folder / RECIPE_NAME).write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(_card(plan, text), encoding="utf-8")
-    return MergeReport(tuple(modules), plan.notes, str(out), plan.output.num_bytes)
+    notes = (*plan.notes, *_silent_adapters(plan, modules))
+    return MergeReport(tuple(modules), notes, str(out), plan.output.num_bytes)
+
+
+def _silent_adapters(plan: MergePlan, modules: list[ModuleReport]) -> list[str]:
+    """A note for each adapter that adds nothing anywhere."""
+    norms = zip(*(m.adapter_norms for m in modules), strict=True)
+    return [
+        f"{adapter.name} adds nothing: its B is zero, as before training"
+        for adapter, values in zip(plan.alignment.adapters, norms, strict=True)
+        if not any(values)
+    ]
 
 
 def _card(plan: MergePlan, recipe: str) -> str:

@@ -1,0 +1,282 @@
+"""The command line: exit codes, streams, what is written and what is not."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from builders import adapter_parts, save_adapter, save_parts
+from lora_merge.cli.app import run
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("LORA_MERGE_DEBUG", raising=False)
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[str]:
+    return [str(save_adapter(tmp_path / n, seed=i)) for i, n in enumerate("abc")]
+
+
+def test_help_answers_without_torch() -> None:
+    probe = (
+        "import sys; from lora_merge.cli.app import run\n"
+        "codes = [run([*c, '--help']) for c in ([], ['cluster'], ['info'], ['run'])]\n"
+        "heavy = {'torch', 'numpy', 'sklearn', 'huggingface_hub', 'pydantic'} & set(sys.modules)\n"
+        "sys.exit(f'{codes} {heavy}' if any(codes) or heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cluster_writes_and_tells(
+    three: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(["cluster", *three, "--rank", "4", "-o", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "self_attn.q_proj" in said.out
+    assert f"wrote {out}" in said.out.replace("\n", "")
+    assert all(len(line) <= 80 for line in said.out.splitlines())
+    assert "\x1b" not in said.out + said.err
+    assert (out / "adapter_model.safetensors").is_file()
+
+
+def test_json_is_one_document(
+    three: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    for extra in (["--dry-run"], []):
+        assert run(["cluster", *three, "--rank", "4", "-o", out, "--json", *extra]) == 0
+        said = capsys.readouterr()
+        assert json.loads(said.out)["schema"] == 1
+        assert said.err == ""
+        assert Path(out).exists() == (not extra)
+    assert run(["info", out, "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert {m["rank"] for m in info["modules"]} == {4}
+
+
+def test_dry_run_plans_what_is_then_written(
+    three: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run(["cluster", *three, "--rank", "4", "-o", str(out), "--dry-run", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    run(["cluster", *three, "--rank", "4", "-o", str(out)])
+    assert (out / "adapter_model.safetensors").stat().st_size == plan["output_bytes"]
+    capsys.readouterr()
+    assert run(["cluster", *three, "--rank", "4", "--dry-run"]) == 0
+    assert "working memory" in capsys.readouterr().out
+
+
+def test_run_makes_the_same_bytes(three: list[str], tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    flags = ["-w", "1", "-w", "-0.5", "-w", "2", "--balance", "--centroid", "rank-one"]
+    assert run(["cluster", *three, "--rank", "4", "-o", str(first), *flags]) == 0
+    assert run(["run", str(first / "lora_merge.yaml"), "-o", str(again)]) == 0
+    for path in first.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["cluster"], 2, ["Missing argument"]),
+        (["cluster", "{a}", "--rank", "0"], 2, ["--rank"]),
+        (["cluster", "{a}", "--rank", "4", "--units", "x"], 2, ["--units"]),
+        (["cluster", "{a}", "{b}", "-w", "1", "--rank", "4"], 2, ["1 weights", "2 adapters"]),
+        (["clustre", "{a}"], 2, ["did you mean 'cluster'"]),
+        (["cluster", "{a}", "--rank", "99"], 1, ["rank 99", "4"]),
+        (["cluster", "{none}", "--rank", "4"], 1, ["no such file"]),
+        (["cluster", "{a}", "{nan}", "--rank", "4"], 1, ["NaN", "{nan}", "q_proj"]),
+        (["cluster", "{a}", "{other}", "--rank", "4"], 1, ["tiny-base", "other", "--force"]),
+        (["cluster", "{a}", "--rank", "4", "--device", "cuda:77"], 1, ["cuda|CUDA"]),
+        (["cluster", "{a}", "--rank", "4", "--device", "toaster"], 1, ["toaster"]),
+        (["cluster", "{a}", "--rank", "4", "-o", "{a}"], 1, ["input"]),
+        (["info", "{none}"], 1, ["no such file"]),
+        (["run", "{none}"], 1, ["cannot read"]),
+    ],
+)
+def test_bad_input_is_told_in_a_line_and_writes_nothing(
+    arguments: list[str],
+    code: int,
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, tensors = adapter_parts(seed=1)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    places = {
+        "a": save_adapter(tmp_path / "in" / "a"),
+        "b": save_adapter(tmp_path / "in" / "b", seed=1),
+        "other": save_adapter(tmp_path / "in" / "other", base_model_name_or_path="other"),
+        "nan": save_parts(tmp_path / "in" / "nan", config, tensors),
+        "none": tmp_path / "in" / "none",
+    }
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert run([a.format(**places) for a in arguments]) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "Traceback" not in said.err
+    for word in words:
+        assert re.search(word.format(**places), said.err.replace("\n", " ")), said.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_force_accepts_base_models_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = str(save_adapter(tmp_path / "a"))
+    b = str(save_adapter(tmp_path / "b", base_model_name_or_path="other-base"))
+    out = tmp_path / "out"
+    assert run(["cluster", a, b, "--rank", "4", "-o", str(out), "--force"]) == 0
+    assert "base models differ: other-base, tiny-base" in capsys.readouterr().err
+    assert run(["run", str(out / "lora_merge.yaml"), "-o", str(tmp_path / "again")]) == 0
+
+
+def test_a_bare_file_needs_its_alpha(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_adapter(tmp_path / "a", alpha=8)
+    bare = tmp_path / "bare.safetensors"
+    (folder / "adapter_model.safetensors").rename(bare)
+    out = tmp_path / "out"
+    assert run(["cluster", str(bare), "--rank", "4", "-o", str(out)]) == 1
+    assert "--alpha" in capsys.readouterr().err
+    assert run(["cluster", str(bare), "--rank", "4", "-o", str(out), "--alpha", "8"]) == 0
+    assert run(["run", str(out / "lora_merge.yaml"), "-o", str(tmp_path / "again")]) == 0
+    assert run(["info", str(bare), "--alpha", "8", "--rslora", "--json"]) == 0
+
+
+def test_an_untrained_adapter_is_legal_and_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, tensors = adapter_parts()
+    zeroed = {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in tensors.items()}
+    folder = str(save_parts(tmp_path / "zero", config, zeroed))
+    assert run(["info", folder]) == 0
+    assert "every module adds nothing" in capsys.readouterr().out.replace("\n", " ")
+    out = tmp_path / "out"
+    assert run(["cluster", folder, "--rank", "4", "-o", str(out)]) == 0
+    assert "adds nothing" in capsys.readouterr().err.replace("\n", " ")
+
+
+def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    """A process whose merge is slow enough to be interrupted in its middle."""
+    program = (
+        "import sys, time\n"
+        "from lora_merge.adapters.writer import AdapterWriter\n"
+        "add = AdapterWriter.add\n"
+        "def slow(*a, **k): print('busy', flush=True); time.sleep(0.5); return add(*a, **k)\n"
+        "AdapterWriter.add = slow\n"
+        "sys.argv = ['lora-merge', *sys.argv[1:]]\n"
+        "from lora_merge.cli.app import main; main()\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_interruption_loses_nothing(
+    number: int, code: int, three: list[str], tmp_path: Path
+) -> None:
+    out = save_adapter(tmp_path / "out", seed=9)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    process = start(["cluster", *three, "--rank", "4", "-o", str(out), "--force", "--jobs", "1"])
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"busy\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert b"Traceback" not in errors
+    if number != signal.SIGKILL:
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "out"]
+
+
+def test_a_closed_pipe_is_no_error(three: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_merge", "info", three[0]],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lora_merge.errors import SourceError
+
+    monkeypatch.setenv("LORA_MERGE_DEBUG", "1")
+    with pytest.raises(SourceError):
+        run(["info", str(tmp_path / "none")])
+
+
+def test_progress_is_for_terminals_only(three: list[str], tmp_path: Path) -> None:
+    """With a pseudo-terminal on stderr a bar is drawn; stdout stays clean."""
+    import pty
+
+    leader, follower = pty.openpty()
+    done = subprocess.Popen(
+        [sys.executable, "-m", "lora_merge", "cluster", *three, "--rank=4", f"-o{tmp_path}/out"],
+        stdout=subprocess.PIPE,
+        stderr=follower,
+    )
+    os.close(follower)
+    shown = b""
+    while done.poll() is None or shown == b"":
+        try:
+            shown += os.read(leader, 4096)
+        except OSError:
+            break
+        time.sleep(0.01)
+    output = done.communicate()[0]
+    os.close(leader)
+    assert b"merging" in shown
+    assert b"merging" not in output
+
+
+def test_the_real_checkpoints_cluster_and_load_in_peft(shared: Path, tmp_path: Path) -> None:
+    """Three public RoBERTa checkpoints to rank 4, onto a randomly initialised RoBERTa."""
+    import warnings
+
+    import peft
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    folders = sorted(map(str, (shared / "adapters" / "roberta-base").iterdir()))
+    assert run(["cluster", *folders, "--rank", "4", "-o", str(tmp_path / "out")]) == 0
+    config = RobertaConfig(
+        vocab_size=50265,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        num_labels=4,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = RobertaForSequenceClassification(config)
+        before = model(torch.arange(10)[None]).logits
+        loaded = peft.PeftModel.from_pretrained(model, tmp_path / "out")
+    after = loaded.eval()(torch.arange(10)[None]).logits
+    assert torch.isfinite(after).all()
+    assert not torch.allclose(before, after)
+    key = "roberta.encoder.layer.3.attention.self.query"
+    delta = loaded.get_submodule(f"base_model.model.{key}").get_delta_weight("default")
+    assert float(delta.norm()) > 0
