@@ -65,9 +65,9 @@ def plan_view(plan: MergePlan, jobs: int) -> list[RenderableType]:
     return [
         sources,
         kinds_table,
-        f"{plan.method.name} would write {size(plan.output.num_bytes)} "
-        f"({plan.output.dtype}); working memory about {size(plan.peak_bytes(jobs))} beyond torch "
-        f"itself, with {jobs} job{'s' if jobs > 1 else ''}",
+        f"{plan.method.name} would write {size(plan.output.num_bytes)} ({plan.output.dtype})",
+        f"working memory about {size(plan.peak_bytes(jobs))} beyond torch itself, "
+        f"with {jobs} job{'s' if jobs > 1 else ''}",
     ]
 
 
@@ -84,7 +84,7 @@ def report_view(report: MergeReport) -> list[RenderableType]:
         grid.add_row(*_row(total), style="bold")
     return [
         grid,
-        "error: distance from the exact weighted sum; norm: of the result; both over its norm",
+        "error: distance from the exact sum; norm: of the result; both over the sum's",
         escape(f"wrote {report.out} ({size(report.num_bytes)})"),
     ]
 
