@@ -264,7 +264,14 @@ def test_hub_references_are_pinned_in_recipes(
         save_adapter(repo / "snapshots" / commit / "sub", seed=seed)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("a" * 40)
-    for number, ref in enumerate(("user/repo:sub", "hf://user/repo/sub")):
+    for number, ref in enumerate(
+        (
+            "user/repo:sub",
+            "user/repo@main:sub",
+            "hf://user/repo/sub",
+            "https://huggingface.co/user/repo/tree/main/sub",
+        )
+    ):
         first = make(Recipe("lego", (AdapterItem(ref),), 2), tmp_path / f"first{number}")
         (repo / "refs" / "main").write_text("b" * 40)  # the repository moves on
         again = read_recipe(tmp_path / f"first{number}" / "lora_merge.yaml")

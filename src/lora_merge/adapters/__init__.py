@@ -5,7 +5,7 @@ from lora_merge.adapters.align import AlignedModule, Alignment, align, read_stac
 from lora_merge.adapters.atomic import atomic_directory, check_target
 from lora_merge.adapters.config import AdapterConfig, parse_config, read_config
 from lora_merge.adapters.modules import ModuleSpec
-from lora_merge.adapters.source import Source, expand, resolve, sha256
+from lora_merge.adapters.source import Source, expand, pin, resolve, sha256
 from lora_merge.adapters.stack import RankStack
 from lora_merge.adapters.tensors import DTYPES, SafetensorsFile, TensorDict
 from lora_merge.adapters.writer import AdapterWriter, OutputPlan, RankLayout, plan_output
@@ -32,6 +32,7 @@ __all__ = [
     "expand",
     "open_adapter",
     "parse_config",
+    "pin",
     "plan_output",
     "read_config",
     "read_stacks",

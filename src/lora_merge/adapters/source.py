@@ -75,6 +75,14 @@ def resolve(ref: str, *, allow_pickle: bool = False) -> Source:
     return _local(ref, path, allow_pickle) if path.exists() else _hub(ref, allow_pickle)
 
 
+def pin(ref: str, revision: str) -> str:
+    """A Hub reference at a given commit, whatever revision it names; local paths stay."""
+    if Path(ref).expanduser().exists():
+        return ref
+    repo, _, subfolder = _parse_hub(ref)
+    return f"{repo}@{revision}" + (f":{subfolder}" if subfolder else "")
+
+
 def sha256(path: Path) -> str:
     """Hash of a file, read in pieces."""
     with path.open("rb") as file:

@@ -56,7 +56,7 @@ def plan_view(plan: MergePlan, jobs: int) -> list[RenderableType]:
         units, ranks = [e[0] for e in entries], [e[1] for e in entries]
         shapes = sorted({e[2] for e in entries})
         kinds_table.add_row(
-            kind,
+            escape(kind),
             str(len(entries)),
             shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes",
             span(min(units), max(units)),
@@ -91,7 +91,7 @@ def report_view(report: MergeReport) -> list[RenderableType]:
 
 def _row(group: GroupReport) -> list[str]:
     row = [
-        group.name,
+        escape(group.name),
         str(group.modules),
         span(*group.num_units),
         span(*group.rank),

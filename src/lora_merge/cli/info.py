@@ -58,7 +58,7 @@ def _view(info: "AdapterInfo") -> "list[RenderableType]":
         ranks = [m.rank for m in modules]
         norms = [m.norm for m in modules]
         grid.add_row(
-            kind,
+            _safe(kind),
             str(len(modules)),
             _common([f"{m.shape[0]} x {m.shape[1]}" for m in modules]),
             span(min(ranks), max(ranks)),

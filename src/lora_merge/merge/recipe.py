@@ -14,6 +14,7 @@ from lora_merge.adapters import (
     RankLayout,
     expand,
     open_adapter,
+    pin,
     resolve,
     sha256,
 )
@@ -136,7 +137,8 @@ def open_adapters(
         fallback = None
         if item.alpha is not None:
             fallback = AdapterConfig(r=None, lora_alpha=item.alpha, use_rslora=item.rslora)
-        for ref in expand([_pinned(item)]):
+        pinned = pin(item.adapter, item.revision) if item.revision else item.adapter
+        for ref in expand([pinned]):
             source = resolve(ref, allow_pickle=allow_pickle)
             if item.sha256 and sha256(source.weights) != item.sha256:
                 raise RecipeError(
@@ -198,21 +200,6 @@ def _item(adapter: Adapter, weight: float) -> AdapterItem:
         alpha=adapter.config.lora_alpha if bare else None,
         rslora=adapter.config.use_rslora if bare else False,
     )
-
-
-def _pinned(item: AdapterItem) -> str:
-    """The reference with its pinned revision in place of whatever it names."""
-    if item.revision is None or Path(item.adapter).expanduser().exists():
-        return item.adapter
-    scheme, separator, rest = item.adapter.rpartition("://")
-    repo, colon, subfolder = rest.partition(":")
-    if scheme:
-        parts = repo.split("/")
-        parts[1] = f"{parts[1].partition('@')[0]}@{item.revision}"
-        repo = "/".join(parts)
-    else:
-        repo = f"{repo.partition('@')[0]}@{item.revision}"
-    return f"{scheme}{separator}{repo}{colon}{subfolder}"
 
 
 def _non_defaults(value: Any) -> dict[str, Any]:
