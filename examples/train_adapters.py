@@ -85,7 +85,7 @@ def main() -> None:
         adapter = get_peft_model(fresh, config)
         print(f"{name}: loss {train(adapter, task, 300, 3e-3):.3f}")
         adapter.peft_config["default"].base_model_name_or_path = "tiny-bytes-llama"
-        adapter.half().save_pretrained(HERE / "adapters" / name)
+        adapter.half().save_pretrained(HERE / "adapters" / name, save_embedding_layers=False)
         (HERE / "adapters" / name / "README.md").unlink()
 
 

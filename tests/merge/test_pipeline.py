@@ -171,7 +171,7 @@ def plan_of(*adapters: Adapter, **options: Any) -> MergePlan:
 @pytest.mark.parametrize(
     ("options", "message", "remedy"),
     [
-        ({"rank": 9}, "no module has more than 8", "8"),
+        ({"rank": 9}, "the largest module has 8", "8"),
         ({"rank": 0}, "rank 0", "8"),
         ({"method": "legoo"}, "legoo", "lego"),
         ({"parameters": {"unit": "raw"}}, "'unit'", "units"),

@@ -156,7 +156,7 @@ def _ranks(alignment: Alignment, rank: int) -> tuple[dict[str, int], list[str]]:
     largest = max(units.values())
     if not 1 <= rank <= largest:
         raise MethodError(
-            f"rank {rank} is not possible: no module has more than {largest} units",
+            f"rank {rank} is not possible: the largest module has {largest} units",
             f"the largest rank for these adapters is {largest}",
         )
     ranks = {name: min(rank, size) for name, size in units.items()}
