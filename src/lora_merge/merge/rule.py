@@ -35,7 +35,7 @@ class Rule:
         density: Fraction of entries that is kept (expected fraction, for the random ones).
         gamma: Fraction of largest entries that "outliers" drops.
         epsilon: "della": keep probabilities run from density - epsilon to density + epsilon.
-        trim: After "random" or "della", keep this fraction of largest entries.
+        trim: After "random", keep this fraction of largest entries.
         scope: Over which entries magnitudes are ranked: one module's matrix, each of its rows, or
             all modules of the adapter together.
         rescale: What makes up for dropped entries: nothing, division by the keep probability, or
@@ -80,6 +80,8 @@ class Rule:
                     f"probabilities from {low:g} to {high:g}",
                     "choose epsilon below density and at most 1 - density",
                 )
+        if self.trim < 1 and self.sparsify != "random":
+            raise MethodError(f"trim has no meaning after {self.sparsify!r}", "use density")
         if self.scope == "global" and self.sparsify == "variance":
             raise MethodError("variance across adapters has no global scope", "use scope tensor")
 
@@ -93,7 +95,7 @@ class Rule:
         """Fraction of entries that ranking by magnitude keeps; 1 where there is no such step."""
         if self.sparsify in ("magnitude", "outliers"):
             return self.density
-        return self.trim if self.sparsify in ("random", "della") else 1.0
+        return self.trim if self.sparsify == "random" else 1.0
 
     @property
     def needs_thresholds(self) -> bool:
@@ -122,9 +124,7 @@ _PRESETS: dict[str, Rule] = {
         trim=0.2,
         scope="global",
     ),
-    "della": replace(
-        _ELECTED, sparsify="della", density=0.7, epsilon=0.07, rescale="probability"
-    ),
+    "della": replace(_ELECTED, sparsify="della", density=0.7, epsilon=0.07, rescale="probability"),
     "breadcrumbs": Rule("outliers", density=0.9, gamma=0.01),
     "sce": Rule(
         "variance",

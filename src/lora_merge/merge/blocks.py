@@ -1,0 +1,56 @@
+"""What elementwise merging passes around: blocks of rows, and facts about all of them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Some rows of n adapters' tensors; adapters of weight 0 are left out.
+
+    Attributes:
+        x: Entries, float32 or float64, shape (n, rows, columns). Not changed.
+        weights: Weight of each of the n adapters.
+        keys: Mask key of each (`masks.mask_key`); unused by rules that draw nothing.
+        owners: Index of each in the whole merge, 0 <= owner < N; decides whose statistics apply.
+        row: Index of the first row in the whole tensor.
+    """
+
+    x: Tensor
+    weights: tuple[float, ...]
+    keys: tuple[int, ...]
+    owners: tuple[int, ...]
+    row: int = 0
+
+
+Sweep = Callable[[], Iterator[Block]]
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What a rule must know of all entries before it can merge the first one.
+
+    Attributes:
+        low: Smallest magnitude that is kept, by owner; 0 where nothing is cut.
+        high: Largest magnitude that is kept, by owner.
+        rescale: Factor that restores the L1 norm, by owner.
+        energy: Share of the squared norm, by owner (SCE).
+        variance: Smallest variance of a position that is kept (SCE).
+        vote: Elected + signs less elected - signs over all entries; called only where a vote is
+            exactly tied and the rule asks for the majority.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    rescale: tuple[float, ...]
+    energy: tuple[float, ...]
+    variance: float = 0.0
+    vote: Callable[[], int] = field(default=lambda: 0)
+
+    @cached_property
+    def majority(self) -> float:
+        """+1 or -1: the sign that most votes elected."""
+        return 1.0 if self.vote() >= 0 else -1.0
