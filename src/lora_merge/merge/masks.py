@@ -61,7 +61,7 @@ def random_bits(
 
 
 def keep_threshold(probability: float) -> int:
-    """`bits < keep_threshold(p)` holds with probability p, to 2^-32; p below 1."""
+    """The limit below which `random_bits` lie with this probability, to 2^-32."""
     return min(round(probability * 2**32), 2**32 - 1) - 2**31
 
 

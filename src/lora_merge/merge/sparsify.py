@@ -33,9 +33,7 @@ def sparsify(rule: Rule, block: Block, index: int, statistics: Statistics) -> Te
     if rule.magnitude_density >= 1:
         return part.clone() if part is x else part
     if rule.scope == "row":
-        low, high = _row_thresholds(rule, part)
-        magnitude = part.abs()
-        return magnitude.ge(low).logical_and_(magnitude.le(high)).to(x.dtype).mul_(part)
+        return _within_rows(rule, part)
     owner = block.owners[index]
     low, high = statistics.low[owner], statistics.high[owner]
     kept = part.abs().ge_(low).mul_(part)
@@ -56,16 +54,19 @@ def magnitude_ranks(rule: Rule, count: int) -> list[int]:
     return [top + keep if keep else 0, min(top + 1, count)]
 
 
-def _row_thresholds(rule: Rule, part: Tensor) -> tuple[Tensor, Tensor]:
-    """(low, high) of each row, shape (rows, 1)."""
+def _within_rows(rule: Rule, part: Tensor) -> Tensor:
+    """Rank magnitudes in each row on its own."""
     columns = part.shape[1]
-    ordered = part.abs().sort(dim=1, descending=True).values
+    magnitude = part.abs()
+    ordered = magnitude.sort(dim=1, descending=True).values
     limits = []
     for rank in magnitude_ranks(rule, columns):
         place = ordered[:, rank - 1 : rank] if rank > 0 else torch.full_like(part[:, :1], torch.inf)
         limits.append(place)
-    high = limits[1] if len(limits) > 1 else torch.full_like(part[:, :1], torch.inf)
-    return limits[0], high
+    kept = magnitude.ge(limits[0])
+    if len(limits) > 1:
+        kept.logical_and_(magnitude.le(limits[1]))
+    return kept.to(part.dtype).mul_(part)
 
 
 def _della(rule: Rule, x: Tensor, key: int, row: int) -> Tensor:

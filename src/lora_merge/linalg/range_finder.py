@@ -1,0 +1,94 @@
+"""The leading singular triplets of a matrix that is only seen in bands of rows.
+
+Subspace iteration on M^T M (Halko, Martinsson, Tropp, SIAM Review 2011, algorithms 4.4 and 5.1),
+one sweep over the bands per iteration. Memory O((m + n) l) for a subspace of l columns.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import fsum
+
+import torch
+from torch import Tensor
+
+from lora_merge.linalg.factors import thin_qr, thin_svd
+
+# Yields (first row, rows) of the matrix from top to bottom, the same bands at every call.
+Bands = Callable[[], Iterator[tuple[int, Tensor]]]
+
+
+@dataclass(frozen=True, eq=False)
+class LeadingSVD:
+    """A truncated SVD and what it leaves out.
+
+    Attributes:
+        u: Shape (m, k), orthonormal columns.
+        s: Singular values, float64, descending, shape (k,).
+        vh: Shape (k, n), orthonormal rows.
+        square: Squared Frobenius norm of the matrix.
+        sweeps: How often the matrix was swept.
+    """
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+    square: float
+    sweeps: int
+
+    @property
+    def residual(self) -> float:
+        """Squared Frobenius norm of matrix - u s vh; exact, because u and vh are a projection."""
+        return max(self.square - float(self.s.square().sum()), 0.0)
+
+
+def leading_svd(
+    bands: Bands,
+    num_rows: int,
+    start: Tensor,
+    rank: int,
+    *,
+    tolerance: float = 1e-5,
+    max_sweeps: int = 12,
+) -> LeadingSVD:
+    """The leading singular triplets of a matrix given in bands of rows.
+
+    Iterates until one more sweep raises the energy of the leading `rank` triplets by less than
+    `tolerance` of the matrix's. The energy never falls from sweep to sweep, so what is returned is
+    at least as good as every subspace tried.
+
+    Args:
+        bands: The matrix M, shape (m, n).
+        num_rows: m.
+        start: First guess of the right subspace, shape (n, l), l >= rank; random columns in it make
+            sure that no direction is missed.
+        rank: k, at most min(m, n).
+        tolerance: When to stop.
+        max_sweeps: When to stop at the latest.
+    """
+    right = thin_qr(start)[0]
+    energy = 0.0
+    for sweep in range(1, max_sweeps + 1):
+        left, onward, square = _sweep(bands, num_rows, right)
+        _, values, rotation = torch.linalg.svd(
+            torch.linalg.qr(left.to(torch.float64), mode="r").R, full_matrices=False
+        )
+        previous, energy = energy, float(values[:rank].square().sum())
+        if energy - previous <= tolerance * square or sweep == max_sweeps:
+            break
+        # The directions of M^T M right, strongest first, so that QR loses none of them.
+        right = thin_qr(onward @ rotation.mT.to(onward.dtype))[0]
+    u, s, vh = thin_svd(left, right.mT)
+    return LeadingSVD(u[:, :rank], s[:rank], vh[:rank], square, sweep)
+
+
+def _sweep(bands: Bands, num_rows: int, right: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(M right, M^T M right, squared norm of M) in one pass."""
+    left = right.new_empty(num_rows, right.shape[1])
+    onward = torch.zeros_like(right)
+    squares = []
+    for row, band in bands():
+        part = left[row : row + band.shape[0]]
+        torch.mm(band, right, out=part)
+        onward.addmm_(band.mT, part)
+        squares += torch.linalg.vecdot(band, band).tolist()
+    return left, onward, fsum(squares)

@@ -1,0 +1,289 @@
+"""Elementwise merges in delta space, streamed: the N deltas never exist, only bands of their rows.
+
+Method: the threshold pass, the merge pass and the truncated SVD are sweeps over bands of rows that
+are computed from the factors and dropped (thresholds: `order.py`; SVD: `linalg.range_finder`). The
+merged matrix itself is kept between sweeps where it is small, and computed again where it is not;
+the bits are the same.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters import RankStack
+from lora_merge.errors import MethodError
+from lora_merge.linalg import thin_svd
+from lora_merge.linalg.range_finder import leading_svd
+from lora_merge.merge.blocks import Block, Statistics, Sweep
+from lora_merge.merge.elementwise import combine, measure
+from lora_merge.merge.masks import mask_key, random_bits
+from lora_merge.merge.order import Bracket, sample_brackets
+from lora_merge.merge.rule import Rule
+
+# Matrix products are always made for these bands, whatever the blocks, because the rounding of a
+# product may depend on its shape. 64 rows of a 4096-wide delta fill half of an L2 cache; a GPU
+# wants more at a time.
+BAND_ROWS = {"cpu": 64, "cuda": 2048}
+# A merged matrix up to this size is kept between sweeps: cheaper than merging again.
+KEEP_BYTES = 256 << 20
+# Entries sampled to guess thresholds, at most, by adapter.
+_SAMPLE = 1 << 15
+# Columns beside the wanted rank in the search for the leading subspace.
+_OVERSAMPLING = 16
+
+
+@dataclass(frozen=True, eq=False)
+class DeltaMerge:
+    """A merged delta as a rank stack.
+
+    Attributes:
+        stack: One adapter of the asked rank (or full rank), owner 0.
+        norm: Frobenius norm of the merged delta before it was cut to that rank.
+        retained: Share of its squared norm that the stack holds, 0 to 1.
+        sweeps: How often the merged delta was swept for the SVD.
+    """
+
+    stack: RankStack
+    norm: float
+    retained: float
+    sweeps: int
+
+
+def merge_delta(
+    stack: RankStack,
+    rule: Rule,
+    weights: Sequence[float] | Tensor,
+    *,
+    rank: int | None,
+    keys: Sequence[int] = (),
+    seed: int = 0,
+    statistics: Statistics | None = None,
+    block_rows: int | None = None,
+    keep_bytes: int = KEEP_BYTES,
+) -> DeltaMerge:
+    """Merge the deltas of a stack entry by entry and return the best stack of some rank.
+
+    Args:
+        stack: The adapters of one module.
+        rule: What to do with the entries.
+        weights: Weight of each adapter, indexed by owner; 0 is as good as absent.
+        rank: Rank of the result; None for the exact merged delta (full rank).
+        keys: Mask key of each adapter, indexed by owner; needed by rules that draw.
+        seed: Seeds the random part of the search for the leading subspace.
+        statistics: Facts about all modules, for scope "global" (`measure` over their `sweep_of`).
+        block_rows: Rows merged at a time; memory, not the result, depends on it.
+        keep_bytes: Keep the merged delta in memory if it is no larger.
+
+    Raises:
+        MethodError: If the rule is global and there are no statistics, or draws without keys.
+    """
+    if rule.scope == "global" and rule.needs_thresholds and statistics is None:
+        raise MethodError(
+            "thresholds over all modules need a first pass over them",
+            "use scope tensor, or pass the statistics of all modules",
+        )
+    weights = tuple(float(weight) for weight in weights)
+    if not any(weights[owner] for owner in stack.adapters):
+        return DeltaMerge(_nothing(stack, rank), 0.0, 1.0, 0)
+    sweep = sweep_of(stack, weights, keys=keys, block_rows=block_rows, rule=rule)
+    if statistics is None:
+        brackets = guess_thresholds(rule, stack, weights)
+        statistics = measure(rule, sweep, len(weights), brackets=brackets)
+    bands = _Merged(stack, rule, sweep, statistics, keep_bytes)
+    if rank is None or rank >= min(stack.d_out, stack.d_in):
+        return _full(stack, bands)
+    start = _first_guess(stack, weights, rank, seed)
+    svd = leading_svd(bands, stack.d_out, start, rank)
+    root = svd.s.sqrt()
+    merged = _stack_of(svd.u * root.to(svd.u.dtype), root.to(svd.vh.dtype)[:, None] * svd.vh)
+    retained = 1 - svd.residual / svd.square if svd.square > 0 else 1.0
+    return DeltaMerge(merged, svd.square**0.5, retained, svd.sweeps)
+
+
+def sweep_of(
+    stack: RankStack,
+    weights: Sequence[float],
+    *,
+    keys: Sequence[int] = (),
+    block_rows: int | None = None,
+    rule: Rule | None = None,
+) -> Sweep:
+    """The deltas of a stack in blocks of rows, made from the factors at every sweep.
+
+    Chain several modules' sweeps for the statistics of a global rule. Arguments as for
+    `merge_delta`; `rule` only tells whether keys are needed.
+    """
+    owners = tuple(owner for owner in stack.adapters if weights[owner] != 0)
+    if rule is not None and rule.is_random and not keys:
+        raise MethodError("this rule draws random numbers", "pass one mask key per adapter")
+    parts = [_Factors.of(stack, owner) for owner in owners]
+    present = tuple(float(weights[owner]) for owner in owners)
+    used_keys = tuple(keys[owner] if keys else 0 for owner in owners)
+    step = block_rows or _band_rows(stack)
+
+    def sweep() -> Iterator[Block]:
+        for row in range(0, stack.d_out, step):
+            stop = min(row + step, stack.d_out)
+            x = torch.stack([part.rows(row, stop) for part in parts])
+            yield Block(x, present, used_keys, owners, row)
+
+    return sweep
+
+
+def guess_thresholds(
+    rule: Rule, stack: RankStack, weights: Sequence[float]
+) -> dict[int, list[Bracket]]:
+    """Brackets for the rule's thresholds from a sample of each delta's entries.
+
+    Entries are sampled at places that depend on the shape alone. The guess decides how fast the
+    exact thresholds are found, not what they are.
+    """
+    size = stack.d_out * stack.d_in
+    if not rule.needs_thresholds or rule.scope != "tensor" or size < 4 * _SAMPLE:
+        return {}
+    rows, columns = _places(stack)
+    fractions = _fractions(rule)
+    brackets = {}
+    for owner in stack.adapters:
+        if weights[owner] == 0:
+            continue
+        part = _Factors.of(stack, owner)
+        sample = torch.linalg.vecdot(part.up[rows], part.down.mT[columns]).abs_()
+        if rule.is_random:
+            sample[: round((1 - rule.density) * _SAMPLE)] = 0
+        brackets[owner] = sample_brackets(sample, fractions)
+    return brackets
+
+
+class _Merged:
+    """The merged delta in bands; kept after the first sweep if it is small."""
+
+    def __init__(
+        self,
+        stack: RankStack,
+        rule: Rule,
+        sweep: Sweep,
+        statistics: Statistics,
+        keep_bytes: int,
+    ) -> None:
+        self.rule, self.sweep, self.statistics = rule, sweep, statistics
+        self.step = _band_rows(stack)
+        size = stack.d_out * stack.d_in * stack.up.dtype.itemsize
+        self.keep = size <= keep_bytes
+        self.kept: Tensor | None = None
+        self.stack = stack
+
+    def __call__(self) -> Iterator[tuple[int, Tensor]]:
+        if self.keep and self.kept is None:
+            self.kept = self.matrix()
+        if self.kept is not None:
+            for row in range(0, self.kept.shape[0], self.step):
+                yield row, self.kept[row : row + self.step]
+        else:
+            yield from self._bands()
+
+    def matrix(self) -> Tensor:
+        """The whole merged delta."""
+        whole = self.stack.up.new_empty(self.stack.d_out, self.stack.d_in)
+        for block in self.sweep():
+            merged = combine(self.rule, block, self.statistics)
+            whole[block.row : block.row + merged.shape[0]] = merged
+        return whole
+
+    def _bands(self) -> Iterator[tuple[int, Tensor]]:
+        """Blocks regrouped into bands of fixed height."""
+        waiting: list[Tensor] = []
+        row = held = 0
+        for block in self.sweep():
+            waiting.append(combine(self.rule, block, self.statistics))
+            held += waiting[-1].shape[0]
+            if held < self.step and row + held < self.stack.d_out:
+                continue
+            rows = torch.cat(waiting)
+            last = row + held == self.stack.d_out
+            whole = held if last else held - held % self.step
+            for start in range(0, whole, self.step):
+                yield row + start, rows[start : min(start + self.step, whole)]
+            waiting, row, held = [rows[whole:]], row + whole, held - whole
+
+
+@dataclass(frozen=True, eq=False)
+class _Factors:
+    """One adapter's factors with the scaling in `up`."""
+
+    up: Tensor
+    down: Tensor
+    step: int
+
+    @classmethod
+    def of(cls, stack: RankStack, owner: int) -> "_Factors":
+        part = stack.of_adapter(owner)
+        up = (part.up * part.scale.to(part.up.dtype)).contiguous()
+        return cls(up, part.down.contiguous(), _band_rows(stack))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the delta, cut out of whole bands, so that every row has one rounding only."""
+        first = start - start % self.step
+        if start == first and stop in (min(start + self.step, self.up.shape[0]),):
+            return self.up[start:stop] @ self.down
+        bands = [
+            self.up[row : row + self.step] @ self.down for row in range(first, stop, self.step)
+        ]
+        return torch.cat(bands)[start - first : stop - first]
+
+
+def _band_rows(stack: RankStack) -> int:
+    return BAND_ROWS.get(stack.up.device.type, BAND_ROWS["cuda"])
+
+
+def _fractions(rule: Rule) -> list[float]:
+    """Fractions of entries above each threshold."""
+    if rule.sparsify != "outliers":
+        return [rule.magnitude_density]
+    top = min(rule.gamma, 1 - rule.density)
+    return [top + rule.density, top]
+
+
+def _places(stack: RankStack) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the sampled entries, int64, shape (_SAMPLE,) each."""
+    key = mask_key(0, "sample", f"{stack.d_out} x {stack.d_in}")
+    bits = random_bits(key, 0, (2, _SAMPLE), device=stack.up.device).long() + (1 << 31)
+    return bits[0] * stack.d_out >> 32, bits[1] * stack.d_in >> 32
+
+
+def _first_guess(stack: RankStack, weights: Sequence[float], rank: int, seed: int) -> Tensor:
+    """Right subspace to start from: that of the plain weighted sum, and random directions.
+
+    The merged delta is not far from the sum, so this saves sweeps; what the sum lacks, the random
+    columns find.
+    """
+    width = min(rank + _OVERSAMPLING, stack.d_out, stack.d_in)
+    weighted = stack.weighted(torch.tensor(weights, dtype=torch.float64, device=stack.up.device))
+    _, _, vh = thin_svd(weighted.up * weighted.scale.to(weighted.up.dtype), weighted.down)
+    known = vh[: min(rank + _OVERSAMPLING // 2, width)].mT
+    key = mask_key(seed, "leading subspace", f"{stack.d_out} x {stack.d_in}")
+    bits = random_bits(key, 0, (width, stack.d_in), device=stack.up.device)
+    noise = bits.to(known.dtype).mT / 2**31 / stack.d_in**0.5
+    return torch.cat([known, noise[:, : width - known.shape[1]]], dim=1)
+
+
+def _full(stack: RankStack, bands: _Merged) -> DeltaMerge:
+    """The exact merged delta as (identity, delta), the identity on the smaller side."""
+    matrix = bands.matrix()
+    small = min(matrix.shape)
+    identity = torch.eye(small, dtype=matrix.dtype, device=matrix.device)
+    up, down = (identity, matrix) if matrix.shape[0] == small else (matrix, identity)
+    return DeltaMerge(_stack_of(up, down), float(matrix.double().norm()), 1.0, 1)
+
+
+def _stack_of(up: Tensor, down: Tensor) -> RankStack:
+    size = down.shape[0]
+    scale = torch.ones(size, dtype=torch.float64, device=up.device)
+    return RankStack(down, up, scale, torch.zeros(size, dtype=torch.int64, device=up.device))
+
+
+def _nothing(stack: RankStack, rank: int | None) -> RankStack:
+    size = min(rank or stack.d_out, stack.d_out, stack.d_in)
+    return _stack_of(stack.up.new_zeros(stack.d_out, size), stack.down.new_zeros(size, stack.d_in))
