@@ -85,8 +85,11 @@ def merge_delta(
             "use scope tensor, or pass the statistics of all modules",
         )
     weights = tuple(float(weight) for weight in weights)
-    if not any(weights[owner] for owner in stack.adapters):
+    present = torch.tensor([weights[owner] != 0 for owner in stack.owner.tolist()])
+    if not bool(present.any()):
         return DeltaMerge(_nothing(stack, rank), 0.0, 1.0, 0)
+    if not bool(present.all()):
+        stack = stack.units(present.to(stack.owner.device))
     sweep = sweep_of(stack, weights, keys=keys, block_rows=block_rows, rule=rule)
     if statistics is None:
         brackets = guess_thresholds(rule, stack, weights)

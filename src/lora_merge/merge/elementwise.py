@@ -95,6 +95,7 @@ def measure(
         statistics = replace(statistics, rescale=tuple(factors))
     if rule.energy_weights:
         squares = _totals(sweep, count, lambda b, i: sparsify(rule, b, i, statistics).square())
+        squares = [s * factor**2 for s, factor in zip(squares, statistics.rescale, strict=True)]
         total = fsum(squares)
         shares = [square / total if total > 0 else 1 / count for square in squares]
         statistics = replace(statistics, energy=tuple(shares))
