@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from builders import random_stack
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builders import random_stack
 from lora_merge.adapters import RankStack
 from lora_merge.errors import MethodError
 from lora_merge.merge.delta import guess_thresholds, merge_delta, sweep_of
