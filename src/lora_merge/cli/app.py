@@ -17,6 +17,7 @@ from lora_merge.errors import LoraMergeError
 # and none of them imports torch at its top.
 _COMMANDS = {
     "cluster": "lora_merge.cli.cluster",
+    "fuse": "lora_merge.cli.fuse",
     "info": "lora_merge.cli.info",
     "run": "lora_merge.cli.run",
 }

@@ -1,0 +1,256 @@
+"""Fuse an adapter into its base model: base + delta, shard by shard, in the base's dtype.
+
+Each shard is copied as bytes, and the tensors the adapter changes are rewritten where they lie, in
+bands: memory is one band and one module's factors. Everything else of the directory (tokenizer,
+configuration, index, tied tensors that are stored once) stays what it was.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import prod, sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters import (
+    DTYPES,
+    Adapter,
+    RankStack,
+    align,
+    atomic_directory,
+    check_target,
+    read_stacks,
+)
+from lora_merge.errors import AdapterError
+from lora_merge.merge.checkpoint import (
+    Checkpoint,
+    ShardEditor,
+    TensorPlace,
+    copy_shard,
+    open_checkpoint,
+)
+from lora_merge.merge.match import Match, Target, match_adapter
+
+# Entries of a tensor that are in memory at once, with their delta.
+_BAND_ENTRIES = 1 << 22
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What was done.
+
+    Attributes:
+        out: The directory written.
+        modules: Modules whose weight changed.
+        replaced: Tensors that the adapter stores whole and that replaced the base's.
+        added: Tensors that the base did not have.
+        untied: Tensors that shared another one's storage in the base and now have their own.
+        relative_change: Frobenius norm of all deltas over that of the weights they change.
+        num_bytes: Size of the weights.
+        notes: What the user should know, in words.
+    """
+
+    out: str
+    modules: int
+    replaced: tuple[str, ...]
+    added: tuple[str, ...]
+    untied: tuple[str, ...]
+    relative_change: float
+    num_bytes: int
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"schema": 1, **asdict(self)}
+
+
+def fuse(
+    adapter: Adapter,
+    base: Path,
+    out: Path,
+    *,
+    weight: float = 1.0,
+    force: bool = False,
+    on_module: Callable[[], None] | None = None,
+) -> FuseReport:
+    """Write the base model with the adapter in it.
+
+    Args:
+        adapter: The adapter.
+        base: Directory of the base model, in safetensors.
+        out: The directory to make.
+        weight: Multiplies the adapter's deltas and its `lora_bias`.
+        force: Replace an existing model or adapter directory.
+        on_module: Called after each module.
+
+    Raises:
+        SourceError: If the base is no safetensors checkpoint.
+        AdapterError: If the adapter does not fit the base; nothing is written.
+        OutputError: If the directory cannot be written; nothing is left behind.
+    """
+    checkpoint = open_checkpoint(base)
+    match = match_adapter(adapter, checkpoint)
+    new_bytes = sum(prod(shape) * DTYPES[code].itemsize for code, shape in match.new.values())
+    inputs = [checkpoint.folder / shard for shard in checkpoint.shards]
+    if adapter.source:
+        inputs.append(adapter.source.weights)
+    check_target(out, force=force, inputs=inputs, needed=checkpoint.num_bytes + new_bytes)
+    with atomic_directory(out) as folder:
+        for name in checkpoint.other_files():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+        places = _copy_shards(checkpoint, match, folder)
+        with _Editors(folder, places, match.prefix) as editors:
+            _write_whole_tensors(adapter, match, editors)
+            change = _add_deltas(adapter, match, editors, weight, on_module)
+        _write_json(checkpoint, match, places, folder)
+        num_bytes = sum((folder / shard).stat().st_size for shard in checkpoint.shards)
+    return FuseReport(
+        out=str(out),
+        modules=len(match.targets),
+        replaced=tuple(sorted(n for n in match.whole.values() if n in checkpoint.tensors)),
+        added=tuple(sorted(set(match.new) - set(match.untied))),
+        untied=tuple(sorted(match.untied)),
+        relative_change=change,
+        num_bytes=num_bytes,
+        notes=match.notes,
+    )
+
+
+def _copy_shards(checkpoint: Checkpoint, match: Match, folder: Path) -> dict[str, TensorPlace]:
+    """Copy every shard; the last one gets the new tensors (zeros, for now)."""
+    places: dict[str, TensorPlace] = {}
+    for shard in checkpoint.shards:
+        new = match.new if shard == checkpoint.shards[-1] else {}
+        places |= copy_shard(
+            checkpoint.folder / shard, folder / shard, new=new, prefix=match.prefix
+        )
+    return places
+
+
+class _Editors(contextlib.ExitStack):
+    """Reads and overwrites tensors by their names in the base, whatever shard they are in."""
+
+    def __init__(self, folder: Path, places: dict[str, TensorPlace], prefix: str) -> None:
+        super().__init__()
+        self._folder, self._places, self._prefix = folder, places, prefix
+        self._open: dict[str, ShardEditor] = {}
+
+    def place(self, name: str) -> TensorPlace:
+        return self._places.get(self._prefix + name) or self._places[name]
+
+    def editor(self, place: TensorPlace) -> ShardEditor:
+        if place.shard not in self._open:
+            editor = ShardEditor(self._folder / place.shard)
+            self._open[place.shard] = self.enter_context(editor)
+        return self._open[place.shard]
+
+    def read(self, name: str, start: int, count: int) -> Tensor:
+        place = self.place(name)
+        return self.editor(place).read(place, start, count)
+
+    def write(self, name: str, start: int, tensor: Tensor) -> None:
+        place = self.place(name)
+        self.editor(place).write(place, start, tensor.to(DTYPES[place.dtype]))
+
+
+def _write_whole_tensors(adapter: Adapter, match: Match, editors: _Editors) -> None:
+    for name, source in match.untied.items():
+        size = prod(editors.place(source).shape)
+        for start in range(0, size, _BAND_ENTRIES):
+            count = min(_BAND_ENTRIES, size - start)
+            editors.write(name, start, editors.read(source, start, count))
+    for extra, name in match.whole.items():
+        tensor = adapter.read_extra(extra)
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(
+                f"{adapter.name}: {extra} has NaN or infinite entries",
+                "the training diverged or the file is damaged",
+            )
+        editors.write(name, 0, tensor)
+
+
+def _add_deltas(
+    adapter: Adapter,
+    match: Match,
+    editors: _Editors,
+    weight: float,
+    on_module: Callable[[], None] | None,
+) -> float:
+    """Returns the Frobenius norm of all deltas over that of what they are added to."""
+    alignment = align([adapter])
+    squares = [0.0, 0.0]
+    for target in match.targets:
+        for expert, stack in enumerate(read_stacks(alignment, target.module)):
+            size = stack.d_out * stack.d_in
+            parts = _add_delta(adapter, target, stack, editors, expert * size, weight)
+            squares = [total + part for total, part in zip(squares, parts, strict=True)]
+        if target.bias is not None:
+            _add_bias(adapter, target, editors, weight)
+        if on_module:
+            on_module()
+    delta, base = squares
+    return sqrt(delta / base) if base > 0 else 0.0
+
+
+def _add_delta(
+    adapter: Adapter, target: Target, stack: RankStack, editors: _Editors, start: int, weight: float
+) -> tuple[float, float]:
+    """Add one matrix, band by band; returns the squared norms of the delta and the base."""
+    left, right = stack.up * (stack.scale * weight).to(stack.up.dtype), stack.down
+    if target.layout == "transposed":
+        left, right = right.mT, left.mT
+    rows, columns = left.shape[0], right.shape[1]
+    step = max(1, _BAND_ENTRIES // columns)
+    delta_square = base_square = 0.0
+    for row in range(0, rows, step):
+        delta = left[row : row + step] @ right
+        place = start + row * columns
+        stored = editors.read(target.tensor, place, delta.numel()).view(delta.shape)
+        base = stored.to(torch.promote_types(stored.dtype, torch.float32))
+        fused = (base + delta).to(stored.dtype)
+        if not bool(torch.isfinite(fused).all()) and bool(torch.isfinite(base).all()):
+            raise AdapterError(
+                f"{adapter.name}: {target.module.name}: base + delta is beyond the range of "
+                f"{stored.dtype}".replace("torch.", ""),
+                "lower --weight, or fuse into a bfloat16 or float32 base",
+            )
+        editors.write(target.tensor, place, fused)
+        delta_square += float(delta.square().sum(dtype=torch.float64))
+        base_square += float(base.square().sum(dtype=torch.float64))
+    return delta_square, base_square
+
+
+def _add_bias(adapter: Adapter, target: Target, editors: _Editors, weight: float) -> None:
+    spec = target.module.first
+    bias = adapter.tensors.read(str(spec.key_bias)).double() * (spec.scaling * weight)
+    stored = editors.read(str(target.bias), 0, bias.numel())
+    editors.write(str(target.bias), 0, stored.double() + bias)
+
+
+def _write_json(
+    checkpoint: Checkpoint, match: Match, places: dict[str, TensorPlace], folder: Path
+) -> None:
+    """Rewrite the index and the config where they say something that is no longer so."""
+    if checkpoint.index and (match.new or match.prefix):
+        path = folder / checkpoint.index
+        index = json.loads((checkpoint.folder / checkpoint.index).read_text(encoding="utf-8"))
+        index["weight_map"] = {name: places[name].shard for name in sorted(places)}
+        added = sum(prod(shape) * DTYPES[code].itemsize for code, shape in match.new.values())
+        if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
+            index["metadata"]["total_size"] += added
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    elif checkpoint.index:
+        shutil.copyfile(checkpoint.folder / checkpoint.index, folder / checkpoint.index)
+    if match.head_is_new and checkpoint.config:
+        config = {**checkpoint.config, "tie_word_embeddings": False}
+        nested = config.get("text_config")
+        if isinstance(nested, dict) and "tie_word_embeddings" in nested:
+            config["text_config"] = {**nested, "tie_word_embeddings": False}
+        text = json.dumps(config, indent=2) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")

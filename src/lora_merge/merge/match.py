@@ -1,0 +1,313 @@
+"""Which tensor of a base checkpoint each part of an adapter changes, and how it lies there."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from lora_merge.adapters import DTYPES, Adapter, AlignedModule, ModuleSpec, align
+from lora_merge.errors import AdapterError
+from lora_merge.merge.checkpoint import Checkpoint
+
+# How a weight lies in the base: as B @ A, or transposed.
+Layout = Literal["plain", "transposed"]
+
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+_HEAD = "lm_head.weight"
+# Models whose projections are GPT-2's Conv1D, stored (in, out); told apart by shape unless square.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt-sw3")
+_CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+# Models whose experts are stored (experts, in, out); told apart by shape unless square.
+_TRANSPOSED_EXPERTS = ("gpt_oss", "llama4_text", "llama4")
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One adapted module and the tensor it changes.
+
+    Attributes:
+        module: The module.
+        tensor: Name of the tensor.
+        layout: How it lies.
+        bias: Name of the bias that a `lora_bias` is added to.
+    """
+
+    module: AlignedModule
+    tensor: str
+    layout: Layout
+    bias: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """How an adapter and a base fit together. Names are those of the base's file.
+
+    Attributes:
+        targets: What gets a delta.
+        whole: Tensors the adapter stores whole: name in the adapter → name in the base.
+        new: Tensors the base does not have: name → (dtype code, shape).
+        untied: Of these, the copies of tensors that the base stores once for two uses: name →
+            name of the original.
+        prefix: What all names of the base must be prefixed with, because the tensors that are new
+            belong to a model around it (a classifier on a bare encoder).
+        notes: What the user should know.
+    """
+
+    targets: tuple[Target, ...]
+    whole: Mapping[str, str]
+    new: Mapping[str, tuple[str, tuple[int, ...]]]
+    untied: Mapping[str, str]
+    prefix: str
+    notes: tuple[str, ...]
+
+    @property
+    def head_is_new(self) -> bool:
+        """Whether the head no longer shares the embedding's storage."""
+        return _HEAD in self.new
+
+
+def match_adapter(adapter: Adapter, base: Checkpoint) -> Match:
+    """Find what an adapter changes.
+
+    Raises:
+        AdapterError: If a module has no tensor in the base, or one of another shape or dtype.
+    """
+    modules = align([adapter]).modules
+    naming = _find_naming(adapter, modules, base)
+    new: dict[str, tuple[str, tuple[int, ...]]] = {}
+    untied: dict[str, str] = {}
+    targets = []
+    for module in modules:
+        stem = naming.base_name(_unwrapped(module.name))
+        name = _tensor_name(adapter, module, stem, base)
+        if name not in base.tensors and name == _HEAD:
+            untied[name] = _embedding_of(adapter, base)
+        place = base.tensors[untied.get(name, name)]
+        if place.dtype not in DTYPES:
+            raise AdapterError(
+                f"{adapter.name}: {name} is {place.dtype} in the base, which is quantised",
+                "fuse into the unquantised base model, then quantise the result",
+            )
+        if name in untied:
+            new[name] = (place.dtype, place.shape)
+        layout = _layout(adapter, module, place.shape, base)
+        bias = f"{stem}.bias" if module.first.key_bias else None
+        if bias is not None and bias not in base.tensors:
+            raise AdapterError(
+                f"{adapter.name}: {module.name} has a bias on B, but the base has no {bias}",
+                "this adapter cannot be fused; keep it beside the base",
+            )
+        targets.append(Target(module, name, layout, bias))
+    whole = _whole_tensors(adapter, naming, base, new)
+    _untie_head(base, {t.tensor for t in targets} | set(whole.values()), new, untied)
+    prefix = naming.strip if not naming.add and set(new) - set(untied) else ""
+    return Match(tuple(targets), whole, new, untied, prefix, _notes(base, whole, new, untied))
+
+
+@dataclass(frozen=True)
+class _Naming:
+    """Adapter name → base name: one prefix taken away, another put before."""
+
+    strip: str = ""
+    add: str = ""
+
+    def base_name(self, name: str) -> str:
+        if not name.startswith(self.strip):
+            return name
+        return self.add + name.removeprefix(self.strip)
+
+
+def _find_naming(adapter: Adapter, modules: Iterable[AlignedModule], base: Checkpoint) -> _Naming:
+    """The prefix change under which every module has a tensor; none, if that will do.
+
+    A checkpoint saved from a bare model lacks the prefix that the module has inside a task model
+    ("h.0" for "transformer.h.0"), and the other way round.
+    """
+    names = [_unwrapped(m.name) for m in modules]
+    leaves = {"weight"} | {p.rpartition(".")[2] for p in adapter.config.target_parameters}
+
+    def missing(naming: _Naming) -> list[str]:
+        stems = ((name, naming.base_name(name)) for name in names)
+        return [
+            name
+            for name, stem in stems
+            if name != "lm_head" and not any(f"{stem}.{leaf}" in base.tensors for leaf in leaves)
+        ]
+
+    heads = {"", *_prefixes(base.tensors)}
+    candidates = [_Naming(strip, add) for strip in _prefixes(names) for add in {""} | heads]
+    candidates = sorted(candidates, key=lambda n: (len(n.strip) + len(n.add), n.strip, n.add))
+    best = min([_Naming(), *candidates], key=lambda naming: len(missing(naming)))
+    lost = missing(best)
+    if lost:
+        raise AdapterError(
+            f"{adapter.name}: {len(lost)} of {len(names)} modules have no tensor in "
+            f"{base.folder} ({lost[0]})",
+            "is this the base model the adapter was trained on?",
+        )
+    return best
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
+    """First one to three components of every name, with the dot, and none."""
+    found = {""}
+    for name in names:
+        parts = name.split(".")
+        found |= {".".join(parts[:n]) + "." for n in range(1, min(4, len(parts)))}
+    return {prefix for prefix in found if not any(p.isdigit() for p in prefix.split("."))}
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def _tensor_name(adapter: Adapter, module: AlignedModule, stem: str, base: Checkpoint) -> str:
+    spec = module.first
+    if spec.form != "experts":
+        return f"{stem}.weight"
+    # Wrapped parameters of one module are told apart by their shapes, which differ.
+    shapes = ((spec.d_out, spec.d_in), (spec.d_in, spec.d_out))
+    leaves = sorted(
+        parameter.rpartition(".")[2]
+        for parameter in adapter.config.target_parameters
+        if f".{_unwrapped(module.name)}".endswith("." + parameter.rpartition(".")[0])
+    )
+    fitting = [
+        name
+        for name in (f"{stem}.{leaf}" for leaf in leaves)
+        if name in base.tensors
+        and _matrices(base.tensors[name].shape) in [(spec.num_experts, *shape) for shape in shapes]
+    ]
+    if len(fitting) != 1:
+        raise AdapterError(
+            f"{adapter.name}: {module.name} fits {len(fitting)} parameters of the base "
+            f"({', '.join(leaves)}; {spec.num_experts} x {spec.d_out} x {spec.d_in})",
+            "the base may store its experts apart: save it with the transformers version that "
+            "trained the adapter",
+        )
+    return fitting[0]
+
+
+def _matrices(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if len(shape) == 3 else (1, *shape)
+
+
+def _layout(
+    adapter: Adapter, module: AlignedModule, shape: tuple[int, ...], base: Checkpoint
+) -> Layout:
+    spec = module.first
+    plain, transposed = (spec.d_out, spec.d_in), (spec.d_in, spec.d_out)
+    if spec.form == "experts":
+        matrix = _matrices(shape)[1:]
+    elif spec.form == "conv":
+        same_kernel = shape[2:] == spec.kernel and prod(shape[1:]) == spec.d_in
+        matrix = (shape[0], spec.d_in) if same_kernel else shape
+    else:
+        matrix = shape
+    if matrix not in (plain, transposed):
+        raise AdapterError(
+            f"{adapter.name}: {module.name} is {spec.d_out} x {spec.d_in}, the base's tensor "
+            f"{' x '.join(map(str, shape))}",
+            "is this the base model the adapter was trained on (vocabulary resized, perhaps)?",
+        )
+    if spec.form == "conv":
+        return "plain"
+    if plain != transposed:
+        return "plain" if matrix == plain else "transposed"
+    return _layout_of_square(adapter, spec, base)
+
+
+def _layout_of_square(adapter: Adapter, spec: ModuleSpec, base: Checkpoint) -> Layout:
+    """What the shape of a square weight does not tell."""
+    model = str(base.config.get("model_type", ""))
+    if spec.form == "embedding":
+        return "transposed"
+    if spec.form == "experts":
+        return "transposed" if model in _TRANSPOSED_EXPERTS else "plain"
+    conv1d = model in _CONV1D_MODELS and spec.name.rpartition(".")[2] in _CONV1D_NAMES
+    return "transposed" if adapter.config.fan_in_fan_out or conv1d else "plain"
+
+
+def _whole_tensors(
+    adapter: Adapter,
+    naming: _Naming,
+    base: Checkpoint,
+    new: dict[str, tuple[str, tuple[int, ...]]],
+) -> dict[str, str]:
+    """Biases and modules saved whole: name in the adapter → in the base; adds to `new`."""
+    whole = {}
+    for extra in adapter.extras.values():
+        name = naming.base_name(_unwrapped(extra.name))
+        place = base.tensors.get(name)
+        if extra.dtype not in DTYPES or (place is not None and place.dtype not in DTYPES):
+            raise AdapterError(
+                f"{adapter.name}: {extra.name} is {extra.dtype}, not a float tensor", "convert it"
+            )
+        if place is None:
+            new[name] = (extra.dtype, extra.shape)
+        elif place.shape != extra.shape:
+            raise AdapterError(
+                f"{adapter.name}: {extra.name} is {list(extra.shape)}, the base's "
+                f"{list(place.shape)}",
+                "resize the base model first (a vocabulary that grew?), then fuse",
+            )
+        whole[extra.name] = name
+    return whole
+
+
+def _untie_head(
+    base: Checkpoint,
+    changed: set[str],
+    new: dict[str, tuple[str, tuple[int, ...]]],
+    untied: dict[str, str],
+) -> None:
+    """Give a head that shares the embedding's storage its own, if only the embedding changes."""
+    architecture = str((base.config.get("architectures") or [""])[0])
+    causal = architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    if not _is_tied(base) or _HEAD in base.tensors or _HEAD in new or not causal:
+        return
+    for name in changed & base.tensors.keys():
+        if name.removesuffix(".weight").rpartition(".")[2] in _EMBEDDINGS:
+            new[_HEAD] = (base.tensors[name].dtype, base.tensors[name].shape)
+            untied[_HEAD] = name
+
+
+def _embedding_of(adapter: Adapter, base: Checkpoint) -> str:
+    """The input embedding that a missing head is tied to."""
+    found = [
+        name
+        for name in base.tensors
+        if name.removesuffix(".weight").rpartition(".")[2] in _EMBEDDINGS
+    ]
+    if len(found) != 1 or not _is_tied(base):
+        raise AdapterError(
+            f"{adapter.name}: it changes lm_head, which {base.folder} does not have",
+            "is this the base model the adapter was trained on?",
+        )
+    return found[0]
+
+
+def _is_tied(base: Checkpoint) -> bool:
+    nested = base.config.get("text_config")
+    text = nested if isinstance(nested, Mapping) else {}
+    default = _HEAD not in base.tensors
+    return bool(base.config.get("tie_word_embeddings", text.get("tie_word_embeddings", default)))
+
+
+def _notes(
+    base: Checkpoint,
+    whole: Mapping[str, str],
+    new: Mapping[str, object],
+    untied: Mapping[str, str],
+) -> tuple[str, ...]:
+    notes = [
+        f"{name} shared the storage of {source}; they differ now, so each has its own"
+        for name, source in untied.items()
+    ]
+    added = sorted(set(new) - set(untied))
+    if added:
+        notes.append(
+            f"{len(added)} tensors that the base does not have were added ({added[0]}); set the "
+            "task's architecture and labels in config.json"
+        )
+    return tuple(notes)
