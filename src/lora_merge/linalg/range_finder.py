@@ -67,8 +67,10 @@ def leading_svd(
     """
     right = thin_qr(start)[0]
     energy = 0.0
+    squares: list[float] = []
     for sweep in range(1, max_sweeps + 1):
-        left, onward, square = _sweep(bands, num_rows, right)
+        left, onward = _sweep(bands, num_rows, right, squares if sweep == 1 else None)
+        square = fsum(squares)
         _, values, rotation = torch.linalg.svd(
             torch.linalg.qr(left.to(torch.float64), mode="r").R, full_matrices=False
         )
@@ -81,14 +83,16 @@ def leading_svd(
     return LeadingSVD(u[:, :rank], s[:rank], vh[:rank], square, sweep)
 
 
-def _sweep(bands: Bands, num_rows: int, right: Tensor) -> tuple[Tensor, Tensor, float]:
-    """(M right, M^T M right, squared norm of M) in one pass."""
+def _sweep(
+    bands: Bands, num_rows: int, right: Tensor, squares: list[float] | None
+) -> tuple[Tensor, Tensor]:
+    """M right and M^T M right in one pass; adds the squared norm of each row to `squares`."""
     left = right.new_empty(num_rows, right.shape[1])
     onward = torch.zeros_like(right)
-    squares = []
     for row, band in bands():
         part = left[row : row + band.shape[0]]
         torch.mm(band, right, out=part)
         onward.addmm_(band.mT, part)
-        squares += torch.linalg.vecdot(band, band).tolist()
-    return left, onward, fsum(squares)
+        if squares is not None:
+            squares += torch.linalg.vecdot(band, band).tolist()
+    return left, onward

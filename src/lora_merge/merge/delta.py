@@ -129,7 +129,9 @@ def sweep_of(
     def sweep() -> Iterator[Block]:
         for row in range(0, stack.d_out, step):
             stop = min(row + step, stack.d_out)
-            x = torch.stack([part.rows(row, stop) for part in parts])
+            x = stack.up.new_empty(len(parts), stop - row, stack.d_in)
+            for part, rows in zip(parts, x, strict=True):
+                part.rows(row, rows)
             yield Block(x, present, used_keys, owners, row)
 
     return sweep
@@ -226,15 +228,16 @@ class _Factors:
         up = (part.up * part.scale.to(part.up.dtype)).contiguous()
         return cls(up, part.down.contiguous(), _band_rows(stack))
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows of the delta, cut out of whole bands, so that every row has one rounding only."""
-        first = start - start % self.step
-        if start == first and stop in (min(start + self.step, self.up.shape[0]),):
-            return self.up[start:stop] @ self.down
-        bands = [
-            self.up[row : row + self.step] @ self.down for row in range(first, stop, self.step)
-        ]
-        return torch.cat(bands)[start - first : stop - first]
+    def rows(self, start: int, out: Tensor) -> None:
+        """Fill `out` with rows of the delta, computed in whole bands: one rounding for each row."""
+        stop = start + out.shape[0]
+        for first in range(start - start % self.step, stop, self.step):
+            band = self.up[first : first + self.step]
+            if first >= start and first + band.shape[0] <= stop:
+                torch.mm(band, self.down, out=out[first - start : first - start + band.shape[0]])
+            else:
+                low, high = max(start, first), min(stop, first + self.step)
+                out[low - start : high - start] = (band @ self.down)[low - first : high - first]
 
 
 def _band_rows(stack: RankStack) -> int:

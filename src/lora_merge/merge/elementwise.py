@@ -16,7 +16,7 @@ from lora_merge.errors import MethodError
 from lora_merge.merge.blocks import Block, Statistics, Sweep
 from lora_merge.merge.order import Bracket, kth_largest
 from lora_merge.merge.rule import Rule
-from lora_merge.merge.sparsify import magnitude_ranks, sparsify
+from lora_merge.merge.sparsify import drop, magnitude_ranks, sparsify
 
 
 def merge_tensor(
@@ -151,8 +151,9 @@ def _votes(rule: Rule, parts: list[Tensor], shares: list[float], factors: list[f
 
 def _signs(votes: Tensor, zero: float) -> Tensor:
     """+1 and -1 by entry; `zero` where the vote is tied."""
-    signs = votes.ge(0) if zero > 0 else votes.gt(0)
-    return signs.to(votes.dtype).mul_(2).sub_(1)
+    signs = votes.clone()
+    (signs.ge_ if zero > 0 else signs.gt_)(0)  # in place: four times faster than through bool
+    return signs.mul_(2).sub_(1)
 
 
 def _elected_sum(
@@ -177,8 +178,10 @@ def _elected_sum(
         if counted is not agreeing:
             counted.add_(agreed, alpha=_counted(rule, share))
     total.mul_(signs)
-    ties = bool(votes.eq(0).mul(agreeing.gt(0)).any())
-    if rule.divide_by != "none":
+    ties = rule.zero_sign == "majority" and bool(votes.clone().eq_(0).mul_(agreeing).any())
+    if rule.divide_by == "count":
+        total.div_(counted.clamp_min_(1))
+    elif rule.divide_by != "none":
         total.div_(counted.masked_fill_(counted == 0, 1.0))
     return total, ties
 
@@ -192,14 +195,13 @@ def _thresholds(
     rule: Rule, sweep: Sweep, count: int, brackets: Mapping[int, Sequence[Bracket]] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(low, high) by owner; an owner that has no entries cuts nothing."""
-    unlimited = Statistics((0.0,) * count, (float("inf"),) * count, (), ())
     seen: set[int] = set()
 
     def magnitudes() -> Iterator[tuple[int, Tensor]]:
         for block in sweep():
             for index, owner in enumerate(block.owners):
                 seen.add(owner)
-                yield owner, sparsify(rule, block, index, unlimited).abs()
+                yield owner, drop(rule, block, index).abs()
 
     found = kth_largest(
         magnitudes,

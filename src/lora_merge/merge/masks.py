@@ -7,8 +7,9 @@ as 1, 2, 3", SC 2011.)
 """
 
 import hashlib
-import sys
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ _ROW_SALT = 0x243F6A8885A308D3  # digits of pi: nothing up the sleeve
 _COLUMN_SALT = 0x13198A2E03707344
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = (1 << 64) - 1
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 
 
 def mask_key(seed: int, module: str, adapter: str) -> int:
@@ -53,10 +55,10 @@ def random_bits(
     row_hash = _hash64(row, rows, key ^ _ROW_SALT, device)
     column_hash = _hash64(0, columns, key ^ _COLUMN_SALT, device)
     bits = torch.bitwise_xor(row_hash[:, None], column_hash[None, :])
-    _xor_high_half(bits)
-    bits.mul_(0x7FEB352D)
-    bits.bitwise_xor_(bits.bitwise_right_shift(15).bitwise_and_((1 << 17) - 1))
-    bits.mul_(_signed32(0x846CA68B))
+    if bits.device.type == "cpu":
+        _mix_numpy(bits.numpy().view(np.uint32))
+    else:
+        _mix(bits)
     return bits
 
 
@@ -75,11 +77,22 @@ def _hash64(start: int, count: int, key: int, device: torch.device | str) -> Ten
     return (x >> 32).to(torch.int32)
 
 
-def _xor_high_half(bits: Tensor) -> None:
-    """`bits ^= bits >> 16` (logical), in place, on contiguous int32."""
-    halves = bits.view(torch.int16).view(*bits.shape, 2)
-    low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
-    halves[..., low].bitwise_xor_(halves[..., high])
+def _mix(bits: Tensor) -> None:
+    """Two rounds of lowbias32 in place on int32, whose shifts are arithmetic."""
+    bits.bitwise_xor_(bits.bitwise_right_shift(16).bitwise_and_((1 << 16) - 1))
+    bits.mul_(_MULTIPLIERS[0])
+    bits.bitwise_xor_(bits.bitwise_right_shift(15).bitwise_and_((1 << 17) - 1))
+    bits.mul_(_signed32(_MULTIPLIERS[1]))
+
+
+def _mix_numpy(bits: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
+    """The same in numpy, which has unsigned integers and is three times faster on a CPU."""
+    shifted = np.right_shift(bits, 16)
+    np.bitwise_xor(bits, shifted, out=bits)
+    np.multiply(bits, np.uint32(_MULTIPLIERS[0]), out=bits)
+    np.right_shift(bits, 15, out=shifted)
+    np.bitwise_xor(bits, shifted, out=bits)
+    np.multiply(bits, np.uint32(_MULTIPLIERS[1]), out=bits)
 
 
 def _shift64(x: Tensor, by: int) -> Tensor:

@@ -25,19 +25,24 @@ def sparsify(rule: Rule, block: Block, index: int, statistics: Statistics) -> Te
         return variance.ge_(statistics.variance).mul_(x)
     if rule.sparsify == "della" and rule.density < 1:
         return _della(rule, x, block.keys[index], block.row)
-    part = x
-    if rule.sparsify == "random" and rule.density < 1:
-        shape = (x.shape[0], x.shape[1])
-        bits = random_bits(block.keys[index], block.row, shape, device=x.device)
-        part = bits.lt_(keep_threshold(rule.density)).to(x.dtype).mul_(x)
+    part = drop(rule, block, index)
     if rule.magnitude_density >= 1:
         return part.clone() if part is x else part
     if rule.scope == "row":
         return _within_rows(rule, part)
     owner = block.owners[index]
-    low, high = statistics.low[owner], statistics.high[owner]
-    kept = part.abs().ge_(low).mul_(part)
+    kept = _at_least(part, statistics.low[owner])
+    high = statistics.high[owner]
     return kept if high == float("inf") else kept.abs().le_(high).mul_(kept)
+
+
+def drop(rule: Rule, block: Block, index: int) -> Tensor:
+    """The random step before magnitudes are ranked; the block's own entries if there is none."""
+    x = block.x[index]
+    if rule.sparsify != "random" or rule.density >= 1:
+        return x
+    bits = random_bits(block.keys[index], block.row, (x.shape[0], x.shape[1]), device=x.device)
+    return bits.lt_(keep_threshold(rule.density)).to(x.dtype).mul_(x)
 
 
 def magnitude_ranks(rule: Rule, count: int) -> list[int]:
@@ -52,6 +57,16 @@ def magnitude_ranks(rule: Rule, count: int) -> list[int]:
         return [keep]
     top = min(int(rule.gamma * count), count - keep)
     return [top + keep if keep else 0, min(top + 1, count)]
+
+
+def _at_least(part: Tensor, low: float) -> Tensor:
+    """Entries of magnitude `low` or more; the others 0."""
+    if low <= 0:
+        return part.clone()
+    if low == float("inf"):
+        return torch.zeros_like(part)
+    below = torch.nextafter(torch.tensor(low, dtype=part.dtype), torch.tensor(0.0).to(part.dtype))
+    return torch.nn.functional.hardshrink(part, float(below))  # keeps what is larger than `below`
 
 
 def _within_rows(rule: Rule, part: Tensor) -> Tensor:
