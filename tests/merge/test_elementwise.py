@@ -288,6 +288,17 @@ def test_breadcrumbs_without_outliers_is_magnitude_pruning():
         assert torch.equal(crumbs, merge_tensor(preset("magnitude", density=0.4), x, WEIGHTS))
 
 
+def test_della_ranks_equal_magnitudes_by_column_in_both_precisions():
+    x = torch.tensor([0.5, -2.0, 0.0, 2.0, -0.5, 0.5, 1e-40, 2.0]).repeat(1, 3000, 1)
+    rule = preset("della", density=0.6, epsilon=0.39, compat="peft")
+    merged = [merge_tensor(rule, y, [1.0], keys=[9]) for y in (x, x.double())]
+    torch.testing.assert_close(merged[0].double(), merged[1], rtol=1e-6, atol=1e-30)
+    kept = merged[0].ne(0).double().mean(dim=0)
+    order = x[0, 0].abs().sort(stable=True).indices
+    ramp = torch.linspace(0.21, 0.99, 8, dtype=torch.float64)
+    assert ((kept[order] - ramp).abs() < 5 * (0.25 / 3000) ** 0.5)[1:].all()  # the first is 0
+
+
 def test_della_keeps_rows_of_one_column_with_the_density():
     x = torch.ones(1, 20_000, 1, dtype=torch.float64)
     merged = merge_tensor(preset("della", density=0.7), x, [1.0], keys=[5])

@@ -1,10 +1,12 @@
 """Counter-based random bits: where, not when; uniform; independent."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_merge.merge import masks
 from lora_merge.merge.masks import keep_threshold, mask_key, random_bits
 
 _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
@@ -37,6 +39,14 @@ def test_bits_are_those_of_plain_integer_arithmetic(key, row, shape):
         [_bits_in_plain_integers(key, row + i, j) for j in range(shape[1])] for i in range(shape[0])
     ]
     assert bits.tolist() == expected
+
+
+def test_the_gpus_arithmetic_gives_the_cpus_bits():
+    bits = torch.randint(-(2**31), 2**31, (50, 60), dtype=torch.int64).to(torch.int32)
+    numpy_bits = bits.clone()
+    masks._mix(bits)
+    masks._mix_numpy(numpy_bits.numpy().view(np.uint32))
+    assert torch.equal(bits, numpy_bits)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))

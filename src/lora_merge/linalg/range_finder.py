@@ -76,10 +76,12 @@ def leading_svd(
         basis, left = torch.cat([basis, block], dim=1), torch.cat([left, reached], dim=1)
         square = fsum(squares)
         previous, energy = energy, _leading_energy(left, rank)
-        room = min(num_rows, start.shape[0]) - basis.shape[1]
+        room = start.shape[0] - basis.shape[1]
         if energy - previous <= tolerance * square or room <= 0:
             break
-        block = _orthogonal_to(basis, _orthogonal_to(basis, onward))[:, :room]
+        block = onward[:, :room]
+        for _ in range(3):  # what is new may be rounding noise, which one pass leaves oblique
+            block = _orthogonal_to(basis, block)
     u, s, vh = thin_svd(left, basis.mT)
     return LeadingSVD(u[:, :rank], s[:rank], vh[:rank], square, sweep)
 

@@ -62,9 +62,10 @@ def random_bits(
     return bits
 
 
-def keep_threshold(probability: float) -> int:
-    """The limit below which `random_bits` lie with this probability, to 2^-32."""
-    return min(round(probability * 2**32), 2**32 - 1) - 2**31
+def keep_threshold(probability: float | Tensor) -> Tensor:
+    """The limit below which `random_bits` lie with this probability, to 2^-32; int32."""
+    levels = torch.as_tensor(probability, dtype=torch.float64) * 2**32
+    return (levels.round().clamp(max=2**32 - 1) - 2**31).to(torch.int32)
 
 
 def _hash64(start: int, count: int, key: int, device: torch.device | str) -> Tensor:
