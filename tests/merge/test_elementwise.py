@@ -183,6 +183,85 @@ def test_dare_is_pefts_when_the_dice_fall_the_same(monkeypatch):
         torch.testing.assert_close(ours, theirs(list(x), weights, 0.4))
 
 
+def in_mergekits_words(name, x, weights, keys, density, gamma, epsilon):
+    """mergekit's published formulas, restated: sparsify, weigh, consensus, divide."""
+    parts = []
+    for one, key in zip(x, keys, strict=True):
+        n, order = one.numel(), one.abs().flatten().argsort()
+        mask = torch.zeros(n, dtype=x.dtype)
+        bits = random_bits(key, 0, tuple(one.shape)).double() / 2**32 + 0.5  # uniform in [0, 1)
+        if name in ("ties", "magnitude"):
+            mask[order[n - int(density * n) :]] = 1
+        elif name == "breadcrumbs":
+            top = int(gamma * n)
+            mask[order[n - int(density * n) - top : n - top]] = 1
+        elif name in ("dare", "dare-ties"):
+            mask = (bits < density).to(x.dtype)
+        else:
+            rank = one.abs().argsort(dim=1).argsort(dim=1) / (one.shape[1] - 1)
+            mask = (bits < density - epsilon + 2 * epsilon * rank).to(x.dtype)
+        part = one * mask.reshape(one.shape)
+        if name in ("dare", "dare-ties", "della"):
+            part = part * (one.abs().sum() / part.abs().sum())
+        parts.append(part)
+    w = torch.tensor(weights, dtype=x.dtype)[:, None, None]
+    weighted = torch.stack(parts) * w
+    if name not in ("ties", "dare-ties", "della"):
+        return weighted.sum(dim=0)
+    majority = torch.where(weighted.sum(dim=0) >= 0, 1, -1)
+    agrees = weighted.sign() == majority
+    divisor = (w * agrees).sum(dim=0)
+    divisor[divisor == 0] = 1
+    return (weighted * agrees).sum(dim=0) / (1 if name == "dare-ties" else divisor)
+
+
+@pytest.mark.parametrize("name", [name for name in rule_names() if name != "sce"])
+def test_compat_mergekit_is_mergekits_formula(name):
+    x, epsilon = tensors(5, (4, 11, 13)), 0.15
+    rule = preset(name, compat="mergekit", density=0.6)
+    for weights in (WEIGHTS, (0.3, 1.0, 1.0, 0.7)):
+        theirs = in_mergekits_words(name, x, weights, KEYS[:4], 0.6, rule.gamma, epsilon)
+        torch.testing.assert_close(merge_tensor(rule, x, weights, keys=KEYS[:4]), theirs)
+
+
+@pytest.mark.parametrize("top", [0.15, 0.5, 1.0])
+def test_sce_is_fusechats_formula(top):
+    x = tensors(6, (3, 8, 10))
+    variance = x.var(dim=0, unbiased=False)
+    kept = torch.ones_like(variance)
+    if top < 1:
+        smallest = variance.flatten().topk(int(top * variance.numel())).values[-1]
+        kept = (variance >= smallest).to(x.dtype)
+    deltas = x * kept
+    shares = deltas.square().sum(dim=(1, 2), keepdim=True)
+    agrees = deltas.sign() == torch.where(deltas.sum(dim=0) >= 0, 1, -1)
+    divisor = (shares * agrees).sum(dim=0)
+    theirs = (deltas * shares * agrees).sum(dim=0) / torch.where(divisor == 0, 1, divisor)
+    ours = merge_tensor(preset("sce", density=top), x, [1, 1, 1])
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["ties", "dare-ties"])
+def test_ties_is_the_authors_formula_on_the_whole_vector(name):
+    """Trim the flattened vector, elect by the sum, zero sums to the majority, disjoint mean."""
+    x = tensors(7, (5, 12, 15))
+    x[1, 0] = -x[0, 0]
+    x[2:, 0] = 0
+    vectors = x.flatten(1)
+    rule = preset(name)
+    if name == "dare-ties":  # MergeLM drops and rescales first, then does TIES with a trim of 80 %
+        kept = [random_bits(key, 0, (12, 15)) < keep_threshold(0.5) for key in KEYS]
+        vectors = vectors * torch.stack(kept).flatten(1) / 0.5
+    kth = vectors.abs().topk(int(0.2 * vectors.shape[1]), dim=1).values[:, -1:]
+    vectors = vectors * (vectors.abs() >= kth)
+    signs = vectors.sum(dim=0).sign()
+    signs[signs == 0] = signs.sum().sign()
+    agrees = torch.where(signs > 0, vectors > 0, vectors < 0)
+    mean = (vectors * agrees).sum(dim=0) / agrees.sum(dim=0).clamp(min=1)
+    merged = merge_tensor(rule, x, [1.0] * 5, keys=KEYS)
+    torch.testing.assert_close(merged.flatten(), mean)
+
+
 # --- laws ----------------------------------------------------------------------------------------
 
 _rules = st.builds(
