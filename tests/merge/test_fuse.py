@@ -134,6 +134,27 @@ def test_a_fused_language_model_has_the_logits_of_base_and_adapter(
     assert report.untied == (("lm_head.weight",) if alone else ())
 
 
+def test_a_tied_head_that_is_stored_all_the_same_stays_what_it_was(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = _language_model("llama", True)
+    model.save_pretrained(tmp_path / "base")
+    state = load_file(tmp_path / "base" / "model.safetensors")
+    head = state["model.embed_tokens.weight"]
+    save_file({**state, "lm_head.weight": head.clone()}, tmp_path / "base" / "model.safetensors")
+    config, _ = adapter_parts()
+    tensors = {
+        "base_model.model.model.embed_tokens.lora_embedding_A": torch.randn(4, 40),
+        "base_model.model.model.embed_tokens.lora_embedding_B": torch.randn(16, 4),
+    }
+    adapter = Adapter.from_pretrained(save_parts(tmp_path / "a", config, tensors))
+    fuse(adapter, tmp_path / "base", tmp_path / "out")
+    fused = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(fused.lm_head.weight, head)
+    a, b = tensors.values()
+    torch.testing.assert_close(fused.model.embed_tokens.weight.data, head + 2 * (b @ a).mT)
+
+
 def test_a_half_precision_base_is_rounded_once(tmp_path):
     torch.manual_seed(0)
     state = {name: tensor.bfloat16() for name, tensor in Model().state_dict().items()}

@@ -247,7 +247,7 @@ def _write_json(
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     elif checkpoint.index:
         shutil.copyfile(checkpoint.folder / checkpoint.index, folder / checkpoint.index)
-    if match.head_is_new and checkpoint.config:
+    if match.unties and checkpoint.config:
         config = {**checkpoint.config, "tie_word_embeddings": False}
         nested = config.get("text_config")
         if isinstance(nested, dict) and "tie_word_embeddings" in nested:

@@ -50,6 +50,7 @@ class Match:
             name of the original.
         prefix: What all names of the base must be prefixed with, because the tensors that are new
             belong to a model around it (a classifier on a bare encoder).
+        unties: Whether the embedding and the head no longer are one tensor.
         notes: What the user should know.
     """
 
@@ -58,12 +59,8 @@ class Match:
     new: Mapping[str, tuple[str, tuple[int, ...]]]
     untied: Mapping[str, str]
     prefix: str
+    unties: bool
     notes: tuple[str, ...]
-
-    @property
-    def head_is_new(self) -> bool:
-        """Whether the head no longer shares the embedding's storage."""
-        return _HEAD in self.new
 
 
 def match_adapter(adapter: Adapter, base: Checkpoint) -> Match:
@@ -99,9 +96,11 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Match:
             )
         targets.append(Target(module, name, layout, bias))
     whole = _whole_tensors(adapter, naming, base, new)
-    _untie_head(base, {t.tensor for t in targets} | set(whole.values()), new, untied)
+    unties = _untie_head(base, {t.tensor for t in targets} | set(whole.values()), new, untied)
     prefix = naming.strip if not naming.add and set(new) - set(untied) else ""
-    return Match(tuple(targets), whole, new, untied, prefix, _notes(base, whole, new, untied))
+    return Match(
+        tuple(targets), whole, new, untied, prefix, unties, _notes(base, whole, new, untied)
+    )
 
 
 @dataclass(frozen=True)
@@ -260,25 +259,30 @@ def _untie_head(
     changed: set[str],
     new: dict[str, tuple[str, tuple[int, ...]]],
     untied: dict[str, str],
-) -> None:
-    """Give a head that shares the embedding's storage its own, if only the embedding changes."""
+) -> bool:
+    """Give a head that shares the embedding's storage its own, if one of the two changes.
+
+    Returns:
+        Whether it did; the config must then say that they are not tied.
+    """
     architecture = str((base.config.get("architectures") or [""])[0])
     causal = architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-    if not _is_tied(base) or _HEAD in base.tensors or _HEAD in new or not causal:
-        return
-    for name in changed & base.tensors.keys():
-        if name.removesuffix(".weight").rpartition(".")[2] in _EMBEDDINGS:
-            new[_HEAD] = (base.tensors[name].dtype, base.tensors[name].shape)
-            untied[_HEAD] = name
+    embeddings = [name for name in changed & base.tensors.keys() if _is_embedding(name)]
+    if not _is_tied(base) or not (_HEAD in changed or (embeddings and causal)):
+        return False
+    if _HEAD not in base.tensors and _HEAD not in new:
+        new[_HEAD] = (base.tensors[embeddings[0]].dtype, base.tensors[embeddings[0]].shape)
+        untied[_HEAD] = embeddings[0]
+    return True
+
+
+def _is_embedding(name: str) -> bool:
+    return name.removesuffix(".weight").rpartition(".")[2] in _EMBEDDINGS
 
 
 def _embedding_of(adapter: Adapter, base: Checkpoint) -> str:
     """The input embedding that a missing head is tied to."""
-    found = [
-        name
-        for name in base.tensors
-        if name.removesuffix(".weight").rpartition(".")[2] in _EMBEDDINGS
-    ]
+    found = [name for name in base.tensors if _is_embedding(name)]
     if len(found) != 1 or not _is_tied(base):
         raise AdapterError(
             f"{adapter.name}: it changes lm_head, which {base.folder} does not have",

@@ -167,9 +167,8 @@ def _radix_search(
             if owner not in searches:
                 continue
             bits = _bits(part)
-            prefix = bits >> (_DIGIT_BITS * (level + 1))
             for index, search in enumerate(searches[owner]):
-                fine[owner][index] += _histogram(bits[prefix == search.prefix], level)
+                fine[owner][index] += _histogram(_below(bits, search.prefix, level + 1), level)
         for owner, parts in searches.items():
             for index, search in enumerate(parts):
                 search.descend(fine[owner][index])
@@ -208,6 +207,17 @@ def _bits(part: Tensor) -> Tensor:
     return part.contiguous().view(integer).flatten()
 
 
+def _below(bits: Tensor, prefix: int, level: int) -> Tensor:
+    """The bit patterns whose digits from `level` up are `prefix`."""
+    shift = _DIGIT_BITS * level
+    if bits.device.type != "cpu":
+        return bits[bits >> shift == prefix]
+    values = bits.numpy()
+    return torch.from_numpy(values[values >> shift == prefix])
+
+
 def _histogram(bits: Tensor, level: int) -> Tensor:
-    digits = (bits >> (_DIGIT_BITS * level)) & (_DIGITS - 1)
+    digits = bits >> (_DIGIT_BITS * level) if level else bits
+    if level < _last_level(bits.dtype):
+        digits = digits & (_DIGITS - 1)
     return torch.bincount(digits, minlength=_DIGITS).cpu()
