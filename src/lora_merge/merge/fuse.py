@@ -36,8 +36,8 @@ from lora_merge.merge.checkpoint import (
 )
 from lora_merge.merge.match import Match, Target, match_adapter
 
-# Entries of a tensor that are in memory at once, with their delta.
-_BAND_ENTRIES = 1 << 22
+# Entries of a tensor that are in memory at once, with their delta: 1 MB each, which stays in cache.
+_BAND_ENTRIES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -212,18 +212,25 @@ def _add_delta(
         delta = left[row : row + step] @ right
         place = start + row * columns
         stored = editors.read(target.tensor, place, delta.numel()).view(delta.shape)
-        base = stored.to(torch.promote_types(stored.dtype, torch.float32))
-        fused = (base + delta).to(stored.dtype)
-        if not bool(torch.isfinite(fused).all()) and bool(torch.isfinite(base).all()):
+        fused = stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True)
+        base_square += _square(fused)
+        delta_square += _square(delta)
+        fused.add_(delta)
+        low, high = (float(bound) for bound in fused.aminmax())
+        limit = torch.finfo(stored.dtype).max
+        if not -limit <= low <= high <= limit and bool(stored.isfinite().all()):
             raise AdapterError(
                 f"{adapter.name}: {target.module.name}: base + delta is beyond the range of "
                 f"{stored.dtype}".replace("torch.", ""),
                 "lower --weight, or fuse into a bfloat16 or float32 base",
             )
         editors.write(target.tensor, place, fused)
-        delta_square += float(delta.square().sum(dtype=torch.float64))
-        base_square += float(base.square().sum(dtype=torch.float64))
     return delta_square, base_square
+
+
+def _square(x: Tensor) -> float:
+    flat = x.flatten()
+    return float(flat @ flat)
 
 
 def _add_bias(adapter: Adapter, target: Target, editors: _Editors, weight: float) -> None:
