@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 DENSITY = 0.2
 RULES = {"ties": "ties_svd", "dare-ties": "dare_ties_svd"}
@@ -87,7 +88,7 @@ def _work(who: str, rule: str, arguments: argparse.Namespace) -> None:
     print(json.dumps({"seconds": seconds, "megabytes": peak / 1e6, "kept": _kept(rule, result)}))
 
 
-def _ours(rule: str, factors: list, rank: int) -> Callable:  # type: ignore[type-arg]
+def _ours(rule: str, factors: list[Any], rank: int) -> Callable[[], Any]:
     from lora_merge.adapters import RankStack
     from lora_merge.merge.delta import merge_delta
     from lora_merge.merge.rule import preset
@@ -96,14 +97,14 @@ def _ours(rule: str, factors: list, rank: int) -> Callable:  # type: ignore[type
     chosen = preset(rule, compat="peft", density=DENSITY)
     keys = range(len(factors))
 
-    def work():  # type: ignore[no-untyped-def]
+    def work() -> Any:
         merged = merge_delta(stack, chosen, [1.0] * len(factors), rank=rank, keys=keys)
         return merged.retained
 
     return work
 
 
-def _peft(rule: str, factors: list, rank: int) -> Callable:  # type: ignore[type-arg]
+def _peft(rule: str, factors: list[Any], rank: int) -> Callable[[], Any]:
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -120,7 +121,7 @@ def _peft(rule: str, factors: list, rank: int) -> Callable:  # type: ignore[type
         layer.lora_A[name].weight.data.copy_(a)
         layer.lora_B[name].weight.data.copy_(b)
 
-    def work():  # type: ignore[no-untyped-def]
+    def work() -> Any:
         model.add_weighted_adapter(
             names, [1.0] * len(names), "merged", RULES[rule], svd_rank=rank, density=DENSITY
         )
@@ -129,7 +130,7 @@ def _peft(rule: str, factors: list, rank: int) -> Callable:  # type: ignore[type
     return work
 
 
-def _kept(rule: str, result: object) -> float:
+def _kept(rule: str, result: Any) -> float:
     """Share of the merged delta's energy in the result; for PEFT recomputed outside the timing."""
     if isinstance(result, float):
         return result
@@ -138,11 +139,11 @@ def _kept(rule: str, result: object) -> float:
     import torch
     from peft.utils.merge_utils import ties
 
-    names = [name for name in result.lora_A if name != "merged"]  # type: ignore[attr-defined]
+    names = [name for name in result.lora_A if name != "merged"]
     with torch.no_grad():
-        deltas = [result.get_delta_weight(name) for name in names]  # type: ignore[attr-defined]
+        deltas = [result.get_delta_weight(name) for name in names]
         dense = ties(deltas, torch.ones(len(names)), DENSITY)
-        merged = result.get_delta_weight("merged")  # type: ignore[attr-defined]
+        merged = result.get_delta_weight("merged")
         return 1 - float((dense - merged).square().sum() / dense.square().sum())
 
 
