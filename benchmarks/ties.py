@@ -4,7 +4,8 @@
 
 One module, the same factors for both; each measurement is a process of its own, and the two take
 turns. Time is that of the merge alone (imports and making the factors left out); memory is the peak
-resident size during the merge above the resident size before it. Both write the same rank.
+resident size during the merge above the resident size before it. Both write the same rank. Ours has
+one thread, as every module has in a merge (parallelism is across modules); PEFT has all.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0, help="0: as many as torch likes")
+    parser.add_argument("--threads", type=int, default=0, help="PEFT's; 0: as many as torch likes")
     parser.add_argument("--worker", nargs=2, metavar=("WHO", "RULE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -66,7 +67,9 @@ def _measure(who: str, rule: str) -> dict[str, float]:
 def _work(who: str, rule: str, arguments: argparse.Namespace) -> None:
     import torch
 
-    if arguments.threads:
+    if who == "ours":
+        torch.set_num_threads(1)
+    elif arguments.threads:
         torch.set_num_threads(arguments.threads)
     random = torch.Generator().manual_seed(0)
     size, rank = arguments.size, arguments.rank
