@@ -151,3 +151,18 @@ def test_the_gauge_of_the_factors_does_not_matter(rank, seed):
     merged = merge_delta(stack, rule, WEIGHTS, rank=None).stack.delta()
     turned = merge_delta(RankStack.of(parts), rule, WEIGHTS, rank=None).stack.delta()
     torch.testing.assert_close(turned, merged)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", rule_names())
+def test_a_gpu_gives_the_same_masks_and_the_same_result_within_rounding(name):
+    stack = random_stack(d_out=300, d_in=200, dtype=torch.float32)
+    on_gpu = RankStack(*(t.cuda() for t in (stack.down, stack.up, stack.scale, stack.owner)))
+    for rank in (None, 5):
+        ours = merge_delta(stack, rule_of(name), WEIGHTS, rank=rank, keys=KEYS)
+        theirs = merge_delta(on_gpu, rule_of(name), WEIGHTS, rank=rank, keys=KEYS)
+        difference = (theirs.stack.delta().cpu() - ours.stack.delta()).norm()
+        # An entry within rounding of a threshold or of a tied vote may fall on the other side.
+        assert difference < 0.02 * ours.norm
+        assert theirs.retained == pytest.approx(ours.retained, abs=1e-3)
