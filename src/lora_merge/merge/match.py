@@ -97,7 +97,7 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Match:
         targets.append(Target(module, name, layout, bias))
     whole = _whole_tensors(adapter, naming, base, new)
     unties = _untie_head(base, {t.tensor for t in targets} | set(whole.values()), new, untied)
-    prefix = naming.strip if not naming.add and set(new) - set(untied) else ""
+    prefix = naming.strip if new and not naming.add else ""
     return Match(
         tuple(targets), whole, new, untied, prefix, unties, _notes(base, whole, new, untied)
     )
@@ -308,7 +308,7 @@ def _notes(
         f"{name} shared the storage of {source}; they differ now, so each has its own"
         for name, source in untied.items()
     ]
-    added = sorted(set(new) - set(untied))
+    added = sorted(set(new) - {_HEAD})
     if added:
         notes.append(
             f"{len(added)} tensors that the base does not have were added ({added[0]}); set the "
