@@ -1,5 +1,6 @@
 """Small dense algebra on factors. Knows tensors, not adapters."""
 
+from lora_merge.linalg.core import CoreSVD, core_svd
 from lora_merge.linalg.factors import (
     gram,
     orthonormal_basis,
@@ -10,7 +11,9 @@ from lora_merge.linalg.factors import (
 from lora_merge.linalg.kmeans import KMeansResult, kmeans
 
 __all__ = [
+    "CoreSVD",
     "KMeansResult",
+    "core_svd",
     "gram",
     "kmeans",
     "orthonormal_basis",
