@@ -22,12 +22,23 @@ class Output:
 
     Args:
         as_json: Print data as JSON and keep stderr free of progress.
+        width: Columns; default: those of the terminal.
     """
 
-    def __init__(self, as_json: bool) -> None:
+    def __init__(self, as_json: bool, *, width: int | None = None) -> None:
         self.as_json = as_json
-        self._out = _Console(highlight=False, soft_wrap=False)
+        self._out = _Console(highlight=False, soft_wrap=False, width=width)
         self._err = _Console(stderr=True, highlight=False)
+
+    @property
+    def width(self) -> int:
+        """Columns there are."""
+        return self._out.width
+
+    @property
+    def plain(self) -> bool:
+        """Whether the terminal cannot show block characters."""
+        return not self._out.encoding.startswith("utf")
 
     def data(self, data: Mapping[str, Any], *renderables: RenderableType) -> None:
         """The command's result: `data` as JSON, or the renderables."""

@@ -20,6 +20,7 @@ _COMMANDS = {
     "fuse": "lora_merge.cli.fuse",
     "info": "lora_merge.cli.info",
     "run": "lora_merge.cli.run",
+    "spectra": "lora_merge.cli.spectra",
 }
 
 

@@ -1,0 +1,44 @@
+"""Short forms of numbers and names for narrow columns."""
+
+import math
+from collections.abc import Sequence
+
+
+def number(value: float | None) -> str:
+    """Three significant digits in at most six characters; "-" where there is none."""
+    if value is None:
+        return "-"
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e5:
+        digits = 2 - math.floor(math.log10(abs(value)))
+        return f"{value:.{min(max(digits, 0), 5)}f}"
+    return f"{value:.0e}"
+
+
+def span(pair: tuple[int, int]) -> str:
+    """A range of whole numbers, or the one number it is."""
+    return f"{pair[0]}" if pair[0] == pair[1] else f"{pair[0]}-{pair[1]}"
+
+
+def shorten(text: str, width: int) -> str:
+    """A module name in a width: leading components to three letters, then cut from the left."""
+    parts = text.split(".")
+    for index in range(len(parts) - 1):
+        if len(".".join(parts)) <= width:
+            break
+        parts[index] = parts[index][:3]
+    text = ".".join(parts)
+    return text if len(text) <= width else "…" + text[1 - width :]
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Paths without the directories that all of them share."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    if len(parts) == 1:
+        return [parts[0][-1]]
+    while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    while all(len(p) > 1 for p in parts) and len({p[-1] for p in parts}) == 1:
+        parts = [p[:-1] for p in parts]
+    return ["/".join(p) for p in parts]

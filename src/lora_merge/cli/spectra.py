@@ -1,0 +1,111 @@
+"""`lora-merge spectra`: singular values of every module, and what rank to keep."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lora_merge.cli._options import json_option, pickle_option
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lora_merge.analysis.spectra import AdapterSpectra
+
+_METRICS = ["frobenius", "spectral", "stable", "erank", "k95", "top1"]
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  lora-merge spectra ADAPTER
+  lora-merge spectra ADAPTER --module '3.*.q_proj'
+  lora-merge spectra ADAPTER --sort stable --top 10
+  lora-merge spectra 'runs/*' --json > spectra.json
+""",
+    short_help="Singular spectra: what rank is worth keeping, and where.",
+)
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option(
+    "--module",
+    "modules",
+    multiple=True,
+    metavar="GLOB",
+    help="Only modules that match; a single one is shown in full. Repeatable.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(_METRICS),
+    default="frobenius",
+    show_default=True,
+    help="What the heat map shows.",
+)
+@click.option(
+    "--sort", type=click.Choice(["name", *_METRICS]), help="List modules one by one, in this order."
+)
+@click.option("--top", type=click.IntRange(min=1), help="List only so many modules, or values.")
+@click.option("--width", type=click.IntRange(min=60), help="Columns.  [default: the terminal's]")
+@click.option("--csv", type=click.Path(path_type=Path), help="Write module, i, s_i, energy to i.")
+@pickle_option
+@json_option
+def command(
+    adapters: tuple[str, ...],
+    modules: tuple[str, ...],
+    metric: str,
+    sort: str | None,
+    top: int | None,
+    width: int | None,
+    csv: Path | None,
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
+    """Show the singular spectra of each ADAPTER's deltas, and what rank is worth keeping.
+
+    Values are those of scaling * B @ A, exact, computed from the factors.
+    """
+    from lora_merge.adapters import expand, open_adapter, resolve
+    from lora_merge.analysis.export import spectra_document, write_csv
+    from lora_merge.analysis.spectra import adapter_spectra
+    from lora_merge.cli._output import Output
+
+    output = Output(as_json, width=width)
+    opened = [open_adapter(resolve(r, allow_pickle=allow_pickle)) for r in expand(adapters)]
+    with output.progress("reading", sum(len(a.modules) for a in opened)) as advance:
+        results = [adapter_spectra(a, modules=modules, on_module=advance) for a in opened]
+    if csv:
+        write_csv(results, csv)
+    output.data(
+        spectra_document(results),
+        *_views(results, bool(modules), metric, sort, top, output.width, output.plain),
+    )
+
+
+def _views(
+    results: "list[AdapterSpectra]",
+    chosen: bool,
+    metric: str,
+    sort: str | None,
+    top: int | None,
+    width: int,
+    plain: bool,
+) -> "list[RenderableType]":
+    from lora_merge.cli import _spectra_view as view
+    from lora_merge.cli._module_view import module_view
+
+    if sort or top or chosen:
+        views: list[RenderableType] = []
+        for spectra in results:
+            if len(results) > 1:
+                views.append(f"[bold]{spectra.adapter}[/bold]")
+            if chosen and len(spectra.modules) == 1:
+                views.append(module_view(spectra.modules[0], width=width, top=top, plain=plain))
+            else:
+                views.append(
+                    view.module_list(
+                        spectra.modules, sort=sort or "frobenius", top=top, width=width, plain=plain
+                    )
+                )
+        return views
+    if len(results) == 1:
+        return [view.overview(results[0], width=width, metric=metric, plain=plain)]
+    return [view.several(results, width=width, metric=metric, plain=plain)]
