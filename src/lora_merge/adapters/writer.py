@@ -180,7 +180,9 @@ def _targets(adapters: Sequence[Adapter], specs: Mapping[str, ModuleSpec]) -> li
     """Names for `target_modules`: the adapters' own short names where they say the same thing."""
     names = [name for name, spec in specs.items() if spec.form != "experts"]
     lists = [a.config.target_modules for a in adapters]
-    if all(isinstance(one, tuple) for one in lists) and not any(a.config.partial for a in adapters):
+    whole = all(name in specs for a in adapters for name in a.modules)
+    named = all(isinstance(one, tuple) for one in lists)
+    if whole and named and not any(a.config.partial for a in adapters):
         short = sorted({target for one in lists for target in one or ()})
         if all(any(n == t or n.endswith("." + t) for t in short) for n in names):
             return short
