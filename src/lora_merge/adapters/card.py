@@ -43,3 +43,14 @@ def model_card(
         "`lora-merge run lora_merge.yaml -o DIR` makes the same bytes again.\n\n"
         f"```yaml\n{recipe}```\n"
     )
+
+
+def short_card(title: str, base_model: str | None, text: str) -> str:
+    """Text of `README.md` of an adapter that was not merged: metadata, a heading, a paragraph."""
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="peft",
+        tags=["lora", "peft", "lora-merge"],
+        base_model_relation="adapter" if base_model else None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n"

@@ -1,0 +1,122 @@
+"""`lora-merge resize`: fewer ranks, chosen from the spectra."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_merge.cli._options import json_option, pickle_option
+from lora_merge.cli._rule_options import rule_options, take_rule
+
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  lora-merge resize ADAPTER -o small                  95 % of the energy per module
+  lora-merge resize ADAPTER -o small --budget x0.5 --dry-run
+  lora-merge resize ADAPTER -o small --rank 8 --dtype bfloat16
+""",
+    short_help="Lower an adapter's ranks, by energy, budget or another rule.",
+)
+@click.argument("adapter")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory to make.")
+@rule_options
+@click.option("--exact", is_flag=True, help="Spread a budget by dynamic programming.")
+@click.option(
+    "--objective",
+    type=click.Choice(["absolute", "relative"]),
+    default="absolute",
+    show_default=True,
+    help="What a budget minimises: squared error, or each module's share of it.",
+)
+@click.option("--min-rank", type=click.IntRange(min=1), default=1, help="Smallest rank.")
+@click.option("--max-rank", type=click.IntRange(min=1), help="Largest rank.")
+@click.option("--round-to", type=click.IntRange(min=1), default=1, help="Round ranks up to this.")
+@click.option("--drop-empty", is_flag=True, help="Let a module have rank 0 and drop it.")
+@click.option("--uniform", is_flag=True, help="Pad all modules to the largest rank.")
+@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="[default: the adapter's]")
+@click.option("--force", is_flag=True, help="Replace an adapter directory that is there.")
+@click.option("--dry-run", is_flag=True, help="Show the plan as a difference, write nothing.")
+@click.option("--list", "each", is_flag=True, help="In a plan, list every module.")
+@click.option("--width", type=click.IntRange(min=60), help="Columns.  [default: the terminal's]")
+@pickle_option
+@json_option
+def command(adapter: str, **arguments: Any) -> None:
+    """Write ADAPTER with new ranks: the best approximation of every delta at its rank.
+
+    Prints truncation and rounding error apart. Energy is a proxy: measure the task afterwards.
+    """
+    rule = take_rule(arguments)
+    if arguments["out"] is None and not arguments["dry_run"]:
+        raise click.UsageError("missing option '-o' (or --dry-run)")
+    _run(adapter, rule, **arguments)
+
+
+def _run(
+    ref: str,
+    rule: str,
+    *,
+    out: Path | None,
+    exact: bool,
+    objective: str,
+    min_rank: int,
+    max_rank: int | None,
+    round_to: int,
+    drop_empty: bool,
+    uniform: bool,
+    dtype: str | None,
+    force: bool,
+    dry_run: bool,
+    each: bool,
+    width: int | None,
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
+    from lora_merge.adapters import open_adapter, resolve
+    from lora_merge.analysis.ranks import choose_ranks, parse_rule
+    from lora_merge.analysis.resize import plan_resize, resize
+    from lora_merge.analysis.spectra import adapter_spectra, require_finite
+    from lora_merge.cli._output import Output
+
+    output = Output(as_json, width=width)
+    parsed = parse_rule(rule)
+    adapter = open_adapter(resolve(ref, allow_pickle=allow_pickle))
+    with output.progress("measuring", len(adapter.modules)) as advance:
+        spectra = adapter_spectra(adapter, keep_cores=not dry_run, on_module=advance)
+    require_finite(spectra)
+    plan = choose_ranks(
+        spectra.by_module,
+        spectra.costs,
+        parsed,
+        before=spectra.ranks,
+        min_rank=0 if drop_empty else min_rank,
+        max_rank=max_rank,
+        round_to=round_to,
+        weights=_weights(spectra.by_module) if objective == "relative" else None,
+        exact=exact,
+    )
+    target = plan_resize(
+        adapter,
+        spectra,
+        plan,
+        dtype=_DTYPES[dtype] if dtype else None,
+        layout="uniform" if uniform else "per-module",
+    )
+    from lora_merge.cli import _resize_view as view
+
+    if dry_run or out is None:
+        document = {"schema": 1, "plan": plan.to_dict(), "bytes": target.num_bytes}
+        shown = view.plan_view(plan, width=output.width, plain=output.plain, each=each)
+        output.data(document, shown, view.output_view(plan, target))
+        return
+    with output.progress("writing", len(plan.ranks)) as advance:
+        report = resize(adapter, spectra, plan, target, out, force=force, on_module=advance)
+    output.data(report.to_dict(), view.report_view(report, target))
+
+
+def _weights(spectra: Any) -> dict[str, float]:
+    """Weights that make every module's relative error count the same."""
+    energies = {name: float(values.square().sum()) for name, values in spectra.items()}
+    return {name: 1 / energy if energy > 0 else 1.0 for name, energy in energies.items()}
