@@ -18,6 +18,7 @@ from lora_merge.errors import LoraMergeError
 _COMMANDS = {
     "cluster": "lora_merge.cli.cluster",
     "fuse": "lora_merge.cli.fuse",
+    "compare": "lora_merge.cli.compare",
     "info": "lora_merge.cli.info",
     "resize": "lora_merge.cli.resize",
     "run": "lora_merge.cli.run",

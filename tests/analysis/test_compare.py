@@ -1,0 +1,290 @@
+"""Pairwise statistics against dense float64 matrices, reference values and laws."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builders import SHAPES, adapter_parts, make_adapter, random_stack
+from lora_merge.adapters import Adapter, RankStack, TensorDict, build_adapter, parse_config
+from lora_merge.analysis import overlap
+from lora_merge.analysis.cluster import cluster_adapters, tree_of
+from lora_merge.analysis.compare import compare
+from lora_merge.analysis.overlap import PairTables, pair_tables
+from lora_merge.analysis.verdicts import judge
+from lora_merge.errors import AdapterError, AlignmentError, MethodError
+
+
+def tables(stack: RankStack, count: int | None = None, samples: int = 500) -> PairTables:
+    count = count or len(stack.adapters)
+    return pair_tables(stack, count, samples=samples, seed=0, angles=True)
+
+
+def dense(stack: RankStack, owner: int) -> torch.Tensor:
+    return stack.of_adapter(owner).delta().double()
+
+
+def bases(stack: RankStack, owner: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    u, s, vh = torch.linalg.svd(dense(stack, owner), full_matrices=False)
+    rank = int((s > 1e-9 * s[0]).sum())
+    return u[:, :rank], s[:rank], vh[:rank].mT
+
+
+ranks = st.lists(st.integers(1, 5), min_size=2, max_size=4)
+
+
+@given(ranks=ranks, seed=st.integers(0, 1000), d_out=st.integers(6, 30), d_in=st.integers(6, 30))
+def test_tables_are_those_of_the_dense_deltas(ranks, seed, d_out, d_in):
+    scales = [(-1) ** i * (1 + i) for i in range(len(ranks))]
+    stack = random_stack(ranks, d_out, d_in, scales=scales, seed=seed)
+    got = tables(stack)
+    for i in range(len(ranks)):
+        u, s, v = bases(stack, i)
+        for j in range(len(ranks)):
+            product = float((dense(stack, i) * dense(stack, j)).sum())
+            assert float(got.products[i, j]) == pytest.approx(product, abs=1e-8)
+            other_u, other_s, other_v = bases(stack, j)
+            for mine, theirs, overlap_, cosine, chance, d in (
+                (u, other_u, got.overlap_out, got.cosine_out, got.chance_out, d_out),
+                (v, other_v, got.overlap_in, got.cosine_in, got.chance_in, d_in),
+            ):
+                cosines = torch.linalg.svdvals(mine.mT @ theirs)
+                small = min(mine.shape[1], theirs.shape[1])
+                phi = float(cosines.square().sum()) / small
+                assert float(overlap_[i, j]) == pytest.approx(min(phi, 1), abs=1e-7)
+                assert float(cosine[i, j]) == pytest.approx(min(float(cosines[0]), 1), abs=1e-7)
+                largest = max(mine.shape[1], theirs.shape[1])
+                assert float(chance[i, j]) == pytest.approx(min(largest / d, 1))
+            if i != j:
+                expected = interference([(u, s, v), (other_u, other_s, other_v)])
+                assert float(got.interference[i, j]) == pytest.approx(expected, rel=1e-5)
+                assert float(got.nuclear[i, j]) == pytest.approx(float(s.sum() + other_s.sum()))
+    everyone = interference([bases(stack, i) for i in range(len(ranks))])
+    assert got.total_interference == pytest.approx(everyone, rel=1e-5)
+
+
+def interference(parts) -> float:
+    """||(U^T U - I) S (V^T V - I)||_1 from concatenated dense bases."""
+    u, v = torch.cat([p[0] for p in parts], 1), torch.cat([p[2] for p in parts], 1)
+    s = torch.cat([p[1] for p in parts])
+    identity = torch.eye(len(s), dtype=s.dtype)
+    return float(((u.mT @ u - identity) @ torch.diag(s) @ (v.mT @ v - identity)).abs().sum())
+
+
+def rank_one(pairs) -> RankStack:
+    """Rank-one tasks sigma * e(left) e(right)^T, angles in the first two coordinates."""
+    factors = []
+    for sigma, left, right in pairs:
+        b, a = torch.zeros(6, 1, dtype=torch.float64), torch.zeros(1, 5, dtype=torch.float64)
+        b[0, 0], b[1, 0] = math.cos(left), math.sin(left)
+        a[0, 0], a[0, 1] = math.cos(right), math.sin(right)
+        factors.append((a, b, sigma))
+    return RankStack.of(factors)
+
+
+def test_reference_values_of_interference():
+    assert float(tables(rank_one([(2, 0, 0), (3, 0, 0)])).interference[0, 1]) == pytest.approx(5)
+    angled = tables(rank_one([(2, 0, 0), (3, 0.7, 0)]))
+    assert float(angled.interference[0, 1]) == pytest.approx(5 * math.cos(0.7))
+    orthogonal = tables(rank_one([(2, 0, 0), (3, math.pi / 2, 0)]))
+    assert float(orthogonal.interference[0, 1]) == pytest.approx(0, abs=1e-12)
+    three = tables(rank_one([(1, 0, 0)] * 3))
+    assert three.total_interference == pytest.approx(12)
+    assert float(angled.cosine_out[0, 1]) == pytest.approx(math.cos(0.7))
+    assert float(angled.overlap_out[0, 1]) == pytest.approx(math.cos(0.7) ** 2)
+
+
+def test_reference_value_of_the_cosine():
+    b1, a1 = torch.tensor([[1.0], [0]]), torch.tensor([[1.0, 1]])
+    b2, a2 = torch.tensor([[1.0], [1]]), torch.tensor([[1.0, 0]])
+    got = tables(RankStack.of([(a1, b1, 1.0), (a2, b2, 1.0)]))
+    assert float(got.products[0, 1]) == pytest.approx(1)
+    assert got.products.diagonal().tolist() == pytest.approx([2, 2])
+
+
+def test_many_units_take_the_fast_grams_with_the_same_result(monkeypatch):
+    stack = random_stack([4, 3, 4, 2], 300, 200, seed=1, dtype=torch.float32)
+    exact = tables(stack)
+    monkeypatch.setattr(overlap, "_EXACT_UNITS", 1)
+    monkeypatch.setattr(overlap, "_CHUNK", 64)
+    monkeypatch.setattr(overlap, "_BLOCK", 5)
+    fast = tables(random_stack([4, 3, 4, 2], 300, 200, seed=1, dtype=torch.float32))
+    norms = exact.products.diagonal().sqrt()
+    difference = (fast.products - exact.products) / (norms[:, None] * norms)
+    assert float(difference.abs().max()) < 1e-6
+    torch.testing.assert_close(fast.overlap_out, exact.overlap_out, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fast.interference, exact.interference, rtol=1e-4, atol=1e-6)
+
+
+def test_sampled_conflicts_are_those_of_all_entries_within_their_error():
+    stack = random_stack([3, 4], 40, 30, seed=2)
+    one, two = dense(stack, 0), dense(stack, 1)
+    two = stack.of_adapter(1)
+    mixed = RankStack.of(
+        [
+            (stack.of_adapter(0).down, stack.of_adapter(0).up, 1.0),
+            (
+                torch.cat([stack.of_adapter(0).down, two.down]),
+                torch.cat([stack.of_adapter(0).up, 0.3 * two.up], 1),
+                1.0,
+            ),
+        ]
+    )
+    one, two = dense(mixed, 0), dense(mixed, 1)
+    truth = float((one.sign() != two.sign()).double().mean())
+    smaller = torch.minimum(one.abs(), two.abs())
+    mass = float((smaller * (one * two < 0)).sum() / smaller.sum())
+    got = tables(mixed, samples=8000)
+    rate = float(got.conflicts[0, 1] / got.samples[0, 1])
+    error = math.sqrt(truth * (1 - truth) / 8000)
+    assert abs(rate - truth) < 4 * error
+    assert float(got.conflict_mass[0, 1] / got.mass[0, 1]) == pytest.approx(mass, abs=0.03)
+
+
+def test_random_adapters_sit_at_chance():
+    stack = random_stack([8] * 6, 400, 300, seed=0)
+    got = tables(stack)
+    off = ~torch.eye(6, dtype=torch.bool)
+    for value, chance in (
+        (got.overlap_out, got.chance_out),
+        (got.overlap_in, got.chance_in),
+        (got.interference, got.chance_interference),
+    ):
+        assert float((value[off] / chance[off]).mean()) == pytest.approx(1, abs=0.1)
+
+
+def adapter(name: str, **parts) -> Adapter:
+    return make_adapter(name, **parts)
+
+
+def scaled(name: str, factor: float, **parts) -> Adapter:
+    config, tensors = adapter_parts(**parts)
+    tensors = {k: t * factor if "lora_B" in k else t for k, t in tensors.items()}
+    return build_adapter(name, parse_config(config, name), TensorDict(tensors))
+
+
+@given(seed=st.integers(0, 1000), factor=st.floats(0.1, 10), r=st.integers(1, 5))
+def test_cosine_laws(seed, factor, r):
+    comparison = compare(
+        [
+            adapter("a", seed=seed, r=r),
+            scaled("b", factor, seed=seed, r=r),
+            scaled("c", -factor, seed=seed, r=r),
+            adapter("d", seed=seed + 1, r=3),
+        ]
+    )
+    total = comparison.total
+    cosine = total.cosine
+    assert cosine[0, 1] == pytest.approx(1) and cosine[0, 2] == pytest.approx(-1)
+    torch.testing.assert_close(cosine, cosine.mT)
+    assert float(cosine.abs().max()) <= 1
+    for matrix in (total.overlap_in, total.overlap_out):
+        assert float(matrix.min()) >= 0 and float(matrix.max()) <= 1
+        torch.testing.assert_close(matrix, matrix.mT)
+        assert matrix[0, 1] == pytest.approx(1, abs=1e-6)
+    products = torch.stack([t.products for t in comparison.tables.values()]).sum(0)
+    assert float(torch.linalg.eigvalsh(products).min()) > -1e-9 * float(products.max())
+    assert comparison.merged_norm([factor, -1, 0, 0]) < 1e-5 * float(total.norms[1])
+    kinds = {(v.first, v.second): v.kind for v in judge(comparison)}
+    assert kinds[0, 1] == "same" and kinds[0, 2] == "opposite"
+
+
+def test_absent_modules_count_as_zero_and_nothing_is_nan():
+    names = list(SHAPES)
+    comparison = compare(
+        [
+            adapter("a", shapes={n: SHAPES[n] for n in names[:2]}),
+            adapter("b", shapes={n: SHAPES[n] for n in names[2:]}),
+            scaled("zero", 0.0),
+        ]
+    )
+    text = json.dumps(comparison.to_dict(per_module=True), allow_nan=False)
+    assert json.loads(text)["total"]["cosine"][0][1] == 0
+    assert float(comparison.total.norms[2]) == 0
+    assert all(v.kind == "independent" for v in judge(comparison))
+
+
+def test_a_shared_frozen_factor_and_a_shared_start_are_seen():
+    config, one = adapter_parts(r=4, seed=1)
+    _, two = adapter_parts(r=4, seed=2)
+    frozen = {k: one[k] if "lora_A" in k else two[k] for k in one}
+    drifted = {k: one[k] + 0.3 * two[k] if "lora_A" in k else two[k] for k in one}
+    opened = [
+        build_adapter(n, parse_config(config, n), TensorDict(t))
+        for n, t in (("one", one), ("frozen", frozen), ("drifted", drifted))
+    ]
+    shared = {(v.first, v.second): v.shared for v in judge(compare(opened))}
+    assert shared[0, 1] == "A" and shared[0, 2] == "init"
+
+
+def test_conflict_is_found_where_it_is():
+    config, one = adapter_parts(r=4, seed=1)
+    where = list(SHAPES)[3]
+    _, other = adapter_parts(r=4, seed=2)
+    two = dict(other)
+    for half in "AB":
+        key = f"base_model.model.{where}.lora_{half}.weight"
+        two[key] = -one[key] if half == "B" else one[key]
+    opened = [
+        build_adapter(n, parse_config(config, n), TensorDict(t))
+        for n, t in (("a", one), ("b", two))
+    ]
+    verdict = judge(compare(opened))[0]
+    assert verdict.kind == "conflict" and verdict.where == (where,)
+
+
+def test_jobs_do_not_change_a_bit():
+    opened = [adapter(str(i), seed=i) for i in range(3)]
+    one, many = (compare(opened, jobs=n).to_dict(per_module=True) for n in (1, 3))
+    assert json.dumps(one) == json.dumps(many)
+
+
+def test_bad_input():
+    with pytest.raises(MethodError, match="at least two"):
+        compare([adapter("a")])
+    with pytest.raises(AlignmentError):
+        compare([adapter("a"), adapter("b", base_model_name_or_path="other")])
+    config, tensors = adapter_parts()
+    key = next(iter(tensors))
+    tensors[key] = tensors[key] * float("nan")
+    bad = build_adapter("bad", parse_config(config, "bad"), TensorDict(tensors))
+    with pytest.raises(AdapterError, match="bad: model"):
+        compare([adapter("a"), bad])
+
+
+def planted(count: int = 9, groups: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(groups, 50, generator=generator, dtype=torch.float64)
+    points = centres[torch.arange(count) % groups]
+    points = points + 0.3 * torch.randn(count, 50, generator=generator, dtype=torch.float64)
+    points = points / torch.linalg.vector_norm(points, dim=1, keepdim=True)
+    return points @ points.mT
+
+
+@pytest.mark.parametrize("algorithm", ["agglomerative", "spectral"])
+def test_planted_groups_are_found(algorithm):
+    cosine = planted()
+    assert cluster_adapters(cosine, 3, algorithm=algorithm) == [0, 1, 2] * 3
+    assert cluster_adapters(cosine, algorithm=algorithm) == [0, 1, 2] * 3
+
+
+def test_unrelated_adapters_are_one_group():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(6, 4000, generator=generator, dtype=torch.float64)
+    points = points / torch.linalg.vector_norm(points, dim=1, keepdim=True)
+    assert cluster_adapters(points @ points.mT) == [0] * 6
+    with pytest.raises(MethodError):
+        cluster_adapters(points @ points.mT, 7)
+
+
+def test_tree_joins_the_closest_first():
+    cosine = planted()
+    tree = tree_of(cosine)
+    assert list(tree.heights) == sorted(tree.heights)
+    assert sorted(tree.order) == list(range(9))
+    off = cosine - 2 * torch.eye(9, dtype=torch.float64)
+    assert tree.heights[0] == pytest.approx(1 - float(off.max()))
+    assert all(a % 3 == b % 3 for a, b in tree.merges[:3])

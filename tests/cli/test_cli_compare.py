@@ -1,0 +1,56 @@
+"""`lora-merge compare` as a user sees it."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from builders import save_adapter
+from lora_merge.cli.app import cli
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(cli, ["compare", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def folders(tmp_path, count: int) -> list:
+    return [save_adapter(tmp_path / f"adapter-{i}", seed=i // 2, r=2 + i % 2) for i in range(count)]
+
+
+@pytest.mark.parametrize(("count", "width"), [(2, 80), (5, 80), (5, 60), (20, 80), (40, 80)])
+def test_fits_the_width_and_ends_in_advice(tmp_path, count, width):
+    text = run(*folders(tmp_path, count), "--width", width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "added together they keep" in text
+    assert ("average linkage" in text) == (count > 2)
+
+
+def test_says_what_duplicates_are(tmp_path):
+    one = save_adapter(tmp_path / "one")
+    two = save_adapter(tmp_path / "two", dtype=__import__("torch").float16)
+    text = run(one, two)
+    assert "one / two: near-duplicates: keep one" in text
+
+
+def test_json_and_clusters(tmp_path):
+    document = json.loads(
+        run(*folders(tmp_path, 4), "--json", "--cluster", 2, "--per-module"),
+        parse_constant=lambda name: pytest.fail(name),
+    )
+    assert len(document["modules"]) == 4 and len(document["verdicts"]) == 6
+    assert len(set(document["clusters"])) == 2
+    assert len(document["tree"]["merges"]) == 3
+
+
+def test_wrong_usage(tmp_path):
+    result = CliRunner().invoke(cli, ["compare", "a", "b", "--cluster", "many"])
+    assert result.exit_code == 2
+
+
+def test_checkpoints_of_one_run_are_alike(shared):
+    document = json.loads(run(shared / "adapters" / "roberta-base" / "*", "--json"))
+    assert {v["kind"] for v in document["verdicts"]} == {"same", "agree"}
+    tasks = json.loads(run(shared / "arena" / "adapters" / "*", "--json"))
+    assert {v["kind"] for v in tasks["verdicts"]} == {"independent"}
