@@ -196,4 +196,4 @@ def _several(verdicts: Sequence[Verdict], names: Sequence[str]) -> str:
 
 
 def _indent(text: str) -> RenderableType:
-    return Padding(Text(text), (0, 0, 0, 2))
+    return Padding(Text(text), (0, 0, 0, 2), expand=False)

@@ -56,7 +56,7 @@ def several(
     for title, spectra in zip(titles, all_spectra, strict=True):
         advice = advise(spectra)
         parts.append(Text(title, style="bold"))
-        parts.append(Padding(Text(advice.headline), (0, 0, 0, 2)))
+        parts.append(Padding(Text(advice.headline), (0, 0, 0, 2), expand=False))
         parts.extend(_remarks(advice))
     return Stack(*parts)
 
@@ -133,7 +133,7 @@ def _cells(group: Group, with_layers: bool) -> list[str]:
 
 
 def _remarks(advice: Advice) -> list[RenderableType]:
-    return [Padding(Text(f"- {remark}"), (0, 0, 0, 2)) for remark in advice.remarks]
+    return [Padding(Text(f"- {remark}"), (0, 0, 0, 2), expand=False) for remark in advice.remarks]
 
 
 def _header(spectra: AdapterSpectra) -> Text:

@@ -46,6 +46,9 @@ Examples:
 @click.option("--top", type=click.IntRange(min=1), help="List only so many modules, or values.")
 @click.option("--width", type=click.IntRange(min=60), help="Columns.  [default: the terminal's]")
 @click.option("--csv", type=click.Path(path_type=Path), help="Write module, i, s_i, energy to i.")
+@click.option("--svg", type=click.Path(path_type=Path), help="Draw heat map and curves.")
+@click.option("--png", type=click.Path(path_type=Path), help="The same as pixels.")
+@click.option("--html", type=click.Path(path_type=Path), help="The same with tables, in one file.")
 @pickle_option
 @json_option
 def command(
@@ -56,6 +59,9 @@ def command(
     top: int | None,
     width: int | None,
     csv: Path | None,
+    svg: Path | None,
+    png: Path | None,
+    html: Path | None,
     allow_pickle: bool,
     as_json: bool,
 ) -> None:
@@ -74,6 +80,10 @@ def command(
         results = [adapter_spectra(a, modules=modules, on_module=advance) for a in opened]
     if csv:
         write_csv(results, csv)
+    if svg or png or html:
+        from lora_merge.analysis.figures import write_pictures
+
+        write_pictures(results, svg=svg, png=png, html_page=html, metric=metric)
     output.data(
         spectra_document(results),
         *_views(results, bool(modules), metric, sort, top, output.width, output.plain),

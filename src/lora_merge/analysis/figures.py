@@ -1,0 +1,226 @@
+"""Spectra as pictures: SVG and PNG by matplotlib (the `plot` extra), HTML around the SVG."""
+
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lora_merge.analysis.measures import tail_energy
+from lora_merge.analysis.places import labels
+from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum
+from lora_merge.analysis.summary import LOG_METRICS, METRICS, advise, group_modules
+from lora_merge.errors import LoraMergeError, OutputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind eyes; line styles repeat the distinction.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", "-.", ":")
+_AXIS = {
+    "frobenius": "Frobenius norm of the delta",
+    "spectral": "largest singular value",
+    "stable": "stable rank",
+    "erank": "effective rank (Roy-Vetterli)",
+    "k95": "rank for 95 % of the energy",
+    "top1": "energy share of the first direction",
+}
+
+
+def draw(spectra: Sequence[AdapterSpectra], metric: str = "frobenius") -> "Figure":
+    """One row per adapter: heat map, spectra by kind of module, energy curves; shared scales.
+
+    Raises:
+        LoraMergeError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise LoraMergeError(
+            "pictures need matplotlib, which is not installed", "pip install 'lora-merge[plot]'"
+        ) from error
+    rows = len(spectra)
+    figure = Figure(figsize=(14, 0.6 + 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, 3, squeeze=False, width_ratios=(1.25, 1, 1))
+    norm = _shared_norm(spectra, metric)
+    for row, one in zip(axes, spectra, strict=True):
+        image = _heat_map(row[0], one, metric, norm)
+        if image is not None:
+            figure.colorbar(image, ax=row[0], label=_AXIS[metric])
+        row[0].set_title(one.adapter if len(one.adapter) < 48 else "…" + one.adapter[-46:])
+        _curves(row[1], one, energy=False)
+        _curves(row[2], one, energy=True)
+    for column in (1, 2):
+        _share_limits([row[column] for row in axes])
+    return figure
+
+
+def write_pictures(
+    spectra: Sequence[AdapterSpectra],
+    *,
+    svg: Path | None = None,
+    png: Path | None = None,
+    html_page: Path | None = None,
+    metric: str = "frobenius",
+) -> None:
+    """Write the pictures that are asked for; equal input gives equal bytes.
+
+    Raises:
+        LoraMergeError: If matplotlib is not installed.
+        OutputError: If a file cannot be written.
+    """
+    if not (svg or png or html_page):
+        return
+    figure = draw(spectra, metric)
+    if svg:
+        _write(svg, _svg(figure).encode())
+    if png:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
+        _write(png, buffer.getvalue())
+    if html_page:
+        _write(html_page, _page(spectra, _svg(figure)).encode())
+
+
+def _heat_map(axes: "Axes", spectra: AdapterSpectra, metric: str, norm: Any) -> Any:
+    names = labels(m.place for m in spectra.modules)
+    layers = sorted({m.place.layer for m in spectra.finite if m.place.layer is not None})
+    kinds = list(dict.fromkeys(names.values()))
+    grid = np.full((len(kinds), max(len(layers), 1)), np.nan)
+    for module in spectra.finite:
+        if module.measures is None or module.status != "ok":
+            continue
+        row = kinds.index(names[module.place.stack, module.place.kind])
+        column = layers.index(module.place.layer) if module.place.layer is not None else 0
+        grid[row, column] = np.nanmax([grid[row, column], METRICS[metric](module.measures)])
+    if np.isnan(grid).all():
+        axes.text(0.5, 0.5, "nothing to show", ha="center", transform=axes.transAxes)
+        return None
+    image = axes.imshow(grid, aspect="auto", cmap="cividis", norm=norm, interpolation="nearest")
+    axes.set_yticks(range(len(kinds)), kinds)
+    step = max(1, len(layers) // 12)
+    axes.set_xticks(range(0, len(layers), step), [str(n) for n in layers[::step]])
+    axes.set_xlabel("layer")
+    return image
+
+
+def _curves(axes: "Axes", spectra: AdapterSpectra, *, energy: bool) -> None:
+    names = labels(m.place for m in spectra.modules)
+    kinds: dict[str, list[ModuleSpectrum]] = {}
+    for module in spectra.finite:
+        if module.status == "ok":
+            kinds.setdefault(names[module.place.stack, module.place.kind], []).append(module)
+    for index, (kind, members) in enumerate(kinds.items()):
+        table = _table(members, energy)
+        x = np.arange(1, table.shape[1] + 1)
+        colour, dashes = _COLOURS[index % 7], _STYLES[index // 7 % 4]
+        axes.plot(x, np.median(table, axis=0), label=kind, color=colour, linestyle=dashes)
+        if len(members) > 2:
+            low, high = np.quantile(table, (0.1, 0.9), axis=0)
+            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.set_xlabel("i (rank)" if energy else "i")
+    axes.grid(alpha=0.3)
+    if energy:
+        axes.set_ylabel("energy in the first i (% of sum s²)")
+        axes.axhline(95, color="black", linewidth=0.8, linestyle=":")
+        axes.set_title("median energy curve (dotted: 95 %)")
+    else:
+        axes.set_ylabel("s_i / s_1 (log scale)")
+        axes.set_yscale("log")
+        axes.set_title("median spectrum, 10 to 90 % band")
+        if kinds:
+            axes.legend(fontsize="x-small")
+
+
+def _table(members: Sequence[ModuleSpectrum], energy: bool) -> "np.ndarray[Any, Any]":
+    """Curves of several modules as rows; values below 1e-6 of the first are drawn there."""
+    size = max(len(m.values) for m in members)
+    table = torch.zeros(len(members), size, dtype=torch.float64)
+    for row, module in zip(table, members, strict=True):
+        values = module.values
+        if energy:
+            row[:] = 100.0
+            row[: len(values)] = 100 * (1 - tail_energy(values)[1:] / values.square().sum())
+        else:
+            row[: len(values)] = values / values[0]
+    return (table if energy else table.clamp_min(1e-6)).numpy()
+
+
+def _shared_norm(spectra: Sequence[AdapterSpectra], metric: str) -> Any:
+    from matplotlib.colors import LogNorm, Normalize
+
+    shown = [METRICS[metric](m.measures) for s in spectra for m in s.finite if m.measures]
+    shown = [v for v in shown if v > 0]
+    if not shown:
+        return Normalize(0, 1)
+    low, high = min(shown), max(shown)
+    if metric in LOG_METRICS and high > low:
+        return LogNorm(low, high)
+    return Normalize(low, high if high > low else low + 1)
+
+
+def _share_limits(axes: Sequence["Axes"]) -> None:
+    for get, put in (("get_xlim", "set_xlim"), ("get_ylim", "set_ylim")):
+        limits = [getattr(a, get)() for a in axes]
+        for a in axes:
+            getattr(a, put)(min(low for low, _ in limits), max(high for _, high in limits))
+
+
+def _svg(figure: "Figure") -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "lora-merge"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _page(spectra: Sequence[AdapterSpectra], svg: str) -> str:
+    """A page that needs nothing else: the picture, the advice and a table of groups."""
+    parts = []
+    for one in spectra:
+        advice = advise(one)
+        rows = "".join(
+            f"<tr><td>{html.escape(g.label)}<td>"
+            f"{'' if g.layers is None else f'{g.layers[0]}-{g.layers[1]}'}<td>{g.rank[1]}"
+            f"<td>{g.frobenius:.4g}<td>{g.spectral:.4g}<td>{g.stable_rank:.2f}"
+            f"<td>{g.effective_rank:.2f}<td>{g.ranks_at.get(0.9, '-')}"
+            f"<td>{g.ranks_at.get(0.95, '-')}<td>{g.ranks_at.get(0.99, '-')}"
+            for g in group_modules(one)
+        )
+        options = "".join(
+            f"<tr><td>{html.escape(o.text)}<td>{100 * o.energy:.1f} %<td>"
+            f"{100 * o.parameters:.0f} %<td><code>lora-merge resize {o.flag}</code>"
+            for o in advice.options
+        )
+        remarks = "".join(f"<li>{html.escape(remark)}" for remark in advice.remarks)
+        parts.append(
+            f"<h2>{html.escape(one.adapter)}</h2><p>{html.escape(advice.headline)}</p>"
+            f"<table><tr><th>keep<th>energy<th>parameters<th>command{options}</table>"
+            f"<ul>{remarks}</ul><table><tr><th>module<th>layers<th>r<th>Frobenius<th>spectral"
+            "<th>stable rank<th>effective rank (Roy-Vetterli)<th>k 90 %<th>k 95 %<th>k 99 %"
+            f"{rows}</table><p>Medians over the modules of a row.</p>"
+        )
+    picture = svg[svg.index("<svg") :]
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Spectra</title><style>'
+        "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:80em;padding:0 1em}"
+        "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;text-align:right;"
+        "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
+        "svg{max-width:100%;height:auto}</style>"
+        f"<h1>Singular spectra</h1>{picture}{''.join(parts)}</html>\n"
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}", "choose another file"
+        ) from error

@@ -1,0 +1,65 @@
+"""Pictures: what is on them, shared scales, reproducible bytes, modules that cannot be drawn."""
+
+import sys
+
+import pytest
+import torch
+
+from builders import SHAPES, adapter_parts, make_adapter
+from lora_merge.adapters import TensorDict, build_adapter, parse_config
+from lora_merge.analysis.figures import draw, write_pictures
+from lora_merge.analysis.spectra import adapter_spectra
+from lora_merge.errors import LoraMergeError, OutputError
+
+
+def test_axes_have_titles_and_units_and_one_scale():
+    spectra = [adapter_spectra(make_adapter(n, r=r, seed=r)) for n, r in (("one", 3), ("two", 6))]
+    figure = draw(spectra)
+    plots = [a for a in figure.axes if a.get_label() != "<colorbar>"]
+    assert len(plots) == 6
+    assert all(a.get_title() and a.get_xlabel() for a in plots)
+    for column in (1, 2):
+        assert plots[column].get_xlim() == plots[3 + column].get_xlim()
+        assert plots[column].get_ylim() == plots[3 + column].get_ylim()
+    images = [a.images[0] for a in plots if a.images]
+    assert len({(i.norm.vmin, i.norm.vmax) for i in images}) == 1
+    medians = plots[2].lines[0].get_ydata()
+    assert medians[-1] == pytest.approx(100)
+
+
+def test_equal_input_gives_equal_files(tmp_path):
+    spectra = [adapter_spectra(make_adapter("<b>", r=3))]
+    for name in ("one", "two"):
+        write_pictures(
+            spectra,
+            svg=tmp_path / f"{name}.svg",
+            png=tmp_path / f"{name}.png",
+            html_page=tmp_path / f"{name}.html",
+        )
+    for kind in ("svg", "png", "html"):
+        one = (tmp_path / f"one.{kind}").read_bytes()
+        assert one == (tmp_path / f"two.{kind}").read_bytes() and len(one) > 1000
+    page = (tmp_path / "one.html").read_text()
+    assert "&lt;b&gt;" in page and "<svg" in page and "<script" not in page
+
+
+def test_zero_and_damaged_modules_do_not_stop_a_picture(tmp_path):
+    config, tensors = adapter_parts()
+    keys = [f"base_model.model.{name}.lora_B.weight" for name in SHAPES]
+    tensors[keys[0]] = tensors[keys[0]] * 0
+    tensors[keys[1]] = torch.full_like(tensors[keys[1]], float("nan"))
+    opened = build_adapter("a", parse_config(config, "a"), TensorDict(tensors))
+    write_pictures([adapter_spectra(opened)], png=tmp_path / "a.png", metric="stable")
+    dead = {k: t * 0 for k, t in adapter_parts()[1].items()}
+    opened = build_adapter("dead", parse_config(config, "dead"), TensorDict(dead))
+    write_pictures([adapter_spectra(opened)], png=tmp_path / "dead.png")
+
+
+def test_errors_say_what_to_do(tmp_path, monkeypatch):
+    spectra = [adapter_spectra(make_adapter())]
+    with pytest.raises(OutputError):
+        write_pictures(spectra, svg=tmp_path / "missing" / "a.svg")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(LoraMergeError) as caught:
+        draw(spectra)
+    assert "lora-merge[plot]" in caught.value.remedy
