@@ -119,6 +119,14 @@ def test_many_units_take_the_fast_grams_with_the_same_result(monkeypatch):
     torch.testing.assert_close(fast.interference, exact.interference, rtol=1e-4, atol=1e-6)
 
 
+def test_bfloat16_adapters_are_compared_without_losing_digits(monkeypatch):
+    opened = [adapter(str(i), seed=i // 2, r=4, dtype=torch.bfloat16) for i in range(4)]
+    exact = compare(opened).total.cosine
+    monkeypatch.setattr(overlap, "_EXACT_UNITS", 1)
+    assert float((compare(opened).total.cosine - exact).abs().max()) < 2e-6
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_sampled_conflicts_are_those_of_all_entries_within_their_error():
     stack = random_stack([3, 4], 40, 30, seed=2)
     one, two = dense(stack, 0), dense(stack, 1)

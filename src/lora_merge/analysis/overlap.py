@@ -18,7 +18,7 @@ from lora_merge.linalg import gram
 # summed in float64, and directions below 1e-3 of an adapter's largest are left out of subspaces.
 _EXACT_UNITS = 256
 _CHUNK = 4096
-_BLOCK = 128
+_BLOCK = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class PairTables:
         factor_b: <B_i, B_j>.
         unit_match: Mean over units of i of the best |cos(a, a') cos(b, b')| among units of j.
         present: 1 where both adapters have the module.
-        total_interference: The interference of all adapters together.
+        total_interference: The interference of all adapters together (0 where not asked for).
         total_nuclear: Sum of all nuclear norms.
     """
 
@@ -80,7 +80,8 @@ def pair_tables(
         count: N; adapters that own no unit are absent.
         samples: Entries of the deltas to sample for signs.
         seed: Of the sampling.
-        angles: Compute the largest principal cosines (one small SVD per pair).
+        angles: Compute the largest principal cosines (one small SVD per pair) and the
+            interference of all together (products of R x R matrices).
     """
     owners = list(stack.adapters)
     positions, mask = _layout(stack, owners)
@@ -99,7 +100,7 @@ def pair_tables(
     larger = torch.maximum(kept[:, None], kept)
     values = values * keep
     signs = _signs(stack, positions, mask, samples, seed)
-    total = _total_interference(cross_up, cross_down, values)
+    total = _total_interference(cross_up, cross_down, values) if angles else 0.0
 
     def spread(table: Tensor) -> Tensor:
         full = torch.zeros(count, count, dtype=torch.float64)
@@ -165,7 +166,7 @@ def _fast_gram(x: Tensor) -> Tensor:
     rows, width = x.shape
     total = torch.zeros(rows, rows, dtype=torch.float64)
     for start in range(0, width, _CHUNK):
-        part = x[:, start : start + _CHUNK]
+        part = x[:, start : start + _CHUNK].to(torch.float32)
         for row in range(0, rows, _BLOCK):
             total[row : row + _BLOCK, row:] += part[row : row + _BLOCK] @ part[row:].mT
     return total.triu() + total.triu(1).mT
@@ -210,9 +211,10 @@ def _total_interference(cross_up: Tensor, cross_down: Tensor, values: Tensor) ->
     size = count * width
     # Blocks of one adapter with itself are the identity exactly.
     others = 1 - torch.eye(count, dtype=torch.float64)[:, None, :, None]
-    up = (cross_up.permute(0, 2, 1, 3) * others).reshape(size, size)
+    scaled = cross_up * values[None, :, None, :]
+    up = (scaled.permute(0, 2, 1, 3) * others).reshape(size, size)
     down = (cross_down.permute(0, 2, 1, 3) * others).reshape(size, size)
-    return float(((up * values.reshape(-1)) @ down).abs().sum())
+    return float((up @ down).abs().sum())
 
 
 def _signs(
@@ -222,10 +224,12 @@ def _signs(
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(stack.d_out, (samples,), generator=generator)
     columns = torch.randint(stack.d_in, (samples,), generator=generator)
-    units = stack.up[rows] * stack.down[:, columns].mT * stack.scale.to(stack.up.dtype)
+    precise = torch.promote_types(stack.up.dtype, torch.float32)
+    up, down = stack.up[rows].to(precise), stack.down[:, columns].mT.to(precise)
+    units = up * down * stack.scale.to(precise)
     entries = torch.stack([units[:, index].sum(1) for index in positions])
     sign, size = entries.sign(), entries.abs()
-    both = sign.abs() @ sign.abs().mT
+    both = sign.abs() @ sign.abs().mT  # whole numbers: exact in any float
     agree = sign @ sign.mT
     conflicts = (both - agree) / 2
     count = len(positions)
