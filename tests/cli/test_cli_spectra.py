@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from builders import SHAPES, adapter_parts, save_adapter, save_parts
 from lora_merge.cli.app import cli
@@ -106,3 +107,26 @@ def test_real_adapters_show(shared):
     ):
         text = run(shared / folder, "--width", 80)
         assert "all modules" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_beside_the_base_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    (tmp_path / "base").mkdir()
+    weights = {f"{name}.weight": torch.randn(shape) for name, shape in SHAPES.items()}
+    gone = next(iter(weights))
+    del weights[gone]
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    folder = save_adapter(tmp_path / "a")
+    options = ["--base", tmp_path / "base", "--intruders"]
+    text = run(folder, *options, "--width", 80)
+    assert "amplif." in text and f"1 modules have no weight there: {gone[:-7]}" in text
+    assert max(map(len, text.splitlines())) <= 80
+    document = json.loads(run(folder, *options, "--json"))
+    assert len(document["adapters"][0]["base"]["modules"]) == 3
+
+
+def test_pictures_are_written(tmp_path):
+    folder = save_adapter(tmp_path / "a")
+    run(folder, "--svg", tmp_path / "a.svg", "--html", tmp_path / "a.html")
+    assert (tmp_path / "a.svg").read_text().lstrip().startswith("<?xml")
+    assert "<table>" in (tmp_path / "a.html").read_text()

@@ -89,6 +89,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def derived_data(name: str) -> Path:
+    """A directory for results that can be computed again: below the Hub's own assets cache."""
+    from huggingface_hub import cached_assets_path
+
+    return Path(cached_assets_path("lora-merge", namespace=name))
+
+
 def _local(ref: str, path: Path, allow_pickle: bool) -> Source:
     if path.is_dir():
         weights = _weights_in(ref, path, allow_pickle)

@@ -44,6 +44,12 @@ Examples:
     "--sort", type=click.Choice(["name", *_METRICS]), help="List modules one by one, in this order."
 )
 @click.option("--top", type=click.IntRange(min=1), help="List only so many modules, or values.")
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path, exists=True),
+    help="Base model's directory: relative norms, amplification.",
+)
+@click.option("--intruders", is_flag=True, help="With --base: count intruder dimensions.")
 @click.option("--width", type=click.IntRange(min=60), help="Columns.  [default: the terminal's]")
 @click.option("--csv", type=click.Path(path_type=Path), help="Write module, i, s_i, energy to i.")
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw heat map and curves.")
@@ -57,6 +63,8 @@ def command(
     metric: str,
     sort: str | None,
     top: int | None,
+    base: Path | None,
+    intruders: bool,
     width: int | None,
     csv: Path | None,
     svg: Path | None,
@@ -69,6 +77,8 @@ def command(
 
     Values are those of scaling * B @ A, exact, computed from the factors.
     """
+    if intruders and base is None:
+        raise click.UsageError("--intruders needs --base")
     from lora_merge.adapters import expand, open_adapter, resolve
     from lora_merge.analysis.export import spectra_document, write_csv
     from lora_merge.analysis.spectra import adapter_spectra
@@ -77,17 +87,37 @@ def command(
     output = Output(as_json, width=width)
     opened = [open_adapter(resolve(r, allow_pickle=allow_pickle)) for r in expand(adapters)]
     with output.progress("reading", sum(len(a.modules) for a in opened)) as advance:
-        results = [adapter_spectra(a, modules=modules, on_module=advance) for a in opened]
+        results = [
+            adapter_spectra(a, modules=modules, keep_cores=base is not None, on_module=advance)
+            for a in opened
+        ]
     if csv:
         write_csv(results, csv)
     if svg or png or html:
         from lora_merge.analysis.figures import write_pictures
 
         write_pictures(results, svg=svg, png=png, html_page=html, metric=metric)
-    output.data(
-        spectra_document(results),
-        *_views(results, bool(modules), metric, sort, top, output.width, output.plain),
-    )
+    document = spectra_document(results)
+    views = _views(results, bool(modules), metric, sort, top, output.width, output.plain)
+    if base is not None:
+        from lora_merge.analysis.base import default_cache, relate_to_base
+        from lora_merge.analysis.checkpoint import open_checkpoint
+        from lora_merge.cli._base_view import base_view
+
+        checkpoint = open_checkpoint(base)
+        with output.progress("reading the base", sum(len(r.finite) for r in results)) as advance:
+            for index, (adapter, spectra) in enumerate(zip(opened, results, strict=True)):
+                report = relate_to_base(
+                    adapter,
+                    spectra,
+                    checkpoint,
+                    intruders=intruders,
+                    cache=default_cache(),
+                    on_module=advance,
+                )
+                document["adapters"][index]["base"] = report.to_dict()
+                views.append(base_view(report, spectra.adapter, plain=output.plain))
+    output.data(document, *views)
 
 
 def _views(

@@ -9,13 +9,16 @@ from lora_merge.linalg.factors import (
     thin_svd,
 )
 from lora_merge.linalg.kmeans import KMeansResult, kmeans
+from lora_merge.linalg.randomized import LeadingSVD, leading_svd
 
 __all__ = [
     "CoreSVD",
     "KMeansResult",
+    "LeadingSVD",
     "core_svd",
     "gram",
     "kmeans",
+    "leading_svd",
     "orthonormal_basis",
     "singular_values",
     "thin_qr",
