@@ -19,6 +19,7 @@ _COMMANDS = {
     "cluster": "lora_merge.cli.cluster",
     "fuse": "lora_merge.cli.fuse",
     "compare": "lora_merge.cli.compare",
+    "extract": "lora_merge.cli.extract",
     "info": "lora_merge.cli.info",
     "resize": "lora_merge.cli.resize",
     "run": "lora_merge.cli.run",

@@ -1,0 +1,353 @@
+"""A LoRA from two full checkpoints: the leading part of every weight's difference.
+
+Weights are subtracted in float32, one at a time. Differences of 16-bit checkpoints are signal plus
+rounding noise of full rank, so the threshold of Gavish & Donoho (2014) caps the rank; rank rules
+choose below it.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters import (
+    Adapter,
+    AdapterConfig,
+    AdapterWriter,
+    AlignedModule,
+    ModuleSpec,
+    OutputPlan,
+    RankLayout,
+    RankStack,
+    TensorDict,
+    atomic_directory,
+    check_target,
+    plan_output,
+)
+from lora_merge.analysis.checkpoint import Checkpoint
+from lora_merge.analysis.parallel import in_order
+from lora_merge.analysis.ranks import RankPlan, RankRule, choose_ranks
+from lora_merge.errors import MethodError
+from lora_merge.linalg import leading_svd
+
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What became of one tensor of the tuned checkpoint.
+
+    Attributes:
+        name: Tensor name.
+        what: "extracted", "unchanged", "left out" (excluded or no matrix), "resized", "new",
+            "removed" or "not finite".
+        change: Frobenius norm of the difference over that of the base tensor, None where the two
+            cannot be subtracted.
+    """
+
+    name: str
+    what: str
+    change: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """The leading part of one weight's difference.
+
+    Attributes:
+        spec: The module it becomes.
+        u: Shape (d_out, k), float32.
+        values: Leading singular values, float64, shape (k,).
+        vh: Shape (k, d_in), float32.
+        frobenius: Norm of the whole difference.
+        residual: Norm of what the k triples leave, exact.
+        noise_rank: Values above the Gavish-Donoho threshold; all of them where it is not used.
+    """
+
+    spec: ModuleSpec
+    u: Tensor
+    values: Tensor
+    vh: Tensor
+    frobenius: float
+    residual: float
+    noise_rank: int
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What an extraction did.
+
+    Attributes:
+        plan: The ranks; energies are relative to the whole differences.
+        coverage: Every tensor of both checkpoints.
+        capped: Modules whose rank the noise threshold lowered.
+        out: The directory written.
+        num_bytes: Size of the weights.
+    """
+
+    plan: RankPlan
+    coverage: tuple[Coverage, ...]
+    capped: tuple[str, ...]
+    out: str
+    num_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "schema": 1,
+            "out": self.out,
+            "bytes": self.num_bytes,
+            "capped": list(self.capped),
+            "plan": self.plan.to_dict(),
+            "coverage": [dict(c.__dict__) for c in self.coverage],
+        }
+
+
+def survey(
+    base: Checkpoint, tuned: Checkpoint, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[list[str], list[Coverage]]:
+    """Which tensors can be extracted, from headers alone, and what becomes of the others.
+
+    Args:
+        base: The base model.
+        tuned: The fine-tuned model.
+        include: Shell patterns of module names to extract; default: every matrix but embeddings
+            and heads.
+        exclude: Shell patterns to leave out.
+
+    Returns:
+        Names to extract, and the coverage of the rest (changes not yet measured).
+    """
+    chosen, others = [], []
+    for name in sorted(set(base.entries) | set(tuned.entries)):
+        if name not in tuned.entries or name not in base.entries:
+            others.append(Coverage(name, "new" if name in tuned.entries else "removed", None))
+        elif base.entries[name][1] != tuned.entries[name][1]:
+            others.append(Coverage(name, "resized", None))
+        elif _wanted(name, tuned.entries[name], include, exclude):
+            chosen.append(name)
+        else:
+            others.append(Coverage(name, "left out", None))
+    return chosen, others
+
+
+def extract(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    out: Path,
+    rule: RankRule | str = "energy:0.95",
+    *,
+    max_rank: int = 64,
+    denoise: bool = True,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    base_model: str | None = None,
+    dtype: str | None = None,
+    layout: RankLayout = "uniform",
+    seed: int = 0,
+    force: bool = False,
+    jobs: int | None = None,
+    on_module: Callable[[], None] | None = None,
+) -> ExtractReport:
+    """Write a LoRA of the differences between two checkpoints.
+
+    Args:
+        base: The base model.
+        tuned: The fine-tuned model.
+        out: The directory to make.
+        rule: How ranks are chosen; energies are of the whole difference.
+        max_rank: Triples computed per weight, and the largest rank.
+        denoise: Cap ranks at the Gavish-Donoho threshold.
+        include: Shell patterns of modules; default: every matrix but embeddings and heads.
+        exclude: Shell patterns to leave out.
+        base_model: Name of the base model for the config.
+        dtype: safetensors dtype code; default: that of the tuned checkpoint.
+        layout: As for `plan_output`.
+        seed: Of the randomised SVD.
+        force: Replace an adapter directory.
+        jobs: Worker threads.
+        on_module: Called after each weight.
+
+    Raises:
+        MethodError: If no weight has changed, or none can be extracted.
+        OutputError: If the directory cannot be written.
+    """
+    inputs = [file.path for c in (base, tuned) for file in c.files.values()]
+    check_target(out, force=force, inputs=inputs)
+    _refuse_transposed(base)
+    names, others = survey(base, tuned, include=include, exclude=exclude)
+    if not names:
+        raise MethodError(
+            "the checkpoints have no matrix of the same name and shape", "check both directories"
+        )
+    coverage = [_measured(base, tuned, one) for one in others]
+    parts: dict[str, Difference] = {}
+
+    def one(name: str) -> Difference | Coverage:
+        return _difference(base, tuned, name, max_rank, denoise, seed)
+
+    for name, found in zip(names, in_order(one, names, jobs=jobs), strict=True):
+        if isinstance(found, Coverage):
+            coverage.append(found)
+        else:
+            parts[found.spec.name] = found
+            change = found.frobenius / _norm(base.read(name))
+            coverage.append(Coverage(name, "extracted", change if math.isfinite(change) else None))
+        if on_module:
+            on_module()
+    if not parts:
+        raise MethodError("no weight differs between the checkpoints", "check both directories")
+    plan, capped = _choose(parts, rule, denoise)
+    codes = [tuned.entries[f"{n}.weight"][0] for n in parts]
+    config = AdapterConfig(base_model=base_model, r=None, target_modules=tuple(sorted(parts)))
+    source = Adapter("extracted", config, {n: p.spec for n, p in parts.items()}, {}, TensorDict({}))
+    output = plan_output(
+        [source],
+        [AlignedModule(n, {0: p.spec}) for n, p in parts.items()],
+        plan.ranks,
+        dtype=dtype or max(sorted(set(codes)), key=codes.count),
+        layout=layout,
+    )
+    check_target(out, force=force, inputs=inputs, needed=output.num_bytes)
+    _write(parts, plan, output, out)
+    ordered = tuple(sorted(coverage, key=lambda c: c.name))
+    return ExtractReport(plan, ordered, capped, str(out), output.num_bytes)
+
+
+def noise_threshold(values_median: float, rows: int, columns: int) -> float:
+    """Gavish-Donoho threshold for unknown noise: omega(beta) times the median singular value.
+
+    Uses their cubic for omega, beta = min / max of the sides; the median is over all min(m, n)
+    values.
+    """
+    beta = min(rows, columns) / max(rows, columns)
+    omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
+    return omega * values_median
+
+
+def _choose(
+    parts: Mapping[str, Difference], rule: RankRule | str, denoise: bool
+) -> tuple[RankPlan, tuple[str, ...]]:
+    """Ranks from spectra completed by their unseen tail, then the noise cap."""
+    spectra, costs, before = {}, {}, {}
+    for name, part in parts.items():
+        values = part.values
+        hidden = min(part.spec.d_out, part.spec.d_in) - len(values)
+        if hidden > 0:
+            # Energy rules must count the tail: spread evenly, since only its norm is known.
+            # It cannot be kept, since `before` ends at the computed values.
+            share = min(part.residual / math.sqrt(hidden), float(values[-1]))
+            values = torch.cat([values, torch.full((hidden,), share, dtype=torch.float64)])
+        spectra[name] = values
+        costs[name] = part.spec.d_in + part.spec.d_out
+        before[name] = part.spec.rank
+    plan = choose_ranks(spectra, costs, rule, before=before)
+    if not denoise:
+        return plan, ()
+    capped = tuple(n for n, r in plan.ranks.items() if r > max(parts[n].noise_rank, 1))
+    if not capped:
+        return plan, ()
+    limits = {n: min(r, max(parts[n].noise_rank, 1)) for n, r in plan.ranks.items()}
+    lowered = {}
+    for name, rank in limits.items():
+        one = choose_ranks(
+            {name: spectra[name]}, {name: costs[name]}, str(rank), before={name: before[name]}
+        )
+        lowered[name] = one.modules[name]
+    return RankPlan(plan.rule, lowered, None, plan.threshold), capped
+
+
+def _difference(
+    base: Checkpoint, tuned: Checkpoint, name: str, max_rank: int, denoise: bool, seed: int
+) -> Difference | Coverage:
+    before, after = base.read(name).float(), tuned.read(name).float()
+    delta = after - before
+    norm = _norm(delta)
+    if not math.isfinite(norm):
+        return Coverage(name, "not finite", None)
+    if norm == 0:
+        return Coverage(name, "unchanged", 0.0)
+    leading = leading_svd(delta, min(max_rank, *delta.shape), seed=seed)
+    cap = len(leading.values)
+    if denoise:
+        threshold = noise_threshold(_median_value(delta), *delta.shape)
+        cap = int((leading.values > threshold).sum())
+    spec = ModuleSpec(
+        name=name.removesuffix(".weight"),
+        form="linear",
+        d_out=delta.shape[0],
+        d_in=delta.shape[1],
+        rank=len(leading.values),
+        scaling=1.0,
+        dtype=tuned.entries[name][0],
+        key_a="",
+        key_b="",
+    )
+    return Difference(spec, leading.u, leading.values, leading.vh, norm, leading.residual, cap)
+
+
+def _median_value(delta: Tensor) -> float:
+    """Median singular value, from the float64 Gram of the smaller side (error 1e-8 of the top)."""
+    small = delta if delta.shape[0] <= delta.shape[1] else delta.mT
+    small = small.double()
+    values = torch.linalg.eigvalsh(small @ small.mT).clamp_min(0).sqrt()
+    return float(values.median())
+
+
+def _measured(base: Checkpoint, tuned: Checkpoint, one: Coverage) -> Coverage:
+    """The change of a tensor that is not extracted."""
+    if one.what != "left out" or tuned.entries[one.name][0] not in _FLOATS:
+        return one
+    before, after = base.read(one.name).float(), tuned.read(one.name).float()
+    change, norm = _norm(after - before), _norm(before)
+    if not math.isfinite(change):
+        return Coverage(one.name, "not finite", None)
+    what = "unchanged" if change == 0 else "left out"
+    return Coverage(one.name, what, change / norm if norm > 0 else None)
+
+
+def _write(parts: Mapping[str, Difference], plan: RankPlan, output: OutputPlan, out: Path) -> None:
+    with atomic_directory(out) as folder, AdapterWriter(folder, output) as writer:
+        for name, part in parts.items():
+            rank = plan.ranks[name]
+            root = part.values[:rank].sqrt().float()
+            up, down = part.u[:, :rank] * root, root[:, None] * part.vh[:rank]
+            writer.add(name, [RankStack.of([(down, up, 1.0)])])
+
+
+def _refuse_transposed(base: Checkpoint) -> None:
+    """GPT-2's Conv1D stores (in, out); a factor pair for it would be the wrong way round."""
+    config = base.path / "config.json"
+    if not config.is_file():
+        return
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if kind in _TRANSPOSED:
+        raise MethodError(
+            f"{base.path} is a {kind} model, whose weights are stored transposed (Conv1D)",
+            "extract with peft instead; this is not supported yet",
+        )
+
+
+def _wanted(
+    name: str, entry: tuple[str, tuple[int, ...]], include: Sequence[str], exclude: Sequence[str]
+) -> bool:
+    code, shape = entry
+    module = name.removesuffix(".weight")
+    if code not in _FLOATS or len(shape) != 2 or not name.endswith(".weight") or min(shape) < 2:
+        return False
+    if any(fnmatchcase(module, p) or fnmatchcase(module, f"*.{p}") for p in exclude):
+        return False
+    if include:
+        return any(fnmatchcase(module, p) or fnmatchcase(module, f"*.{p}") for p in include)
+    return not any(word in module for word in ("embed", "lm_head", "wte", "wpe", "norm"))
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
