@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
-from builders import save_adapter
+from builders import SHAPES, save_adapter
 from lora_merge.adapters import Adapter
 from lora_merge.cli.app import cli
 
@@ -36,6 +38,7 @@ def run(*arguments: object) -> str:
         (["--budget", "x0.5"], "budget:x0.5"),
         (["--budget", 300, "--exact"], "budget:300"),
         (["--match", 2], "match:2"),
+        (["--full"], "full"),
         (["--energy", 0.9, "--compat", "kohya"], "kohya-fro:0.9"),
         (["--ratio", 10, "--compat", "lycoris"], "lycoris-ratio:0.1"),
     ],
@@ -80,12 +83,30 @@ def test_the_report_keeps_the_errors_apart(tmp_path):
         ["-o", "x", "--rank", 2, "--energy", 0.5],
         ["-o", "x", "--elbow", "--compat", "kohya"],
         ["-o", "x", "--energy", 1.5],
+        ["-o", "x", "--objective", "base-relative"],
     ],
 )
 def test_wrong_usage(tmp_path, options):
     result = invoke(save_adapter(tmp_path / "a"), *options)
     assert result.exit_code == 2
     assert not (tmp_path / "x").exists()
+
+
+def test_a_budget_relative_to_the_base_serves_modules_of_small_weights(tmp_path):
+    folder = save_adapter(tmp_path / "a", r=6)
+    small = next(iter(SHAPES))
+    weights = {
+        f"{n}.weight": torch.ones(s) * (1e-3 if n == small else 1) for n, s in SHAPES.items()
+    }
+    (tmp_path / "base").mkdir()
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    options = ["--dry-run", "--json", "--budget", "x0.5"]
+    relative = [*options, "--objective", "base-relative", "--base", tmp_path / "base"]
+    ranks = [
+        json.loads(run(folder, *one))["plan"]["modules"][small]["rank"]
+        for one in (options, relative)
+    ]
+    assert ranks[1] == 6 > ranks[0]
 
 
 def test_real_adapters_shrink(shared, tmp_path):

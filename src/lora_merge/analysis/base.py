@@ -17,6 +17,7 @@ from lora_merge.adapters.source import derived_data
 from lora_merge.analysis.checkpoint import Checkpoint, weight_of
 from lora_merge.analysis.parallel import in_order
 from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum
+from lora_merge.errors import AdapterError
 from lora_merge.linalg import leading_svd
 
 _TOP = 10
@@ -116,6 +117,29 @@ def relate_to_base(
             on_module()
     _save(cache, known)
     return BaseReport(tuple(found), tuple(missing))
+
+
+def base_weights(
+    adapter: Adapter, checkpoint: Checkpoint, *, jobs: int | None = None
+) -> dict[str, float]:
+    """1 / ||W||_F^2 by module: weights that make a budget count errors relative to the base.
+
+    Raises:
+        AdapterError: If a module has no weight there, or it does not fit.
+    """
+
+    def one(name: str) -> float:
+        spec = adapter.modules[name]
+        weight = weight_of(checkpoint, spec, transposed=adapter.config.fan_in_fan_out)
+        if weight is None:
+            raise AdapterError(
+                f"{checkpoint.path}: no weight of {name} there", "name the adapter's base model"
+            )
+        square = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+        return 1 / square if square > 0 else 1.0
+
+    names = list(adapter.modules)
+    return dict(zip(names, in_order(one, names, jobs=jobs), strict=True))
 
 
 def _relate(

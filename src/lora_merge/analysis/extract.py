@@ -30,6 +30,7 @@ from lora_merge.adapters import (
     check_target,
     plan_output,
 )
+from lora_merge.adapters.card import short_card
 from lora_merge.analysis.checkpoint import Checkpoint
 from lora_merge.analysis.parallel import in_order
 from lora_merge.analysis.ranks import RankPlan, RankRule, choose_ranks
@@ -314,12 +315,20 @@ def _measured(base: Checkpoint, tuned: Checkpoint, one: Coverage) -> Coverage:
 
 
 def _write(parts: Mapping[str, Difference], plan: RankPlan, output: OutputPlan, out: Path) -> None:
-    with atomic_directory(out) as folder, AdapterWriter(folder, output) as writer:
-        for name, part in parts.items():
-            rank = plan.ranks[name]
-            root = part.values[:rank].sqrt().float()
-            up, down = part.u[:, :rank] * root, root[:, None] * part.vh[:rank]
-            writer.add(name, [RankStack.of([(down, up, 1.0)])])
+    with atomic_directory(out) as folder:
+        with AdapterWriter(folder, output) as writer:
+            for name, part in parts.items():
+                rank = plan.ranks[name]
+                root = part.values[:rank].sqrt().float()
+                up, down = part.u[:, :rank] * root, root[:, None] * part.vh[:rank]
+                writer.add(name, [RankStack.of([(down, up, 1.0)])])
+        text = short_card(
+            "An extracted LoRA adapter",
+            output.config["base_model_name_or_path"],
+            f"The leading part of the difference between two checkpoints: rule `{plan.rule}`, "
+            f"{100 * plan.energy:.2f} % of the squared difference of {len(parts)} weights.",
+        )
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _refuse_transposed(base: Checkpoint) -> None:

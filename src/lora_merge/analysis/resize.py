@@ -42,8 +42,10 @@ class ResizedModule:
         name: Module path.
         before: Rank it had.
         rank: Rank it has, 0 if it was dropped.
-        frobenius: Norm of the delta before.
-        truncation: Norm of what truncation removed (exact, from the singular values).
+        frobenius: Norm of the delta before (weighted by data, if the spectra are).
+        truncation: Norm of what truncation removed (exact, from the singular values; weighted
+            likewise).
+        delta_norm: Norm of the delta before, never weighted.
         cast: Norm of what rounding to the stored dtype changed (measured).
     """
 
@@ -52,6 +54,7 @@ class ResizedModule:
     rank: int
     frobenius: float
     truncation: float
+    delta_norm: float
     cast: float
 
 
@@ -76,16 +79,12 @@ class ResizeReport:
     @property
     def truncation(self) -> float:
         """Truncation error of all modules together, relative to their norm."""
-        return self._relative("truncation")
+        return _relative([(m.truncation, m.frobenius) for m in self.modules])
 
     @property
     def cast(self) -> float:
         """Rounding error of all modules together, relative to their norm."""
-        return self._relative("cast")
-
-    def _relative(self, which: str) -> float:
-        total = sum(m.frobenius**2 for m in self.modules)
-        return sqrt(sum(getattr(m, which) ** 2 for m in self.modules) / total) if total else 0.0
+        return _relative([(m.cast, m.delta_norm) for m in self.modules])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -255,9 +254,17 @@ def _resize_module(
         if spec.key_bias:
             bias = adapter.tensors.read(spec.key_bias).float() * spec.scaling
         writer.add(spec.name, stacks, bias)
-    return ResizedModule(
-        spec.name, plan.modules[spec.name].before, rank, sqrt(total), sqrt(lost), sqrt(cast)
+    norm = (
+        total if experts[0].delta_norm is None else sum((m.delta_norm or 0) ** 2 for m in experts)
     )
+    before = plan.modules[spec.name].before
+    return ResizedModule(spec.name, before, rank, sqrt(total), sqrt(lost), sqrt(norm), sqrt(cast))
+
+
+def _relative(parts: Sequence[tuple[float, float]]) -> float:
+    """Norm of all errors over the norm of all deltas, 0 of nothing."""
+    total = sum(whole**2 for _, whole in parts)
+    return sqrt(sum(error**2 for error, _ in parts) / total) if total > 0 else 0.0
 
 
 def _card(adapter: Adapter, plan: RankPlan) -> str:

@@ -35,6 +35,7 @@ class ModuleSpectrum:
             the factors hold NaN or infinity.
         detail: What is not finite, in words.
         core: The SVD in factor space without the scaling, where it was asked for.
+        delta_norm: Frobenius norm of the delta where `values` are weighted by data, else None.
     """
 
     module: str
@@ -44,6 +45,7 @@ class ModuleSpectrum:
     status: Status = "ok"
     detail: str = ""
     core: CoreSVD | None = field(default=None, repr=False)
+    delta_norm: float | None = None
 
     @property
     def name(self) -> str:

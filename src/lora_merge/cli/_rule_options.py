@@ -25,13 +25,17 @@ rule_options = together(
         "--budget", metavar="N|xF", help="N parameters, or a share (x0.5), where they save most."
     ),
     click.option("--match", type=click.IntRange(min=1), help="Fewest parameters, error as rank R."),
+    click.option("--full", is_flag=True, help="Drop only what is numerically zero: lossless."),
     click.option(
         "--compat",
         type=click.Choice(["kohya", "peft", "lycoris"]),
         help="Count as sd-scripts (--energy is its sv_fro), PEFT or LyCORIS do.",
     ),
 )
-_NAMES = ("rank", "energy", "nuclear", "ratio", "elbow", "erank", "soka", "welore", "budget")
+_NAMES = (
+    *("rank", "energy", "nuclear", "ratio", "elbow", "erank"),
+    *("soka", "welore", "budget", "match", "full"),
+)
 _COMPAT = {
     "kohya": {"energy": "kohya-fro", "nuclear": "kohya-cumulative", "ratio": "kohya-ratio"},
     "lycoris": {"nuclear": "lycoris-quantile", "ratio": "lycoris-ratio"},
@@ -46,7 +50,7 @@ def take_rule(arguments: dict[str, Any]) -> str:
         click.UsageError: If several rules are given, or the compatibility mode has no such rule.
     """
     compat = arguments.pop("compat")
-    given = {n: v for n in (*_NAMES, "match") if (v := arguments.pop(n)) not in (None, False)}
+    given = {n: v for n in _NAMES if (v := arguments.pop(n)) not in (None, False)}
     if len(given) > 1:
         raise click.UsageError(f"give one rank rule, not {' and '.join(f'--{n}' for n in given)}")
     name, value = next(iter(given.items()), ("energy", 0.95))

@@ -26,10 +26,27 @@ Examples:
 @click.option("--exact", is_flag=True, help="Spread a budget by dynamic programming.")
 @click.option(
     "--objective",
-    type=click.Choice(["absolute", "relative"]),
+    type=click.Choice(["absolute", "relative", "base-relative"]),
     default="absolute",
     show_default=True,
-    help="What a budget minimises: squared error, or each module's share of it.",
+    help="What a budget minimises: squared error, or that over the delta's or the base's norm.",
+)
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path, exists=True),
+    help="Base model's directory, for base-relative.",
+)
+@click.option(
+    "--bottleneck",
+    type=click.Path(path_type=Path, exists=True),
+    metavar="STATS",
+    help="Keep output energy on calibration data instead of sum s^2 (see the documentation).",
+)
+@click.option(
+    "--fisher",
+    type=click.Path(path_type=Path, exists=True),
+    metavar="STATS",
+    help="The same, outputs weighted by their Fisher information.",
 )
 @click.option("--min-rank", type=click.IntRange(min=1), default=1, help="Smallest rank.")
 @click.option("--max-rank", type=click.IntRange(min=1), help="Largest rank.")
@@ -49,6 +66,10 @@ def command(adapter: str, **arguments: Any) -> None:
     Prints truncation and rounding error apart. Energy is a proxy: measure the task afterwards.
     """
     rule = take_rule(arguments)
+    if arguments["bottleneck"] and arguments["fisher"]:
+        raise click.UsageError("give --bottleneck or --fisher, not both")
+    if (arguments["objective"] == "base-relative") != (arguments["base"] is not None):
+        raise click.UsageError("--objective base-relative and --base belong together")
     if arguments["out"] is None and not arguments["dry_run"]:
         raise click.UsageError("missing option '-o' (or --dry-run)")
     _run(adapter, rule, **arguments)
@@ -61,6 +82,9 @@ def _run(
     out: Path | None,
     exact: bool,
     objective: str,
+    base: Path | None,
+    bottleneck: Path | None,
+    fisher: Path | None,
     min_rank: int,
     max_rank: int | None,
     round_to: int,
@@ -84,8 +108,21 @@ def _run(
     parsed = parse_rule(rule)
     adapter = open_adapter(resolve(ref, allow_pickle=allow_pickle))
     with output.progress("measuring", len(adapter.modules)) as advance:
-        spectra = adapter_spectra(adapter, keep_cores=not dry_run, on_module=advance)
+        spectra = adapter_spectra(adapter, keep_cores=True, on_module=advance)
     require_finite(spectra)
+    stats = bottleneck or fisher
+    if stats is not None:
+        from lora_merge.analysis.moments import read_moments, weigh_spectra
+
+        spectra = weigh_spectra(adapter, spectra, read_moments(stats), fisher=fisher is not None)
+    weights = None
+    if objective == "relative":
+        weights = _weights(spectra.by_module)
+    elif base is not None:
+        from lora_merge.analysis.base import base_weights
+        from lora_merge.analysis.checkpoint import open_checkpoint
+
+        weights = base_weights(adapter, open_checkpoint(base))
     plan = choose_ranks(
         spectra.by_module,
         spectra.costs,
@@ -94,7 +131,7 @@ def _run(
         min_rank=0 if drop_empty else min_rank,
         max_rank=max_rank,
         round_to=round_to,
-        weights=_weights(spectra.by_module) if objective == "relative" else None,
+        weights=weights,
         exact=exact,
     )
     target = plan_resize(
