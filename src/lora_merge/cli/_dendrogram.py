@@ -7,8 +7,10 @@ from rich.text import Text
 from lora_merge.analysis.cluster import Tree
 from lora_merge.cli._format import shorten
 
-_LINES = dict.fromkeys("┐┘┤┬┴├┼", "+") | {"─": "-", "│": "|"}
-_GOES_ON = {"┐": "┬", "┘": "┴", "│": "├", "┤": "┼", " ": "─"}
+# Which neighbours a cell is joined to, added up → its character.
+_LEFT, _RIGHT, _UP, _DOWN = 1, 2, 4, 8
+_LINES = " ───│┘└┴│┐┌┬│┤├┼"
+_PLAIN = " ---|+++|+++|+++"
 
 
 def dendrogram(tree: Tree, names: Sequence[str], width: int, *, plain: bool) -> Text:
@@ -17,26 +19,25 @@ def dendrogram(tree: Tree, names: Sequence[str], width: int, *, plain: bool) -> 
     label = min(max(map(len, names)), width // 2)
     room = max(10, width - label - 3)
     top = max(*tree.heights, 1e-12)
-    canvas = [[" "] * (room + 1) for _ in range(count)]
-    row: dict[int, int] = {leaf: index for index, leaf in enumerate(tree.order)}
-    column: dict[int, int] = dict.fromkeys(range(count), 0)
+    joined = [[0] * (room + 1) for _ in range(count)]
+    row = {leaf: index for index, leaf in enumerate(tree.order)}
+    column = dict.fromkeys(range(count), 0)
     for index, ((a, b), height) in enumerate(zip(tree.merges, tree.heights, strict=True)):
-        here = max(round(room * height / top), column[a] + 1, column[b] + 1)
-        here = min(here, room)
-        upper, lower = sorted((row[a], row[b]))
+        here = max(round(room * height / top), column[a], column[b])
         for node in (a, b):
             for x in range(column[node], here):
-                canvas[row[node]][x] = _GOES_ON.get(canvas[row[node]][x], "─")
-        for y in range(upper + 1, lower):
-            canvas[y][here] = "┤" if canvas[y][here] == "┘" else "│"
-        canvas[upper][here], canvas[lower][here] = "┐", "┘"
+                joined[row[node]][x] |= _RIGHT
+                joined[row[node]][x + 1] |= _LEFT
+        upper, lower = sorted((row[a], row[b]))
+        for y in range(upper, lower):
+            joined[y][here] |= _DOWN
+            joined[y + 1][here] |= _UP
         row[count + index] = (upper + lower) // 2
         column[count + index] = here
+    characters = _PLAIN if plain else _LINES
     text = Text("distance 1 - cosine, average linkage\n", style="bold")
     for index, leaf in enumerate(tree.order):
-        line = "".join(canvas[index])
-        if plain:
-            line = "".join(_LINES.get(c, c) for c in line)
-        text.append(f"{shorten(names[leaf], label):<{label}} {line.rstrip()}\n", style="not bold")
+        line = "".join(characters[cell] for cell in joined[index]).rstrip()
+        text.append(f"{shorten(names[leaf], label):<{label}} {line}\n", style="not bold")
     scale = f"{'':<{label}} 0{f'{top:.3g}':>{room}}\n"
     return text.append(scale, style="not bold dim")
