@@ -130,3 +130,14 @@ def test_pictures_are_written(tmp_path):
     run(folder, "--svg", tmp_path / "a.svg", "--html", tmp_path / "a.html")
     assert (tmp_path / "a.svg").read_text().lstrip().startswith("<?xml")
     assert "<table>" in (tmp_path / "a.html").read_text()
+
+
+def test_a_bare_file_needs_its_alpha(tmp_path):
+    folder = save_adapter(tmp_path / "a", r=4, alpha=8)
+    norm = json.loads(run(folder, "--json"))["adapters"][0]["frobenius"]
+    (folder / "adapter_config.json").unlink()
+    file = folder / "adapter_model.safetensors"
+    bare = json.loads(run(file, "--alpha", 8, "--json"))["adapters"][0]["frobenius"]
+    assert bare == norm
+    rslora = json.loads(run(file, "--alpha", 8, "--rslora", "--json"))["adapters"][0]["frobenius"]
+    assert rslora == pytest.approx(2 * norm)

@@ -39,6 +39,7 @@ class PairMatrices:
         label: Which modules.
         modules: How many they are.
         norms: Frobenius norm of each adapter, shape (N,).
+        shared: Modules that both have.
         cosine: <D_i, D_j> / (|D_i| |D_j|).
         overlap_out: Mean squared cosine of principal angles between output spaces.
         overlap_in: The same of input spaces.
@@ -63,6 +64,7 @@ class PairMatrices:
     label: str
     modules: int
     norms: Tensor
+    shared: Tensor
     cosine: Tensor
     overlap_out: Tensor
     overlap_in: Tensor
@@ -249,6 +251,7 @@ def _matrices(label: str, tables: Sequence[PairTables]) -> PairMatrices:
         label=label,
         modules=len(tables),
         norms=norms,
+        shared=present,
         cosine=_divide(products, both).clamp(-1, 1),
         overlap_out=_divide(total["overlap_out"], present),
         overlap_in=_divide(total["overlap_in"], present),

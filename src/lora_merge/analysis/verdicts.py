@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from lora_merge.analysis.compare import Comparison, PairMatrices
 
-Kind = Literal["same", "opposite", "agree", "independent", "entangled", "conflict"]
+Kind = Literal["same", "opposite", "agree", "independent", "entangled", "conflict", "apart"]
 
 _SAME = 0.99
 _AGREE = 0.2
@@ -21,6 +21,7 @@ MEANING: dict[Kind, str] = {
     "agree": "can be averaged",
     "independent": "unrelated directions: add them (cat, sum); an average only shrinks each",
     "entangled": "same directions, different use: separate them (tsv, knots, ties)",
+    "apart": "no module in common: put together, they do not touch each other",
     "conflict": "work against each other: ties, or gate them instead of merging",
 }
 
@@ -56,6 +57,7 @@ def judge(comparison: Comparison) -> list[Verdict]:
     """A verdict for every pair, the most alarming kinds first."""
     count = len(comparison.adapters)
     order: list[Kind] = ["conflict", "opposite", "entangled", "same", "agree", "independent"]
+    order.append("apart")
     verdicts = [_judge_pair(comparison, i, j) for i in range(count) for j in range(i + 1, count)]
     return sorted(verdicts, key=lambda v: (order.index(v.kind), -abs(v.cosine)))
 
@@ -64,8 +66,10 @@ def _judge_pair(comparison: Comparison, i: int, j: int) -> Verdict:
     total = comparison.total
     cosine = float(total.cosine[i, j])
     excess = _excess(total, i, j)
-    if cosine > _SAME:
-        kind: Kind = "same"
+    if not bool(total.shared[i, j]):
+        kind: Kind = "apart"
+    elif cosine > _SAME:
+        kind = "same"
     elif cosine < -_SAME:
         kind = "opposite"
     elif cosine > _AGREE:

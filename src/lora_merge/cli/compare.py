@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 import click
 
-from lora_merge.cli._options import adapters_argument, json_option, pickle_option
+from lora_merge.cli._open import open_all, open_options
+from lora_merge.cli._options import adapters_argument, json_option
 
 
 @click.command(
@@ -29,7 +30,7 @@ Examples:
 @click.option("--force", is_flag=True, help="Accept different base model names.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampled signs.")
 @click.option("--width", type=click.IntRange(min=60), help="Columns.  [default: the terminal's]")
-@pickle_option
+@open_options
 @json_option
 def command(
     adapters: tuple[str, ...],
@@ -39,6 +40,8 @@ def command(
     force: bool,
     seed: int,
     width: int | None,
+    alpha: float | None,
+    rslora: bool,
     allow_pickle: bool,
     as_json: bool,
 ) -> None:
@@ -49,14 +52,13 @@ def command(
     groups = _groups(cluster)
     from rich.console import Group
 
-    from lora_merge.adapters import expand, open_adapter, resolve
     from lora_merge.analysis.compare import compare
     from lora_merge.analysis.verdicts import judge
     from lora_merge.cli._compare_view import comparison_view
     from lora_merge.cli._output import Output
 
     output = Output(as_json, width=width)
-    opened = [open_adapter(resolve(r, allow_pickle=allow_pickle)) for r in expand(adapters)]
+    opened = open_all(adapters, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
     names = {name for adapter in opened for name in adapter.modules}
     with output.progress("comparing", len(names)) as advance:
         comparison = compare(opened, force=force, seed=seed, on_module=advance)

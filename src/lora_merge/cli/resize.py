@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from lora_merge.cli._options import json_option, pickle_option
+from lora_merge.cli._open import open_all, open_options
+from lora_merge.cli._options import json_option
 from lora_merge.cli._rule_options import rule_options, take_rule
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -58,7 +59,7 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Show the plan as a difference, write nothing.")
 @click.option("--list", "each", is_flag=True, help="In a plan, list every module.")
 @click.option("--width", type=click.IntRange(min=60), help="Columns.  [default: the terminal's]")
-@pickle_option
+@open_options
 @json_option
 def command(adapter: str, **arguments: Any) -> None:
     """Write ADAPTER with new ranks: the best approximation of every delta at its rank.
@@ -95,10 +96,11 @@ def _run(
     dry_run: bool,
     each: bool,
     width: int | None,
+    alpha: float | None,
+    rslora: bool,
     allow_pickle: bool,
     as_json: bool,
 ) -> None:
-    from lora_merge.adapters import open_adapter, resolve
     from lora_merge.analysis.ranks import choose_ranks, parse_rule
     from lora_merge.analysis.resize import plan_resize, resize
     from lora_merge.analysis.spectra import adapter_spectra, require_finite
@@ -106,7 +108,10 @@ def _run(
 
     output = Output(as_json, width=width)
     parsed = parse_rule(rule)
-    adapter = open_adapter(resolve(ref, allow_pickle=allow_pickle))
+    opened = open_all([ref], alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
+    if len(opened) != 1:
+        raise click.UsageError(f"{ref} stands for {len(opened)} adapters; resize takes one")
+    adapter = opened[0]
     with output.progress("measuring", len(adapter.modules)) as advance:
         spectra = adapter_spectra(adapter, keep_cores=True, on_module=advance)
     require_finite(spectra)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_merge.cli._options import json_option, pickle_option
+from lora_merge.cli._open import open_all, open_options
+from lora_merge.cli._options import json_option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -55,7 +56,7 @@ Examples:
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw heat map and curves.")
 @click.option("--png", type=click.Path(path_type=Path), help="The same as pixels.")
 @click.option("--html", type=click.Path(path_type=Path), help="The same with tables, in one file.")
-@pickle_option
+@open_options
 @json_option
 def command(
     adapters: tuple[str, ...],
@@ -70,6 +71,8 @@ def command(
     svg: Path | None,
     png: Path | None,
     html: Path | None,
+    alpha: float | None,
+    rslora: bool,
     allow_pickle: bool,
     as_json: bool,
 ) -> None:
@@ -79,13 +82,12 @@ def command(
     """
     if intruders and base is None:
         raise click.UsageError("--intruders needs --base")
-    from lora_merge.adapters import expand, open_adapter, resolve
     from lora_merge.analysis.export import spectra_document, write_csv
     from lora_merge.analysis.spectra import adapter_spectra
     from lora_merge.cli._output import Output
 
     output = Output(as_json, width=width)
-    opened = [open_adapter(resolve(r, allow_pickle=allow_pickle)) for r in expand(adapters)]
+    opened = open_all(adapters, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
     with output.progress("reading", sum(len(a.modules) for a in opened)) as advance:
         results = [
             adapter_spectra(a, modules=modules, keep_cores=base is not None, on_module=advance)
