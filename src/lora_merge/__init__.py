@@ -11,15 +11,29 @@ from lora_merge._version import __version__
 if TYPE_CHECKING:
     from lora_merge.adapters import Adapter as Adapter
     from lora_merge.adapters import RankStack as RankStack
+    from lora_merge.analysis.compare import compare as compare
+    from lora_merge.analysis.ranks import choose_ranks as choose_ranks
+    from lora_merge.analysis.spectra import adapter_spectra as adapter_spectra
     from lora_merge.errors import LoraMergeError as LoraMergeError
 
 _PUBLIC = {
     "Adapter": "lora_merge.adapters",
     "LoraMergeError": "lora_merge.errors",
     "RankStack": "lora_merge.adapters",
+    "adapter_spectra": "lora_merge.analysis.spectra",
+    "choose_ranks": "lora_merge.analysis.ranks",
+    "compare": "lora_merge.analysis.compare",
 }
 
-__all__ = ["Adapter", "LoraMergeError", "RankStack", "__version__"]
+__all__ = [
+    "Adapter",
+    "LoraMergeError",
+    "RankStack",
+    "__version__",
+    "adapter_spectra",
+    "choose_ranks",
+    "compare",
+]
 
 
 def __getattr__(name: str) -> Any:

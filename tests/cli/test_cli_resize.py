@@ -39,6 +39,7 @@ def run(*arguments: object) -> str:
         (["--budget", 300, "--exact"], "budget:300"),
         (["--match", 2], "match:2"),
         (["--full"], "full"),
+        (["--rank", 3, "--nested"], "nested:3"),
         (["--energy", 0.9, "--compat", "kohya"], "kohya-fro:0.9"),
         (["--ratio", 10, "--compat", "lycoris"], "lycoris-ratio:0.1"),
     ],
@@ -84,6 +85,7 @@ def test_the_report_keeps_the_errors_apart(tmp_path):
         ["-o", "x", "--elbow", "--compat", "kohya"],
         ["-o", "x", "--energy", 1.5],
         ["-o", "x", "--objective", "base-relative"],
+        ["-o", "x", "--nested"],
     ],
 )
 def test_wrong_usage(tmp_path, options):

@@ -75,7 +75,7 @@ class RankRule:
     def __str__(self) -> str:
         if self.kind == "fixed":
             return f"{self.value:g}"
-        if self.value is None or _KINDS[self.kind].high == 0:
+        if self.value is None or (self.kind in _KINDS and _KINDS[self.kind].high == 0):
             return self.kind
         prefix = "x" if self.unit == "share" else ""
         digits = ".0f" if self.unit == "parameters" else "g"

@@ -24,6 +24,7 @@ Examples:
 @click.argument("adapter")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory to make.")
 @rule_options
+@click.option("--nested", is_flag=True, help="With --rank: the first units as stored (DyLoRA).")
 @click.option("--exact", is_flag=True, help="Spread a budget by dynamic programming.")
 @click.option(
     "--objective",
@@ -67,6 +68,10 @@ def command(adapter: str, **arguments: Any) -> None:
     Prints truncation and rounding error apart. Energy is a proxy: measure the task afterwards.
     """
     rule = take_rule(arguments)
+    if arguments["nested"] and not rule.startswith("fixed:"):
+        raise click.UsageError("--nested needs --rank")
+    if arguments["nested"] and (arguments["bottleneck"] or arguments["fisher"]):
+        raise click.UsageError("--nested keeps units as they are: it takes no statistics")
     if arguments["bottleneck"] and arguments["fisher"]:
         raise click.UsageError("give --bottleneck or --fisher, not both")
     if (arguments["objective"] == "base-relative") != (arguments["base"] is not None):
@@ -81,6 +86,7 @@ def _run(
     rule: str,
     *,
     out: Path | None,
+    nested: bool,
     exact: bool,
     objective: str,
     base: Path | None,
@@ -102,7 +108,7 @@ def _run(
     as_json: bool,
 ) -> None:
     from lora_merge.analysis.ranks import choose_ranks, parse_rule
-    from lora_merge.analysis.resize import plan_resize, resize
+    from lora_merge.analysis.resize import nested_plan, plan_resize, resize
     from lora_merge.analysis.spectra import adapter_spectra, require_finite
     from lora_merge.cli._output import Output
 
@@ -139,6 +145,8 @@ def _run(
         weights=weights,
         exact=exact,
     )
+    if nested:
+        plan = nested_plan(adapter, spectra, int(parsed.value or 0))
     target = plan_resize(
         adapter,
         spectra,
