@@ -250,3 +250,45 @@ def test_peft_loads_the_result_and_computes_the_same(tmp_path, layout, use_rslor
         stem = f"base_model.model.{name}.lora_"
         product = scale * written[f"{stem}B.weight"] @ written[f"{stem}A.weight"]
         torch.testing.assert_close(product.double(), after[name], rtol=0, atol=1e-5)
+
+
+def special_forms() -> tuple[dict, dict[str, torch.Tensor]]:
+    """A convolution, an embedding and three experts, rank 4 each."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    stem = "base_model.model."
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": ["conv", "embed"],
+        "target_parameters": ["mlp.experts.up"],
+    }
+    return config, {
+        f"{stem}conv.lora_A.weight": normal(4, 3, 5, 5),
+        f"{stem}conv.lora_B.weight": normal(8, 4, 1, 1),
+        f"{stem}embed.lora_embedding_A": normal(4, 30),
+        f"{stem}embed.lora_embedding_B": normal(12, 4),
+        f"{stem}layers.0.mlp.experts.lora_A.weight": normal(12, 9),
+        f"{stem}layers.0.mlp.experts.lora_B.weight": normal(10, 12),
+    }
+
+
+@pytest.mark.parametrize("rule", ["full", "2", "budget:x0.6"])
+def test_convolutions_embeddings_and_experts_resize_too(tmp_path, rule):
+    from lora_merge.adapters import align, read_stacks
+
+    config, tensors = special_forms()
+    source = save_parts(tmp_path / "a", config, tensors)
+    report = run(source, tmp_path / "out", rule)
+    before, after = (align([Adapter.from_pretrained(p)]) for p in (source, tmp_path / "out"))
+    assert len(before.modules) == len(after.modules) == 3
+    for one, two in zip(before.modules, after.modules, strict=True):
+        assert one.first.geometry == two.first.geometry
+        rank = report.plan.ranks[one.name]
+        for old, new in zip(read_stacks(before, one), read_stacks(after, two), strict=True):
+            expected = best(old.delta().double(), rank)
+            torch.testing.assert_close(new.delta().double(), expected, rtol=0, atol=1e-4)
