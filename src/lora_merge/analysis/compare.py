@@ -22,7 +22,7 @@ from lora_merge.adapters.modules import to_matrix
 from lora_merge.analysis.overlap import PairTables, pair_tables
 from lora_merge.analysis.parallel import in_order
 from lora_merge.analysis.places import labels, place_of
-from lora_merge.errors import MethodError
+from lora_merge.errors import AdapterError, MethodError
 
 # Total samples for sign conflicts: a standard error below 0.2 % for every pair.
 _SAMPLES = 65_536
@@ -212,7 +212,14 @@ def _compare_module(
     results = []
     for expert, stack in enumerate(_stacks(alignment, module)):
         name = f"{module.name}[{expert}]" if several else module.name
-        tables = pair_tables(stack, count, samples=samples, seed=seed + index, angles=angles)
+        try:
+            tables = pair_tables(stack, count, samples=samples, seed=seed + index, angles=angles)
+        except FloatingPointError as error:
+            for _ in read_stacks(alignment, module):  # names what is not finite
+                pass
+            raise AdapterError(
+                f"{name}: the factors are too large to multiply", "leave this module out"
+            ) from error
         results.append((name, tables))
     return results
 
@@ -229,10 +236,6 @@ def _stacks(alignment: Alignment, module: AlignedModule) -> Iterator[RankStack]:
         ]
         owners = torch.tensor(list(module.specs))
         stack = RankStack.of(factors)
-        sums = stack.down.sum(dtype=torch.float32) + stack.up.sum(dtype=torch.float32)
-        if not bool(torch.isfinite(sums)):
-            for _ in read_stacks(alignment, module):  # names what is not finite
-                pass
         yield replace(stack, owner=owners[stack.owner])
 
 

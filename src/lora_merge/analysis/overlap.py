@@ -82,12 +82,19 @@ def pair_tables(
         seed: Of the sampling.
         angles: Compute the largest principal cosines (one small SVD per pair) and the
             interference of all together (products of R x R matrices).
+
+    Raises:
+        FloatingPointError: If the factors hold NaN or infinity.
     """
     owners = list(stack.adapters)
     positions, mask = _layout(stack, owners)
     exact = stack.num_units <= _EXACT_UNITS
     gram_up = _blocks(gram(stack.up.mT) if exact else _fast_gram(stack.up.mT), positions, mask)
     gram_down = _blocks(gram(stack.down) if exact else _fast_gram(stack.down), positions, mask)
+    # A diagonal is a sum of squares: finite only if every entry is.
+    squares = torch.einsum("iaia->", gram_up) + torch.einsum("iaia->", gram_down)
+    if not bool(torch.isfinite(squares)):
+        raise FloatingPointError("the factors are not finite")
     scale = torch.stack([stack.scale[p[0]] for p in positions])
     products = torch.einsum("iajb,iajb->ij", gram_up, gram_down) * scale[:, None] * scale
     values, to_up, to_down = _cores(gram_up, gram_down, scale)
@@ -169,7 +176,10 @@ def _fast_gram(x: Tensor) -> Tensor:
         part = x[:, start : start + _CHUNK].to(torch.float32)
         for row in range(0, rows, _BLOCK):
             total[row : row + _BLOCK, row:] += part[row : row + _BLOCK] @ part[row:].mT
-    return total.triu() + total.triu(1).mT
+    for row in range(0, rows, _BLOCK):
+        below = row + _BLOCK
+        total[below:, row:below] = total[row:below, below:].mT
+    return total
 
 
 def _cores(gram_up: Tensor, gram_down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
