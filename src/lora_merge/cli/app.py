@@ -18,12 +18,12 @@ from lora_merge.errors import LoraMergeError
 _COMMANDS = {
     "cluster": "lora_merge.cli.cluster",
     "fuse": "lora_merge.cli.fuse",
-    "compare": "lora_merge.cli.compare",
+    "resize": "lora_merge.cli.resize",
     "extract": "lora_merge.cli.extract",
     "info": "lora_merge.cli.info",
-    "resize": "lora_merge.cli.resize",
-    "run": "lora_merge.cli.run",
     "spectra": "lora_merge.cli.spectra",
+    "compare": "lora_merge.cli.compare",
+    "run": "lora_merge.cli.run",
 }
 
 
