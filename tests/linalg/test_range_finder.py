@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_merge.linalg.range_finder import leading_svd
+from lora_merge.linalg.range_finder import leading_svd_in_bands
 
 
 def bands_of(matrix: torch.Tensor, step: int):
@@ -43,7 +43,7 @@ SPECTRA = {
 def test_the_energy_is_that_of_the_best_cut(name, shape):
     matrix = matrix_of(SPECTRA[name], *shape)
     bands = bands_of(matrix, 16)
-    found = leading_svd(bands, shape[0], start_of(shape[1], 16), 8)
+    found = leading_svd_in_bands(bands, shape[0], start_of(shape[1], 16), 8)
     best = float(SPECTRA[name][:8].square().sum())
     total = float(SPECTRA[name].square().sum())
     assert found.sweeps == bands.sweeps
@@ -60,7 +60,7 @@ def test_a_matrix_of_low_rank_comes_back_whole(rank, width, seed):
     """Blocks beyond the rank are noise; they may not spoil the basis."""
     for dtype, close in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         matrix = matrix_of(torch.linspace(2, 1, rank).double(), 30, 20, seed).to(dtype)
-        found = leading_svd(bands_of(matrix, 7), 30, start_of(20, width, dtype), 5)
+        found = leading_svd_in_bands(bands_of(matrix, 7), 30, start_of(20, width, dtype), 5)
         rebuilt = found.u * found.s.to(dtype) @ found.vh
         torch.testing.assert_close(rebuilt, matrix, rtol=close, atol=close)
 
@@ -68,7 +68,9 @@ def test_a_matrix_of_low_rank_comes_back_whole(rank, width, seed):
 def test_small_and_zero_matrices_end():
     for shape in ((1, 1), (3, 40), (40, 3)):
         matrix = torch.ones(shape, dtype=torch.float64)
-        found = leading_svd(bands_of(matrix, 2), shape[0], start_of(shape[1], min(shape)), 1)
+        found = leading_svd_in_bands(
+            bands_of(matrix, 2), shape[0], start_of(shape[1], min(shape)), 1
+        )
         torch.testing.assert_close(found.u * found.s @ found.vh, matrix)
-    zero = leading_svd(bands_of(torch.zeros(9, 9), 4), 9, start_of(9, 4, torch.float32), 2)
+    zero = leading_svd_in_bands(bands_of(torch.zeros(9, 9), 4), 9, start_of(9, 4, torch.float32), 2)
     assert (zero.square, zero.residual, float(zero.s.sum())) == (0.0, 0.0, 0.0)

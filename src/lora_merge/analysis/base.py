@@ -22,7 +22,6 @@ from lora_merge.linalg import leading_svd
 
 _TOP = 10
 _SIMILAR = 0.5
-_ITERATIONS = 12
 
 
 @dataclass(frozen=True)
@@ -189,9 +188,9 @@ def count_intruders(
         top: How many leading vectors to look at.
         similar: |cosine| from which on a direction counts as the base's.
     """
-    tuned = leading_svd(weight + delta, min(top, *weight.shape), iterations=_ITERATIONS)
+    tuned = leading_svd(weight + delta, min(top, *weight.shape))
     u, vh = tuned.u, tuned.vh
-    share = ((u.mT @ delta) * vh).sum(1).double() / tuned.values.clamp_min(1e-300)
+    share = ((u.mT @ delta) * vh).sum(1).double() / tuned.s.clamp_min(1e-300)
     suspects = u[:, share >= 0.5]
     if suspects.shape[1] == 0:
         return 0
@@ -209,7 +208,7 @@ def _spectral(weight: Tensor, known: dict[str, float]) -> float:
     data = weight.contiguous().view(torch.uint8).numpy().data
     key = hashlib.sha256(data).hexdigest()
     if key not in known:
-        known[key] = float(leading_svd(weight, 1, iterations=_ITERATIONS).values[0])
+        known[key] = float(leading_svd(weight, 1).s[0])
     return known[key]
 
 

@@ -276,22 +276,24 @@ def _difference(
     if norm == 0:
         return Coverage(name, "unchanged", 0.0)
     leading = leading_svd(delta, min(max_rank, *delta.shape), seed=seed)
-    cap = len(leading.values)
+    cap = len(leading.s)
     if denoise:
         threshold = noise_threshold(_median_value(delta), *delta.shape)
-        cap = int((leading.values > threshold).sum())
+        cap = int((leading.s > threshold).sum())
     spec = ModuleSpec(
         name=name.removesuffix(".weight"),
         form="linear",
         d_out=delta.shape[0],
         d_in=delta.shape[1],
-        rank=len(leading.values),
+        rank=len(leading.s),
         scaling=1.0,
         dtype=tuned.entries[name][0],
         key_a="",
         key_b="",
     )
-    return Difference(spec, leading.u, leading.values, leading.vh, norm, leading.residual, cap)
+    return Difference(
+        spec, leading.u, leading.s, leading.vh, norm, math.sqrt(leading.residual), cap
+    )
 
 
 def _median_value(delta: Tensor) -> float:

@@ -9,7 +9,7 @@ from lora_merge.linalg.factors import (
     thin_svd,
 )
 from lora_merge.linalg.kmeans import KMeansResult, kmeans
-from lora_merge.linalg.randomized import LeadingSVD, leading_svd
+from lora_merge.linalg.range_finder import LeadingSVD, leading_svd, leading_svd_in_bands
 
 __all__ = [
     "CoreSVD",
@@ -19,6 +19,7 @@ __all__ = [
     "gram",
     "kmeans",
     "leading_svd",
+    "leading_svd_in_bands",
     "orthonormal_basis",
     "singular_values",
     "thin_qr",

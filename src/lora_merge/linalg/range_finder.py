@@ -16,6 +16,8 @@ from lora_merge.linalg.factors import gram, thin_qr, thin_svd
 
 # Yields (first row, rows) of the matrix from top to bottom, the same bands at every call.
 Bands = Callable[[], Iterator[tuple[int, Tensor]]]
+# Columns beyond the rank: the last triplets asked for converge as fast as the gap to these.
+_OVERSAMPLE = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +44,7 @@ class LeadingSVD:
         return max(self.square - float(self.s.square().sum()), 0.0)
 
 
-def leading_svd(
+def leading_svd_in_bands(
     bands: Bands,
     num_rows: int,
     start: Tensor,
@@ -84,6 +86,27 @@ def leading_svd(
             block = _orthogonal_to(basis, block)
     u, s, vh = thin_svd(left, basis.mT)
     return LeadingSVD(u[:, :rank], s[:rank], vh[:rank], square, sweep)
+
+
+def leading_svd(matrix: Tensor, rank: int, *, sweeps: int = 12, seed: int = 0) -> LeadingSVD:
+    """The leading singular triplets of a dense matrix, to rounding; seeded.
+
+    Args:
+        matrix: Shape (m, n), float32 or float64.
+        rank: k; at most min(m, n) triplets are returned.
+        sweeps: Krylov iterations at most; stops earlier where nothing is gained.
+        seed: Of the first guess.
+    """
+    m, n = matrix.shape
+    random = torch.Generator().manual_seed(seed)
+    start = torch.randn(n, min(n, rank + _OVERSAMPLE), generator=random, dtype=matrix.dtype)
+
+    def whole() -> Iterator[tuple[int, Tensor]]:
+        yield 0, matrix
+
+    return leading_svd_in_bands(
+        whole, m, start.to(matrix.device), min(rank, m, n), tolerance=1e-12, max_sweeps=sweeps
+    )
 
 
 def _leading_energy(left: Tensor, rank: int) -> float:

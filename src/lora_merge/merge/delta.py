@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_merge.adapters import RankStack
 from lora_merge.errors import MethodError
 from lora_merge.linalg import thin_svd
-from lora_merge.linalg.range_finder import leading_svd
+from lora_merge.linalg.range_finder import leading_svd_in_bands
 from lora_merge.merge.blocks import Block, Statistics, Sweep
 from lora_merge.merge.elementwise import combine, measure
 from lora_merge.merge.masks import mask_key, random_bits
@@ -98,7 +98,7 @@ def merge_delta(
     if rank is None or rank >= min(stack.d_out, stack.d_in):
         return _full(stack, bands)
     start = _first_guess(stack, weights, rank, seed)
-    svd = leading_svd(bands, stack.d_out, start, rank)
+    svd = leading_svd_in_bands(bands, stack.d_out, start, rank)
     root = svd.s.sqrt()
     merged = _stack_of(svd.u * root.to(svd.u.dtype), root.to(svd.vh.dtype)[:, None] * svd.vh)
     retained = 1 - svd.residual / svd.square if svd.square > 0 else 1.0
