@@ -15,14 +15,20 @@ if TYPE_CHECKING:
     from lora_merge.analysis.ranks import choose_ranks as choose_ranks
     from lora_merge.analysis.spectra import adapter_spectra as adapter_spectra
     from lora_merge.errors import LoraMergeError as LoraMergeError
+    from lora_merge.mixture import Mixture as Mixture
+    from lora_merge.mixture import load_mixture as load_mixture
+    from lora_merge.mixture import train_gate as train_gate
 
 _PUBLIC = {
     "Adapter": "lora_merge.adapters",
     "LoraMergeError": "lora_merge.errors",
+    "Mixture": "lora_merge.mixture",
     "RankStack": "lora_merge.adapters",
     "adapter_spectra": "lora_merge.analysis.spectra",
     "choose_ranks": "lora_merge.analysis.ranks",
     "compare": "lora_merge.analysis.compare",
+    "load_mixture": "lora_merge.mixture",
+    "train_gate": "lora_merge.mixture",
 }
 
 __all__ = [
@@ -33,6 +39,11 @@ __all__ = [
     "adapter_spectra",
     "choose_ranks",
     "compare",
+    "Mixture",
+    "RankStack",
+    "__version__",
+    "load_mixture",
+    "train_gate",
 ]
 
 

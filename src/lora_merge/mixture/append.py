@@ -1,0 +1,107 @@
+"""Add experts to a mixture and leave what the gate has learned as it is."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters import Adapter, AlignedModule
+from lora_merge.errors import MethodError
+from lora_merge.mixture.initial import initial_gate
+from lora_merge.mixture.mixture import Mixture, make_experts
+
+
+def append_experts(
+    mixture: Mixture,
+    adapters: Sequence[Adapter | str | Path],
+    *,
+    names: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Mixture:
+    """A mixture with more experts; rows of the old ones keep every bit.
+
+    Prototypes of the new experts are computed. A learned gate gets rows for them that still need
+    training (SEMA's growing router, arXiv 2403.18886): zero rows, so that before training a new
+    expert scores like one the gate has no opinion of.
+
+    Args:
+        mixture: What there is.
+        adapters: New experts.
+        names: Their names.
+        seed: Of the rows of modules that no expert touched before.
+
+    Raises:
+        AlignmentError: If they do not fit the old ones.
+        MethodError: If weights of a constant gate would have to be guessed.
+    """
+    if mixture.spec.signal == "constant":
+        raise MethodError(
+            "a constant gate has one weight per expert, and none for the new ones",
+            "make the mixture again with all experts and weights",
+        )
+    old = [expert for expert in mixture.experts if not expert.general]
+    general = [expert for expert in mixture.experts if expert.general]
+    new = make_experts(adapters, names=names, taken=[e.name for e in mixture.experts])
+    from dataclasses import replace
+
+    spec = replace(mixture.spec, trained=mixture.spec.trained and not mixture.spec.is_learned)
+    grown = Mixture.__new__(Mixture)
+    grown._set(spec, [*old, *new, *general])
+    width = None
+    if spec.signal == "hidden":
+        width = mixture.gate["classifier.0.weight"].shape[1]
+    fresh = initial_gate(grown.alignment, spec, grown.num_experts, seed=seed, hidden_size=width)
+    grown.gate = fresh
+    if spec.signal == "hidden":
+        _grow_classifier(mixture, grown)
+    elif spec.signal == "input":
+        before = {module.name: module for module in mixture.alignment.modules}
+        for module in grown.alignment.modules:
+            if module.name in before:
+                _grow_rows(mixture, grown, before[module.name], module)
+    return grown
+
+
+def _grow_rows(mixture: Mixture, grown: Mixture, was: AlignedModule, now: AlignedModule) -> None:
+    """Old rows first, zero rows for new experts after them, the null expert's row last."""
+    count = mixture.num_experts
+    old = mixture.gate[f"{now.name}.weight"]
+    fresh = grown.gate[f"{now.name}.weight"]
+    if mixture.spec.granularity == "rank":
+        kept = sum(was.specs[i].rank for i in was.specs if i < count)
+        bias = torch.zeros(len(fresh))
+        bias[:kept] = mixture.gate[f"{now.name}.rank_bias"]
+        grown.gate[f"{now.name}.rank_bias"] = bias
+    else:
+        kept = sum(i < count for i in was.specs)
+    rows = torch.zeros_like(fresh)
+    rows[:kept] = old[:kept]
+    if mixture.spec.null_expert:
+        rows[-1] = old[-1]
+    grown.gate[f"{now.name}.weight"] = rows
+
+
+def _grow_classifier(mixture: Mixture, grown: Mixture) -> None:
+    """Outputs are laid out module by module; a new module's start as a zero row as well."""
+    last = mixture.spec.depth - 1
+    for name, tensor in mixture.gate.items():
+        if not name.startswith(f"classifier.{last}."):
+            grown.gate[name] = tensor
+    per_module = mixture.spec.granularity == "module"
+    places = (
+        [grown.modules.index(name) for name in mixture.modules if name in grown.modules]
+        if per_module
+        else [0]
+    )
+    null = int(mixture.spec.null_expert)
+    for part in ("weight", "bias"):
+        name = f"classifier.{last}.{part}"
+        old, fresh = mixture.gate[name], grown.gate[name]
+        tail: tuple[int, ...] = tuple(old.shape[1:])
+        old = old.view(-1, mixture.num_experts + null, *tail)
+        rows: Tensor = torch.zeros_like(fresh).view(-1, grown.num_experts + null, *tail)
+        rows[places, : mixture.num_experts] = old[:, : mixture.num_experts]
+        if null:
+            rows[places, -1] = old[:, -1]
+        grown.gate[name] = rows.reshape(fresh.shape)

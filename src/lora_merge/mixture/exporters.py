@@ -1,0 +1,171 @@
+"""Mixtures for tools that know no gates: one folder per expert, one static adapter, X-LoRA."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_merge.adapters import (
+    AdapterWriter,
+    RankStack,
+    atomic_directory,
+    check_target,
+    plan_output,
+    read_stacks,
+)
+from lora_merge.errors import MethodError
+from lora_merge.linalg import thin_svd
+from lora_merge.mixture.directory import write_expert
+from lora_merge.mixture.mixture import Mixture, slug
+
+
+def export_experts(mixture: Mixture, folder: Path, *, force: bool = False) -> list[Path]:
+    """Every expert as a plain LoRA folder: a server's request-level routing picks one.
+
+    Returns:
+        The folders.
+    """
+    check_target(folder, force=force)
+    gated = [e for e in mixture.experts if not e.general]
+    with atomic_directory(folder) as staging:
+        for expert in gated:
+            (staging / slug(expert.name)).mkdir()
+            write_expert(expert, staging / slug(expert.name))
+        names = {"lora_merge": "experts of a mixture", "experts": [slug(e.name) for e in gated]}
+        (staging / "config.json").write_text(json.dumps(names, indent=2) + "\n")
+    return [folder / slug(e.name) for e in gated]
+
+
+def export_static(
+    mixture: Mixture,
+    folder: Path,
+    *,
+    weights: Sequence[float] | Mapping[str, Tensor] | None = None,
+    rank: int | None = None,
+    force: bool = False,
+) -> float:
+    """One plain LoRA: the mixture with its gate held still, for engines without gates.
+
+    Args:
+        mixture: The mixture.
+        folder: To make.
+        weights: One per expert, or by module (a `Usage`'s mean weights); default: 1 / N.
+        rank: Largest rank (vLLM's default limit is 16); None keeps all R, which is exact.
+        force: Replace an adapter directory that is there.
+
+    Returns:
+        Relative Frobenius error of the cut, over all modules; 0 where all ranks are kept.
+    """
+    check_target(folder, force=force)
+    count = mixture.num_experts
+    table = _weight_table(mixture, weights)
+    modules = [m for m in mixture.alignment.modules if min(m.specs) < count]
+    ranks = {m.name: min(m.num_units, rank or m.num_units) for m in modules}
+    adapters = [e.adapter for e in mixture.experts]
+    plan = plan_output(adapters, modules, ranks, dtype="F32", layout="uniform")
+    lost = total = 0.0
+    with atomic_directory(folder) as staging, AdapterWriter(staging, plan) as writer:
+        for module in modules:
+            results = []
+            for stack in read_stacks(mixture.alignment, module):
+                whole = stack.weighted(with_general(table[module.name], mixture))
+                part, missing = cut(whole, ranks[module.name])
+                results.append(part)
+                lost += missing
+                total += whole.inner(whole)
+            writer.add(module.name, results)
+    return float((lost / total) ** 0.5) if total > 0 else 0.0
+
+
+def export_xlora(
+    mixture: Mixture, folder: Path, order: Sequence[str], *, force: bool = False
+) -> None:
+    """PEFT's X-LoRA layout as PEFT 0.19 and earlier read it.
+
+    PEFT 0.20 and later load it too, but lose the gate when they save it again.
+
+    Args:
+        mixture: An X-LoRA mixture without a null expert.
+        folder: To make.
+        order: The modules as PEFT walks the base model; see `importers.layer_order`.
+        force: Replace an adapter directory that is there.
+    """
+    spec = mixture.spec
+    if spec.signal != "hidden" or spec.null_expert or spec.value == "sigmoid":
+        raise MethodError(f"a {spec.preset} gate is no X-LoRA gate", "export xlora mixtures")
+    check_target(folder, force=force)
+    count, depth = mixture.num_experts, spec.depth
+    tensors: dict[str, Tensor] = {}
+    for index in range(depth):
+        weight = mixture.gate[f"classifier.{index}.weight"]
+        bias = mixture.gate[f"classifier.{index}.bias"]
+        if index == depth - 1 and spec.granularity == "module":
+            places = [mixture.modules.index(name) for name in order]
+            weight = weight.view(len(places), count, -1)[places].flatten(0, 1)
+            bias = bias.view(len(places), count)[places].flatten()
+        stem = f"base_model.internal_xlora_classifier.layers.{2 * index}"  # ReLUs are in between
+        tensors[f"{stem}.weight"], tensors[f"{stem}.bias"] = weight.contiguous(), bias.contiguous()
+    config = {
+        "peft_type": "XLORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": mixture.alignment.base_model,
+        "hidden_size": mixture.gate["classifier.0.weight"].shape[1],
+        "adapters": {str(i): str(folder / str(i)) for i in range(count)},  # PEFT wants full paths
+        "enable_softmax": spec.value in ("softmax_all", "softmax_twice"),
+        "enable_softmax_topk": spec.value in ("softmax", "softmax_twice"),
+        "layerwise_scalings": spec.granularity == "module",
+        "xlora_depth": depth,
+        "xlora_size": spec.width,
+        "xlora_dropout_p": 0.0,
+        "softmax_temperature": spec.temperature,
+        "top_k_lora": spec.top_k,
+        "scaling_pass_value": 0.0 if spec.bypass else 1.0 / count,
+        "global_scaling_weight": spec.factor(count),
+        "use_trainable_adapters": False,
+    }
+    with atomic_directory(folder) as staging:
+        for index, expert in enumerate(mixture.experts):
+            (staging / str(index)).mkdir()
+            write_expert(expert, staging / str(index))
+        (staging / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        path = staging / "adapter_model.safetensors"
+        save_file(tensors, str(path), metadata={"format": "pt"})
+
+
+def _weight_table(
+    mixture: Mixture, weights: Sequence[float] | Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Weights (E,) of every module."""
+    count = mixture.num_experts
+    if isinstance(weights, Mapping):
+        missing = [name for name in mixture.modules if name not in weights]
+        if missing:
+            raise MethodError(f"no weights for {missing[0]}", "measure the usage of all modules")
+        return {name: weights[name].double() for name in mixture.modules}
+    own = mixture.spec.weights if mixture.spec.signal == "constant" else (1.0 / count,) * count
+    row = torch.tensor(list(weights or own), dtype=torch.float64)
+    if len(row) != count:
+        raise MethodError(f"{len(row)} weights for {count} experts", "give one per expert")
+    return dict.fromkeys(mixture.modules, row)
+
+
+def with_general(weights: Tensor, mixture: Mixture) -> Tensor:
+    """Append what general experts get: minus the sum, shared among them."""
+    general = len(mixture.experts) - mixture.num_experts
+    share = -weights.sum() / max(general, 1)
+    return torch.cat([weights, share.expand(general)])
+
+
+def cut(stack: RankStack, rank: int) -> tuple[RankStack, float]:
+    """The best approximation of a rank, and the squared Frobenius norm of what it leaves out."""
+    if stack.num_units <= rank:
+        return stack, 0.0
+    u, s, vh = thin_svd(stack.up * stack.scale.to(stack.up.dtype), stack.down)
+    scale = torch.ones(rank, dtype=torch.float64)
+    owner = torch.zeros(rank, dtype=torch.int64)
+    root = s[:rank].sqrt().to(u.dtype)
+    kept = RankStack(root[:, None] * vh[:rank], u[:, :rank] * root, scale, owner)
+    return kept, float(s[rank:].square().sum())

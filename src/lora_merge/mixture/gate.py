@@ -1,0 +1,239 @@
+"""A gate is signal x granularity x activation. The presets are rows of one table.
+
+| axis        | values                                                                          |
+| ----------- | ------------------------------------------------------------------------------- |
+| signal      | what is looked at: nothing (`constant`), the caller (`request`), the last        |
+|             | hidden state of a first pass (`hidden`), a learned row per weight on the         |
+|             | module's input (`input`), the expert's top singular direction (`prototype`), or  |
+|             | how strongly the expert would act (`spectrum`)                                   |
+| granularity | one weight per expert for the `model`, per `module`, or one per single `rank`    |
+| activation  | how scores become weights: `value`, `top_k`, `temperature`                       |
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lora_merge.errors import MethodError
+
+Signal = Literal["constant", "request", "hidden", "input", "prototype", "spectrum"]
+Granularity = Literal["model", "module", "rank"]
+Value = Literal["softmax", "softmax_all", "softmax_twice", "sigmoid", "raw", "binary"]
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """Everything about a gate that is not a tensor.
+
+    Attributes:
+        preset: Name of the row of the table it started from.
+        signal: What the gate looks at.
+        granularity: What one weight covers.
+        value: Weights of the kept scores. `softmax` over the kept; `softmax_all` over all and then
+            cut, not renormalised (X-LoRA); `softmax_twice` (X-LoRA with `enable_softmax_topk`);
+            `sigmoid`, `raw` and `binary` entry by entry.
+        top_k: How many scores are kept; None keeps all.
+        temperature: Divides the scores before a softmax or sigmoid.
+        scale: Multiplies every weight (X-LoRA's `global_scaling_weight`). None means 1, but `top_k`
+            (or R) for rank gates under a softmax: the kept ranks then have weight 1 on average.
+        standardise: Compare input and row after LayerNorm, divided by sqrt(d) (PHATGOOSE).
+        sequence: Scores are averaged over the prompt, decided at prefill and kept.
+        null_expert: A weight that belongs to no expert: the gate can abstain.
+        null_score: Its score where the gate has no learned row for it.
+        weights: Weight of each expert (`constant`).
+        depth: Linear layers of the classifier (`hidden`).
+        width: Hidden width of the classifier.
+        bypass: First pass without experts; False keeps them on at weight 1 / N.
+        trained: False while the gate still has its initial weights and needs training.
+    """
+
+    preset: str
+    signal: Signal
+    granularity: Granularity = "module"
+    value: Value = "softmax"
+    top_k: int | None = None
+    temperature: float = 1.0
+    scale: float | None = None
+    standardise: bool = False
+    sequence: bool = False
+    null_expert: bool = False
+    null_score: float = 0.0
+    weights: tuple[float, ...] = ()
+    depth: int = 1
+    width: int = 2048
+    bypass: bool = True
+    trained: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot mean anything."""
+        for name, choices in (("signal", Signal), ("granularity", Granularity), ("value", Value)):
+            if getattr(self, name) not in get_args(choices):
+                raise MethodError(
+                    f"gate {self.preset}: {name} is {getattr(self, name)!r}",
+                    f"one of {', '.join(get_args(choices))}",
+                )
+        if self.top_k is not None and self.top_k < 1:
+            raise MethodError(f"gate {self.preset}: top_k is {self.top_k}", "at least 1")
+        if not self.temperature > 0:
+            raise MethodError(f"gate {self.preset}: temperature {self.temperature}", "above 0")
+        if self.depth < 1 or self.width < 1:
+            raise MethodError(
+                f"gate {self.preset}: depth {self.depth}, width {self.width}", "at least 1"
+            )
+        if self.granularity == "rank" and (self.signal != "input" or self.null_expert):
+            raise MethodError(
+                f"gate {self.preset}: single ranks are gated by the module's input, "
+                "and have no null expert",
+                "use the preset smora",
+            )
+        if self.sequence and self.signal not in ("input", "prototype", "spectrum"):
+            raise MethodError(
+                f"gate {self.preset}: {self.signal} cannot be averaged over a prompt",
+                "use it with arrow, spectr, meteora or phatgoose",
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether each module computes its own weights from its own input."""
+        return self.signal in ("input", "prototype", "spectrum")
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the gate's scores are inner products of the input with stored rows."""
+        return self.signal in ("input", "prototype")
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether training changes the gate."""
+        return self.signal in ("hidden", "input")
+
+    def factor(self, num_scores: int) -> float:
+        """What every weight is multiplied by, given how many scores there are."""
+        if self.scale is not None:
+            return self.scale
+        if self.granularity == "rank" and self.value.startswith("softmax"):
+            return float(min(self.top_k or num_scores, num_scores))
+        return 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**asdict(self), "weights": list(self.weights)}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "GateSpec":
+        """Inverse of `to_json`; unknown fields are refused, since they would change the result."""
+        unknown = sorted(set(raw) - {field.name for field in fields(cls)})
+        if unknown:
+            raise MethodError(
+                f"the gate has settings this version does not know: {', '.join(unknown)}",
+                "update lora-merge",
+            )
+        try:
+            return cls(**{**raw, "weights": tuple(raw.get("weights", ()))})
+        except TypeError as error:
+            raise MethodError(f"the gate's settings do not fit: {error}", "repair them") from error
+
+
+# preset -> (what it is, its settings). Sources: X-LoRA 2402.07148, MeteoRA 2405.13053,
+# SMoRA 2501.15103, Arrow 2405.11157, SpectR 2504.03454, PHATGOOSE 2402.05859, S-LoRA 2311.03285.
+PRESETS: dict[str, tuple[str, GateSpec]] = {
+    spec.preset: (text, spec)
+    for text, spec in (
+        ("fixed weights, the same for every token", GateSpec("constant", "constant", "model")),
+        ("one expert per batch row, named by the caller", GateSpec("request", "request", "model")),
+        (
+            "a classifier on the base model's last hidden state, per token and module (X-LoRA)",
+            GateSpec("xlora", "hidden", value="softmax_all", trained=False),
+        ),
+        (
+            "a linear gate in each module, top-k, softmax over the kept (MeteoRA)",
+            GateSpec("meteora", "input", top_k=2, trained=False),
+        ),
+        (
+            "a linear gate over single ranks, top-k of ranks (SMoRA)",
+            GateSpec("smora", "input", "rank", top_k=16, trained=False),
+        ),
+        (
+            "similarity to each expert's top singular direction; no training (Arrow)",
+            GateSpec("arrow", "prototype", top_k=3),
+        ),
+        (
+            "how strongly each expert would act; no training (SpectR)",
+            GateSpec("spectr", "spectrum"),
+        ),
+        (
+            "a gate vector per expert, each trained on its own data (PHATGOOSE)",
+            GateSpec("phatgoose", "input", top_k=2, standardise=True, trained=False),
+        ),
+        (
+            "Arrow decided once per sequence, at prefill; no training",
+            GateSpec("sequence", "prototype", top_k=3, sequence=True),
+        ),
+    )
+}
+
+
+def gate_spec(preset: str, **settings: Any) -> GateSpec:
+    """A preset with some of its settings changed; a setting of None keeps the preset's.
+
+    Raises:
+        MethodError: If there is no such preset or setting.
+    """
+    if preset not in PRESETS:
+        raise MethodError(f"no gate preset is called {preset!r}", f"one of {', '.join(PRESETS)}")
+    known = {field.name for field in fields(GateSpec)}
+    for name in settings:
+        if name not in known:
+            raise MethodError(f"gate {preset}: no setting {name!r}", f"one of {sorted(known)}")
+    return replace(PRESETS[preset][1], **{k: v for k, v in settings.items() if v is not None})
+
+
+def activate(scores: Tensor, spec: GateSpec, bias: Tensor | None = None) -> Tensor:
+    """Turn scores into weights.
+
+    Args:
+        scores: Shape (..., n); raised to float32 if it is half precision.
+        spec: value, top_k, temperature and scale are used.
+        bias: Added to the scores for the selection alone, shape (..., n) or (n,): DeepSeek's
+            balance without an auxiliary loss, as in SMoRA.
+
+    Returns:
+        Weights, shape (..., n), exactly zero outside the kept.
+    """
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    size = scores.shape[-1]
+    factor = spec.factor(size)
+    if spec.top_k is None or spec.top_k >= size:
+        weights = _values(scores, spec)
+        if spec.value == "softmax_twice":
+            weights = torch.softmax(weights, dim=-1)
+        return weights if factor == 1.0 else weights * factor
+    if spec.value in ("softmax_all", "softmax_twice"):
+        scores = torch.softmax(scores / spec.temperature, dim=-1)
+    if bias is None:
+        kept, index = scores.topk(spec.top_k, dim=-1, sorted=False)
+    else:
+        index = (scores + bias).topk(spec.top_k, dim=-1, sorted=False).indices
+        kept = scores.gather(-1, index)
+    if spec.value == "softmax_twice":
+        kept = torch.softmax(kept, dim=-1)
+    elif spec.value != "softmax_all":
+        kept = _values(kept, spec)
+    if factor != 1.0:
+        kept = kept * factor
+    return torch.zeros_like(scores).scatter(-1, index, kept)
+
+
+def _values(scores: Tensor, spec: GateSpec) -> Tensor:
+    """Weights of scores that are all kept."""
+    if spec.value == "raw":
+        return scores
+    if spec.value == "binary":
+        return torch.ones_like(scores)
+    if spec.temperature != 1.0:
+        scores = scores / spec.temperature
+    return torch.sigmoid(scores) if spec.value == "sigmoid" else torch.softmax(scores, dim=-1)

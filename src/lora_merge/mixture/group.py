@@ -1,0 +1,396 @@
+"""Modules that read the same input, gated together: one shrink and one gate for q, k and v."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_merge.errors import MethodError
+from lora_merge.mixture.gate import GateSpec, activate
+from lora_merge.mixture.member import Member
+from lora_merge.mixture.stacked import (
+    expand,
+    gate_units,
+    shrink_conv,
+    shrink_embedding,
+    shrink_linear,
+)
+
+
+@dataclass(eq=False)
+class Context:
+    """What a forward pass of the model tells its wrapped modules.
+
+    Attributes:
+        spec: The gate in force.
+        active: Whether this mixture runs at all.
+        bypass: True during the first pass of a two-pass gate.
+        weights: Weights that do not depend on the module's input, shape (T', columns).
+        mask: Which tokens count, bool, shape (B, S), or None.
+        only: Expert that alone may act in each batch row, int64, shape (B,), or None.
+        store: Decisions of this sequence (`sequence` gates); lives as long as its KV cache.
+        observe: Called with (group, start, stop, weights (T', M, E), scores) of every gate.
+    """
+
+    spec: GateSpec
+    active: bool = True
+    bypass: bool = False
+    weights: Tensor | None = None
+    mask: Tensor | None = None
+    only: Tensor | None = None
+    store: dict[Any, Tensor] | None = None
+    observe: Callable[["Group", int, int, Tensor, Tensor | None], None] | None = None
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """Gated units that siblings have not fetched yet.
+
+    Not on the module itself: setting a module's attribute costs as much as a small kernel.
+    """
+
+    x: Tensor | None = None
+    parts: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Group(nn.Module):
+    """Wrapped modules that share an input; usually one, q/k/v or gate/up.
+
+    `down` and `weight` are views of one packed matrix, so that without gradients the shrink of all
+    members and all their gates is a single product. Parameters are what training may change.
+
+    Args:
+        members: Modules of one form and input width.
+        context: Shared by all groups of the mixture.
+        num_experts: Gated experts of the mixture.
+        num_general: General experts of the mixture.
+    """
+
+    down: nn.Parameter
+    weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        context: Context,
+        *,
+        num_experts: int,
+        num_general: int = 0,
+        gate_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.context = context
+        self.names = [m.name for m in members]
+        self.experts = [m.experts for m in members]
+        self.output_scales = [m.output_scale for m in members]
+        self.shared = len(members) > 1
+        self.form = members[0].form
+        self.num_general = num_general
+        self.down = nn.Parameter(torch.cat([m.down for m in members]), requires_grad=False)
+        for index, member in enumerate(members):
+            up = nn.Parameter(member.up.contiguous(), requires_grad=False)
+            self.register_parameter(f"up{index}", up)
+        rows = [m.rows for m in members if m.rows is not None]
+        weight = torch.cat(rows).to(gate_dtype or self.down.dtype) if rows else None
+        self.weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
+        self.units = _bounds([len(m.owner) for m in members])
+        self.scores = _bounds([len(r) for r in rows])
+        self._layout(members, num_experts)
+        self._shrink = _shrink_of(members[0])
+        self._packed: Tensor | None = None
+        self._waiting = _Waiting()
+        self._pack()
+
+    def _layout(self, members: Sequence[Member], num_experts: int) -> None:
+        """Precompute which weight each unit takes."""
+        device = self.down.device
+
+        def constant(name: str, value: Tensor | None) -> None:
+            self.register_buffer(name, value, persistent=False)
+
+        biases = [m.bias for m in members if m.bias is not None]
+        spectra = [m.spectrum for m in members if m.spectrum is not None]
+        constant("bias", torch.cat(biases).float() if biases else None)
+        constant("spectrum", torch.cat(spectra).to(self.down.dtype) if spectra else None)
+        places: list[list[int]] = []
+        for member in members:
+            order = {e: i for i, e in enumerate((*member.experts, *member.general))}
+            places.append([order[owner] for owner in member.owner])
+        self.widths = [len(m.experts) + len(m.general) for m in members]
+        self.uniform = len({(m.experts, m.general, m.owner) for m in members}) == 1
+        counts = {p.count(i) for p, w in zip(places, self.widths, strict=True) for i in range(w)}
+        self.block = counts.pop() if len(counts) == 1 else None
+        starts = _bounds(self.widths)
+        for index, part in enumerate(places):
+            constant(f"columns{index}", torch.tensor(part, device=device))
+        joined = [p + starts[i] for i, part in enumerate(places) for p in part]
+        constant("columns", torch.tensor(joined, device=device))
+        spec = self.context.spec
+        per_module = spec.granularity != "model" and spec.signal == "hidden"
+        for index, member in enumerate(members):
+            offset = member.number * num_experts if per_module else 0
+            taken = [offset + e for e in member.experts]
+            constant(f"outside{index}", torch.tensor(taken, dtype=torch.int64, device=device))
+
+    # -- storage ---------------------------------------------------------------------------------
+
+    def _pack(self) -> None:
+        """Make `down` and `weight` views of one matrix (same dtype only: half gates stay apart)."""
+        # Plain references: looking a parameter up by name is slow, and there are many per token.
+        self._ups = [getattr(self, f"up{index}") for index in range(len(self.names))]
+        self._packed = None
+        if self.weight is None or self.weight.dtype != self.down.dtype:
+            return
+        packed = torch.cat([self.down.data, self.weight.data])
+        self.down.data, self.weight.data = packed.split([len(self.down), len(self.weight)])
+        self._packed = packed
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Group":
+        """Keep the views after `.to`, `.half` and the like, which convert them one by one."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._pack()
+        return self
+
+    def _is_packed(self) -> bool:
+        """Whether the packed matrix is what the parameters hold (a deep copy separates them)."""
+        if self._packed is None or self.weight is None:
+            return False
+        start = self._packed.data_ptr()
+        step = self._packed.shape[1] * self._packed.element_size()
+        return (
+            self.down.data_ptr() == start
+            and self.weight.data_ptr() == start + len(self.down) * step
+        )
+
+    # -- forward ---------------------------------------------------------------------------------
+
+    def add(self, index: int, x: Tensor, y: Tensor, *, in_place: bool = False) -> Tensor:
+        """Add the experts of member `index` to its output.
+
+        Args:
+            index: Which member.
+            x: Input of its base module.
+            y: Output of its base module.
+            in_place: Whether `y` may be overwritten.
+        """
+        up: Tensor = self._ups[index]
+        z = self._gated(index, x)
+        if self.output_scales[index] != 1.0:
+            z = z * self.output_scales[index]
+        if self.form == "conv":
+            return expand(y.movedim(1, -1), z, up).movedim(-1, 1)
+        return expand(y, z, up, in_place=in_place)
+
+    def _gated(self, index: int, x: Tensor) -> Tensor:
+        """Gated units of one member; the siblings' are computed at once and wait for their call.
+
+        That siblings read the same tensor is checked by identity, never assumed: a cross-attention,
+        whose k and v read another tensor than q, is separated at its first call.
+        """
+        if not self.shared or torch.compiler.is_compiling():
+            return self._compute(x, index, index + 1)[0]
+        waiting = self._waiting
+        if index in waiting.parts:
+            if waiting.x is x:
+                part = waiting.parts.pop(index)
+                if not waiting.parts:
+                    waiting.x = None
+                return part
+            self.shared = False
+            self.release()
+            return self._compute(x, index, index + 1)[0]
+        parts = self._compute(x, 0, len(self.names))
+        waiting.x = x
+        waiting.parts = {i: part for i, part in enumerate(parts) if i != index}
+        return parts[index]
+
+    def release(self) -> None:
+        """Drop activations that wait for a sibling that was not called."""
+        self._waiting.x, self._waiting.parts = None, {}
+
+    def _compute(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
+        """Gated units of members start..stop, each of shape (T, R_m)."""
+        if x.is_floating_point() and x.dtype != self.down.dtype:
+            x = x.to(self.down.dtype)
+        first, last = self.units[start], self.units[stop]
+        everything = stop - start == len(self.names)
+        scores: Tensor | None = None
+        packed = self._fused() if everything else None
+        if packed is not None:
+            both = self._shrink(x, packed)
+            u, scores = both[:, : len(self.down)], both[:, len(self.down) :]
+        else:
+            u = self._shrink(x, self.down[first:last])
+            if self.weight is not None:
+                rows = self.weight[self.scores[start] : self.scores[stop]]
+                gate_x = (
+                    x if x.dtype == rows.dtype or not x.is_floating_point() else x.to(rows.dtype)
+                )
+                scores = self._shrink(gate_x, rows)
+        if start == 0 and stop > 1 and not self.uniform:
+            bounds = self.scores if self.weight is not None else [0] * (stop + 1)
+            pieces = []
+            for m in range(stop):
+                one = u[:, self.units[m] : self.units[m + 1]]
+                part = None if scores is None else scores[:, bounds[m] : bounds[m + 1]]
+                pieces.append(self._gate(x, one, part, m, m + 1))
+            return pieces
+        z = self._gate(x, u, scores, start, stop)
+        if stop - start == 1:
+            return (z,)
+        return [z[:, a:b] for a, b in pairwise(self.units)]
+
+    def _fused(self) -> Tensor | None:
+        """The packed matrix, where no gradient is wanted of a part of it."""
+        training = torch.is_grad_enabled() and (
+            self.down.requires_grad or (self.weight is not None and self.weight.requires_grad)
+        )
+        if training or torch.compiler.is_compiling():
+            return None
+        return self._packed if self._is_packed() else None
+
+    def _gate(self, x: Tensor, u: Tensor, raw: Tensor | None, start: int, stop: int) -> Tensor:
+        """Gate members start..stop, which are alike (or one)."""
+        context, spec = self.context, self.context.spec
+        count = stop - start
+        if spec.is_local:
+            scores = self._scores(x, u, raw, start, stop)
+            weights = self._decide(x, scores, start, stop)
+        else:
+            scores = None
+            weights = self._outside(x, u.shape[0], start, stop)
+        if context.observe is not None:
+            context.observe(self, start, stop, weights, scores)
+        if spec.granularity == "rank":
+            return gate_units(u, weights.flatten(1), None, None)
+        if self.num_general:
+            general = self.widths[start] - len(self.experts[start])
+            share = -weights.sum(-1, keepdim=True) / self.num_general
+            weights = torch.cat([weights, share.expand(*share.shape[:-1], general)], dim=-1)
+        columns = None if self.block is not None else self.columns_of(start, count)
+        return gate_units(u, weights.flatten(1), self.block, columns)
+
+    def columns_of(self, start: int, count: int = 1) -> Tensor:
+        """Place of each unit's expert among the members' experts, int64, shape (units,)."""
+        columns: Tensor = getattr(self, "columns" if count > 1 else f"columns{start}")
+        return columns
+
+    def _scores(self, x: Tensor, u: Tensor, raw: Tensor | None, start: int, stop: int) -> Tensor:
+        """Scores of shape (T, M, n)."""
+        spec, count = self.context.spec, stop - start
+        if raw is not None:
+            scores = raw.view(raw.shape[0], count, raw.shape[1] // count)
+            if spec.signal == "prototype":
+                scores = scores.abs()
+            elif spec.standardise:
+                scores = scores * _inverse_deviation(x)[:, None, None]
+        else:
+            scores = self._strengths(u, start, stop)
+        if spec.null_expert and spec.signal != "input":
+            null = scores.new_full((*scores.shape[:-1], 1), spec.null_score)
+            scores = torch.cat([scores, null], dim=-1)
+        return scores
+
+    def _strengths(self, u: Tensor, start: int, stop: int) -> Tensor:
+        """|Delta_e x| of every expert, from units in SVD form: |S V^T x| needs no `up`."""
+        spectrum: Tensor = self.spectrum  # type: ignore[assignment]
+        first, last = self.units[start], self.units[stop]
+        energy = (u * spectrum[first:last]).float().square()
+        size = len(self.experts[start])
+        total = energy.new_zeros(len(u), (stop - start) * size)
+        total = total.index_add(1, self.columns_of(start, stop - start), energy)
+        # The square root has no derivative at 0, where every expert's delta vanishes.
+        return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt().view(len(u), -1, size)
+
+    def _decide(self, x: Tensor, scores: Tensor, start: int, stop: int) -> Tensor:
+        """Weights of the gated experts (or ranks), shape (T', M, E)."""
+        spec, store = self.context.spec, self.context.store
+        key = (self.names[start], stop - start)
+        if spec.sequence:
+            if store is not None and key in store:
+                return store[key]
+            scores = self._over_prompt(x, scores)
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        if bias is not None:
+            bias = bias[self.units[start] : self.units[stop]].view(stop - start, -1)
+        weights = activate(scores, spec, bias)
+        if spec.null_expert:
+            weights = weights[..., :-1]
+        if self.context.only is not None:
+            present = torch.tensor(self.experts[start], device=weights.device)
+            only = self.context.only.to(weights.device)
+            alone = (only[:, None] == present).to(weights.dtype)
+            rows = weights.view(len(alone), -1, *weights.shape[1:])
+            weights = (rows * alone[:, None, None, :]).view(weights.shape)
+        if spec.sequence and store is not None:
+            store[key] = weights
+        return weights
+
+    def _over_prompt(self, x: Tensor, scores: Tensor) -> Tensor:
+        """Mean of the scores over the tokens that count, shape (B, M, n)."""
+        batch = x.shape[0] if x.dim() > (1 if self.form == "embedding" else 2) else 1
+        rows = scores.view(batch, -1, *scores.shape[1:])
+        mask = self.context.mask
+        if mask is None or mask.shape != rows.shape[:2]:
+            return rows.mean(dim=1)
+        keep = mask.to(rows)[:, :, None, None]
+        return (rows * keep).sum(dim=1) / keep.sum(dim=1).clamp_min(1)
+
+    def _outside(self, x: Tensor, tokens: int, start: int, stop: int) -> Tensor:
+        """Weights that were decided outside, shape (T', M, E)."""
+        context = self.context
+        weights = context.weights
+        if weights is None:
+            raise RuntimeError("the model's forward pre-hook did not run")
+        weights = weights.to(self.down.device)  # spread over devices, each module has its own
+        rows, batch = weights.shape[0], x.shape[0]
+        # Beam search and num_return_sequences repeat each row in place, so a divisor is right.
+        fits = tokens == rows or (context.spec.signal != "hidden" and batch % rows == 0)
+        if rows != 1 and not fits:
+            hidden = context.spec.signal == "hidden"
+            raise MethodError(
+                f"{self.names[start]}: a batch of {batch} rows and {tokens} tokens, but weights "
+                f"for {rows} {'tokens' if hidden else 'rows'}",
+                "leave the module out: it does not see the tokens of the first pass"
+                if hidden
+                else "name one expert per row of the batch",
+            )
+        parts = [weights.index_select(1, getattr(self, f"outside{m}")) for m in range(start, stop)]
+        return torch.stack(parts, dim=1) if len(parts) > 1 else parts[0][:, None]
+
+
+def _bounds(sizes: Sequence[int]) -> list[int]:
+    bounds = [0]
+    for size in sizes:
+        bounds.append(bounds[-1] + size)
+    return bounds
+
+
+def _shrink_of(member: Member) -> Callable[[Tensor, Any], Tensor]:
+    if member.form == "embedding":
+        return shrink_embedding
+    if member.form == "conv":
+        return partial(shrink_conv, kernel=member.kernel, how=member.how)
+    return shrink_linear
+
+
+def _inverse_deviation(x: Tensor) -> Tensor:
+    """1 / std of every token as LayerNorm divides by it, float32, shape (T,)."""
+    flat = x.reshape(-1, x.shape[-1]).float()
+    deviation: Tensor = torch.rsqrt(flat.var(dim=-1, correction=0) + 1e-5)
+    return deviation
+
+
+def standardised_rows(rows: Tensor) -> Tensor:
+    """Rows whose plain product with x, over the deviation of x, is LN(row) . LN(x) / sqrt(d).
+
+    A standardised row sums to zero, so the mean of x drops out (PHATGOOSE, arXiv 2402.05859).
+    """
+    width = rows.shape[-1]
+    centred: Tensor = functional.layer_norm(rows.double(), (width,))
+    return centred.div(width**0.5).to(rows.dtype)

@@ -1,0 +1,232 @@
+"""X-LoRA: PEFT's logits, exact with two KV caches, and the labelled approximations."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import experts_for, llama, saved_experts, tokens
+
+from lora_merge.errors import MethodError
+from lora_merge.mixture import Mixture, load_mixture
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning",
+    "ignore:.*enable_softmax_topk:UserWarning",
+)
+
+
+def peft_xlora(paths: list[str], **config: object) -> torch.nn.Module:
+    from peft import XLoraConfig, get_peft_model
+
+    base = llama()
+    base.config.use_cache = False
+    settings = XLoraConfig(
+        task_type="CAUSAL_LM",
+        hidden_size=32,
+        adapters={str(i): path for i, path in enumerate(paths)},
+        xlora_dropout_p=0.0,
+        **config,
+    )
+    return get_peft_model(base, settings).eval()
+
+
+def ours_from(theirs: torch.nn.Module, paths: list[str], **settings: object) -> Mixture:
+    """The same classifier: PEFT numbers layers as it walks the model, we number them by name."""
+    from peft.tuners import lora
+
+    walked = [
+        name.removeprefix("base_model.lora_model.model.")
+        for name, m in theirs.named_modules()
+        if isinstance(m, lora.Linear)
+    ]
+    mixture = Mixture(paths, "xlora", **settings)
+    linears = [
+        m
+        for m in theirs.base_model.internal_xlora_classifier.layers
+        if isinstance(m, torch.nn.Linear)
+    ]
+    torch.manual_seed(3)
+    for index, linear in enumerate(linears):
+        with torch.no_grad():  # far from the start, so that the gate says something
+            linear.weight.copy_(torch.randn_like(linear.weight) * 2)
+            linear.bias.copy_(torch.randn_like(linear.bias))
+        weight, bias = linear.weight.detach(), linear.bias.detach()
+        if index == len(linears) - 1 and mixture.spec.granularity == "module":
+            order = [walked.index(name) for name in mixture.modules]
+            weight = weight.view(len(walked), len(paths), -1)[order].flatten(0, 1)
+            bias = bias.view(len(walked), -1)[order].flatten()
+        mixture.gate[f"classifier.{index}.weight"] = weight.clone()
+        mixture.gate[f"classifier.{index}.bias"] = bias.clone()
+    return mixture
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({}, {"granularity": "model"}),
+        ({"layerwise_scalings": True}, {}),
+        ({"layerwise_scalings": True, "top_k_lora": 2}, {"top_k": 2}),
+        (
+            {"layerwise_scalings": True, "top_k_lora": 2, "enable_softmax_topk": True},
+            {"top_k": 2, "value": "softmax_twice"},
+        ),
+        (
+            {"layerwise_scalings": True, "softmax_temperature": 0.3, "xlora_depth": 3,
+             "xlora_size": 24},
+            {"temperature": 0.3, "depth": 3, "width": 24},
+        ),
+        (
+            {"enable_softmax": False, "global_scaling_weight": 1.5},
+            {"granularity": "model", "value": "raw", "scale": 1.5},
+        ),
+        ({"layerwise_scalings": True, "scaling_pass_value": 1 / 3}, {"bypass": False}),
+    ],
+    ids=["global", "layerwise", "top-k", "twice", "deep", "raw", "adapters-on"],
+)  # fmt: skip
+def test_logits_are_pefts(tmp_path: Path, theirs: dict, ours: dict) -> None:
+    paths = saved_experts(tmp_path, llama())
+    reference = peft_xlora(paths, **theirs)
+    mixture = ours_from(reference, paths, **ours)
+    model = llama()
+    load_mixture(model, mixture)
+    ids = tokens()
+    logits = model(ids).logits
+    with model.mixture.disabled():
+        assert (logits - model(ids).logits).abs().max() > 0.05
+    torch.testing.assert_close(logits, reference(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    written = reference.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), written)
+
+
+def sharp(model: torch.nn.Module, **settings: object) -> Mixture:
+    """An X-LoRA mixture whose gate changes a lot from token to token."""
+    mixture = Mixture(experts_for(model), "xlora", **settings)
+    for name in mixture.gate:
+        mixture.gate[name] = mixture.gate[name] * 12
+    return mixture
+
+
+def test_the_first_pass_runs_no_expert_and_the_cache_does_not_grow_twice() -> None:
+    model = llama()
+    load_mixture(model, sharp(model))
+    calls = []
+    for group in model.mixture.groups:
+        original = group.add
+        group.add = lambda *a, f=original, **k: (calls.append(1), f(*a, **k))[1]
+    out = model(tokens(2, 6), use_cache=True)
+    assert len(calls) == 14
+    assert out.past_key_values.get_seq_length() == 6
+    twin = out.past_key_values.__dict__["lora_merge_companions"]["default"].twin
+    assert twin.get_seq_length() == 6
+    mixed, base = (c.layers[1].keys for c in (out.past_key_values, twin))
+    assert not torch.equal(mixed, base)
+    with model.mixture.disabled():
+        torch.testing.assert_close(model(tokens(2, 6)).past_key_values.layers[1].keys, base)
+
+
+@torch.no_grad()
+def test_a_copied_prefix_cache_continues_exactly() -> None:
+    model = llama()
+    load_mixture(model, sharp(model))
+    ids = tokens(1, 10)
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    other = copy.deepcopy(cache)
+    whole = model(ids).logits[:, 6:]
+    for prefix in (cache, other):
+        rest = model(ids[:, 6:], past_key_values=prefix).logits
+        torch.testing.assert_close(rest, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cropped_cache_continues_exactly() -> None:
+    model = llama()
+    load_mixture(model, sharp(model))
+    ids = tokens(1, 10)
+    cache = model(ids, use_cache=True).past_key_values
+    cache.crop(-4)
+    assert cache.get_seq_length() == 6
+    rest = model(ids[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, model(ids).logits[:, 6:], rtol=1e-4, atol=1e-4)
+
+
+def test_static_cache_and_sampling() -> None:
+    model = llama()
+    load_mixture(model, sharp(model))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    plain = model.generate(tokens(), **options)
+    assert torch.equal(
+        plain,
+        model.generate(tokens(), cache_implementation="static", disable_compile=True, **options),
+    )
+    several = model.generate(tokens(1), num_return_sequences=3, do_sample=True, max_new_tokens=4)
+    assert several.shape == (3, 13)
+
+
+def test_a_foreign_cache_is_refused() -> None:
+    model = llama()
+    cache = model(tokens(), use_cache=True).past_key_values
+    load_mixture(model, sharp(model))
+    with pytest.raises(MethodError, match="filled while the mixture was not active"):
+        model(tokens(2, 1), past_key_values=cache)
+
+
+def test_beams_carry_both_caches() -> None:
+    model = llama()
+    load_mixture(model, sharp(model))
+    options = {"max_new_tokens": 8, "num_beams": 4, "do_sample": False}
+    ids = tokens(3, 7)
+    assert torch.equal(
+        model.generate(ids, **options), model.generate(ids, use_cache=False, **options)
+    )
+
+
+def test_freezing_and_lagging_skip_the_first_pass() -> None:
+    model = llama()
+    load_mixture(model, sharp(model))
+    body_calls = []
+    forward = model.model.layers[0].forward
+    model.model.layers[0].forward = lambda *a, **k: (body_calls.append(1), forward(*a, **k))[1]
+    options = {"max_new_tokens": 9, "do_sample": False}
+    exact = model.generate(tokens(), **options)
+    assert len(body_calls) == 18
+    body_calls.clear()
+    model.mixture.set_gate(freeze_after=3)
+    frozen = model.generate(tokens(), **options)
+    assert len(body_calls) == 2 * 4 + 5
+    assert torch.equal(frozen[:, :13], exact[:, :13])
+    body_calls.clear()
+    model.mixture.set_gate(lagged=True)
+    model.generate(tokens(), **options)
+    assert len(body_calls) == 2 + 8
+    model.mixture.set_gate()
+    assert torch.equal(model.generate(tokens(), **options), exact)
+
+
+def test_encoders_run_it_too() -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        vocab_size=61,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).eval()
+    base = model(tokens()).logits
+    load_mixture(model, sharp(model))
+    assert not torch.equal(model(tokens()).logits, base)
+    model.mixture.detach()
+    assert torch.equal(model(tokens()).logits, base)
+
+
+def test_a_body_that_another_library_wrapped() -> None:
+    """accelerate replaces `forward` by a partial when it offloads."""
+    import functools
+
+    model = llama()
+    load_mixture(model, sharp(model))
+    ids = tokens()
+    expected = model(ids).logits
+    old = model.model.forward
+    model.model.forward = functools.update_wrapper(functools.partial(old), old)
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert model(ids).past_key_values.get_seq_length() == 9

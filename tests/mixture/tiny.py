@@ -1,0 +1,67 @@
+"""Tiny models with random weights, and adapters that fit them."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from builders import make_adapter, save_adapter
+from lora_merge.adapters import Adapter
+
+VOCABULARY = 61
+
+
+def llama(seed: int = 0, dtype: torch.dtype = torch.float32, **config: object) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    settings = LlamaConfig(
+        **{
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCABULARY,
+            "bos_token_id": 1,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+            **config,
+        }
+    )
+    return LlamaForCausalLM(settings).to(dtype).eval()
+
+
+def shapes_of(model: nn.Module, *leaves: str) -> dict[str, tuple[int, int]]:
+    return {
+        name: (m.out_features, m.in_features)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear)
+        and name.count(".") > 2  # inside a layer: no head, no pooler
+        and (not leaves or name.rpartition(".")[2] in leaves)
+    }
+
+
+def experts_for(model: nn.Module, ranks: tuple[int, ...] = (4, 8, 3)) -> list[Adapter]:
+    """Experts of different ranks and scalings; the last one leaves some modules out."""
+    full = shapes_of(model)
+    some = dict(list(full.items())[::2])
+    last = len(ranks) - 1
+    return [
+        make_adapter(
+            f"expert{i}", r=r, alpha=4.0 + 3 * i, seed=i, shapes=some if i == last else full
+        )
+        for i, r in enumerate(ranks)
+    ]
+
+
+def saved_experts(folder: Path, model: nn.Module, ranks: tuple[int, ...] = (4, 4, 4)) -> list[str]:
+    shapes = shapes_of(model)
+    return [
+        str(save_adapter(folder / f"expert{i}", r=r, alpha=2 * r, seed=10 + i, shapes=shapes))
+        for i, r in enumerate(ranks)
+    ]
+
+
+def tokens(batch: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCABULARY, (batch, length), generator=random)
