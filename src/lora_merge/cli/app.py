@@ -24,6 +24,12 @@ _COMMANDS = {
     "spectra": "lora_merge.cli.spectra",
     "compare": "lora_merge.cli.compare",
     "run": "lora_merge.cli.run",
+    "fuse": "lora_merge.cli.fuse",
+    "gate": "lora_merge.cli.gate",
+    "train": "lora_merge.cli.train",
+    "usage": "lora_merge.cli.usage",
+    "consolidate": "lora_merge.cli.consolidate",
+    "export": "lora_merge.cli.export",
 }
 
 

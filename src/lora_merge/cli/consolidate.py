@@ -1,0 +1,85 @@
+"""`lora-merge consolidate`: a few experts, or one adapter, from a mixture."""
+
+from pathlib import Path
+
+import click
+
+from lora_merge.cli._options import json_option
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  lora-merge consolidate mix --base ./llama --data texts.jsonl --experts 2 -o small
+  lora-merge consolidate mix --base ./llama --data texts.jsonl --rank 16 -o one
+""",
+    short_help="Merge a mixture's experts by how they are used.",
+)
+@click.argument("mixture", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help="Base model: a directory or a Hub id.")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSON lines.")
+@click.option(
+    "--experts", type=click.IntRange(min=1), default=1, show_default=True, help="How many remain."
+)
+@click.option("--rank", type=click.IntRange(min=1), help="Largest rank of each.  [default: all]")
+@click.option("--max-length", type=click.IntRange(min=2), default=512, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="To make.")
+@click.option("--force", is_flag=True, help="Replace a directory that is there.")
+@json_option
+def command(
+    mixture: Path,
+    base: str,
+    data: Path,
+    experts: int,
+    rank: int | None,
+    max_length: int,
+    batch_size: int,
+    device: str,
+    out: Path,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Run MIXTURE over the texts in DATA, group its experts by usage and merge each group.
+
+    With --experts 1 (the default) the result is a plain LoRA adapter without a gate: the mixture
+    held still at its mean weights. With more it is a mixture again, and a learned gate of it should
+    be trained once more.
+    """
+    from lora_merge.adapters import check_target
+    from lora_merge.cli._output import Output, percent
+    from lora_merge.mixture import Mixture, load_mixture
+    from lora_merge.mixture.base import load_base, watch_rows
+    from lora_merge.mixture.consolidate import consolidate
+    from lora_merge.mixture.data import read_examples
+    from lora_merge.mixture.exporters import export_static
+
+    output = Output(as_json)
+    opened = Mixture.from_pretrained(mixture)
+    check_target(out, force=force)
+    model, tokenizer = load_base(base, device)
+    rows = read_examples(data, tokenizer, experts=opened.names, max_length=max_length)
+    for fault in rows.faults[:5]:
+        output.note(f"left out: {fault}")
+    usage = watch_rows(model, load_mixture(model, opened), rows.examples, batch_size)
+    if experts == 1:
+        error = export_static(opened, out, weights=usage.mean_weights(), rank=rank, force=force)
+        groups: tuple[tuple[str, ...], ...] = (tuple(opened.names),)
+        what = "a plain adapter"
+    else:
+        small = consolidate(opened, usage, experts=experts, rank=rank)
+        small.mixture.save_pretrained(out, force=force)
+        groups, error, what = small.groups, small.error, f"a mixture of {experts} experts"
+        if not small.mixture.spec.trained:
+            output.note(f"its gate is a mean of the old one's; better: lora-merge train {out}")
+    result = {
+        "schema": 1,
+        "out": str(out),
+        "groups": [list(group) for group in groups],
+        "error": error,
+        "rank": rank,
+    }
+    lines = [f"{out}: {what}", *(f"  {' + '.join(group)}" for group in groups)]
+    lines.append(f"cut to rank {rank}: error {percent(error)}" if rank else "all ranks kept")
+    output.data(result, *lines)

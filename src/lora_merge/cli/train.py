@@ -1,0 +1,153 @@
+"""`lora-merge train`: train a mixture's gate."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_merge.cli._options import json_option, together
+
+_training_options = together(
+    click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True),
+    click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True),
+    click.option(
+        "--accumulate", type=click.IntRange(min=1), default=1, show_default=True,
+        help="Passes per step.",
+    ),
+    click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate."),
+    click.option("--warmup", type=click.IntRange(min=0), default=10, show_default=True),
+    click.option(
+        "--schedule", type=click.Choice(["cosine", "constant"]), default="cosine",
+        show_default=True,
+    ),
+    click.option("--weight-decay", type=float, default=0.01, show_default=True),
+    click.option("--clip", type=float, default=1.0, show_default=True, help="0 for none."),
+    click.option(
+        "--task-loss", type=float, default=0.0, show_default=True,
+        help="Weight of the gate's own loss on rows with an expert (MeteoRA).",
+    ),
+    click.option("--balance-loss", type=float, default=0.0, show_default=True),
+    click.option("--z-loss", type=float, default=0.0, show_default=True),
+    click.option(
+        "--bias-rate", type=float, default=0.0, show_default=True,
+        help="Step of the selection bias against load (smora).",
+    ),
+    click.option("--bf16", is_flag=True, help="Run the passes in bfloat16."),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option(
+        "--save-every", type=click.IntRange(min=0), default=50, show_default=True,
+        help="Steps between checkpoints.",
+    ),
+    click.option("--eval-every", type=click.IntRange(min=0), default=0, show_default=True),
+)  # fmt: skip
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  lora-merge train mix --base ./llama --data train.jsonl -o trained
+  lora-merge train mix --base ./llama --data train.jsonl -o trained --resume
+
+Rows are {"text": ...} or {"prompt": ..., "response": ...}, with an optional "expert".
+""",
+    short_help="Train a mixture's gate; the experts stay as they are.",
+)
+@click.argument("mixture", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help="Base model: a directory or a Hub id.")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSON lines.")
+@click.option("--eval", "evaluation", type=click.Path(path_type=Path), help="JSON lines.")
+@click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True)
+@click.option("--strict", is_flag=True, help="Refuse the data if any row is bad.")
+@_training_options
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@click.option("--resume", is_flag=True, help="Go on from OUT.training, exactly.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="To make.")
+@click.option("--force", is_flag=True, help="Replace a mixture directory that is there.")
+@json_option
+def command(
+    mixture: Path,
+    base: str,
+    data: Path,
+    evaluation: Path | None,
+    max_length: int,
+    strict: bool,
+    device: str,
+    resume: bool,
+    out: Path,
+    force: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Train the gate of MIXTURE with its experts frozen.
+
+    A checkpoint lies in OUT.training, every step's numbers in OUT.training.metrics.jsonl. A run
+    that was killed goes on with --resume to the weights it would have had.
+    """
+    from lora_merge.adapters import check_target
+    from lora_merge.cli._output import Output
+    from lora_merge.mixture import Mixture, TrainSettings, train_gate
+    from lora_merge.mixture.base import load_base
+    from lora_merge.mixture.data import read_examples
+
+    output = Output(as_json)
+    start = Mixture.from_pretrained(mixture)
+    check_target(out, force=force)
+    model, tokenizer = load_base(base, device)
+    rows = read_examples(data, tokenizer, experts=start.names, max_length=max_length, strict=strict)
+    held = (
+        read_examples(
+            evaluation, tokenizer, experts=start.names, max_length=max_length, strict=strict
+        )
+        if evaluation
+        else None
+    )
+    for fault in (*rows.faults[:5], *(held.faults[:5] if held else ())):
+        output.note(f"left out: {fault}")
+    if len(rows.faults) > 5:
+        output.note(f"{len(rows.faults)} of the rows were left out")
+    history: list[Mapping[str, Any]] = []
+    with output.progress("training", int(settings["steps"])) as advance:
+
+        def on_step(metrics: Mapping[str, Any]) -> None:
+            history.append(metrics)
+            advance()
+
+        trained = train_gate(
+            model,
+            start,
+            rows.examples,
+            TrainSettings(**settings),
+            evaluation=held.examples if held else (),
+            work=out.with_name(out.name + ".training"),
+            resume=resume,
+            on_step=on_step,
+        )
+    trained.save_pretrained(out, force=force)
+    last = history[-1] if history else {}
+    result = {
+        "schema": 1,
+        "out": str(out),
+        "rows": len(rows.examples),
+        "left_out": list(rows.faults),
+        "steps": settings["steps"],
+        "steps_run": len(history),
+        "last": dict(last),
+    }
+    output.data(result, *_view(result, history))
+
+
+def _view(result: dict[str, Any], history: list[Mapping[str, Any]]) -> list[Any]:
+    from lora_merge.cli._output import table
+
+    grid = table("", "first step", "last step")
+    if history:
+        first, last = history[0], history[-1]
+        for name in ("loss", "task", "balance", "z", "eval_loss", "tokens_per_second"):
+            if name in last:
+                before = f"{first[name]:.4g}" if name in first else "-"
+                grid.add_row(name.replace("_", " "), before, f"{last[name]:.4g}")
+    done = f"{result['out']}: gate trained on {result['rows']} rows, {result['steps']} steps"
+    if result["steps_run"] < result["steps"]:
+        done += f" ({result['steps_run']} of them now)"
+    return [grid, done]

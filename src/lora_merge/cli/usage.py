@@ -1,0 +1,122 @@
+"""`lora-merge usage`: which expert speaks where."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_merge.cli._options import json_option
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lora_merge.mixture.usage import Usage
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  lora-merge usage mix --base ./llama --data texts.jsonl
+  lora-merge usage mix --base ./llama --data texts.jsonl --by module --plot usage.png
+""",
+    short_help="Show which expert speaks where, on your text.",
+)
+@click.argument("mixture", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help="Base model: a directory or a Hub id.")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSON lines.")
+@click.option(
+    "--by", type=click.Choice(["layer", "kind", "module"]), default="layer", show_default=True
+)
+@click.option("--max-length", type=click.IntRange(min=2), default=512, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Also draw it into this picture.")
+@json_option
+def command(
+    mixture: Path,
+    base: str,
+    data: Path,
+    by: str,
+    max_length: int,
+    batch_size: int,
+    device: str,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Run MIXTURE over the texts in DATA and show each expert's mean weight, place by place.
+
+    If the rows name their expert, the texts of each are shown apart as well.
+    """
+    from lora_merge.cli._output import Output
+    from lora_merge.mixture import Mixture, load_mixture
+    from lora_merge.mixture.base import load_base, watch_rows
+    from lora_merge.mixture.data import read_examples
+    from lora_merge.mixture.picture import draw_usage
+    from lora_merge.mixture.usage import kind_of, layer_of
+
+    output = Output(as_json)
+    opened = Mixture.from_pretrained(mixture)
+    model, tokenizer = load_base(base, device)
+    rows = read_examples(data, tokenizer, experts=opened.names, max_length=max_length)
+    for fault in rows.faults[:5]:
+        output.note(f"left out: {fault}")
+    handle = load_mixture(model, opened)
+
+    everything = watch_rows(model, handle, rows.examples, batch_size)
+    labels = sorted({e.expert for e in rows.examples if e.expert >= 0})
+    apart = {
+        opened.names[label]: watch_rows(
+            model, handle, [e for e in rows.examples if e.expert == label], batch_size
+        )
+        for label in labels
+    }
+    keys: dict[str, Callable[[str], str]] = {"layer": layer_of, "kind": kind_of, "module": str}
+    key = keys[by]
+    if plot is not None:
+        draw_usage(everything, plot, key)
+    result = {
+        "schema": 1,
+        "rows": len(rows.examples),
+        "left_out": list(rows.faults),
+        **everything.to_dict(),
+        "by_label": {
+            name: usage.by(lambda _: "all")["all"].tolist() for name, usage in apart.items()
+        },
+    }
+    output.data(result, *_view(everything, apart, key))
+
+
+def _view(usage: "Usage", apart: dict[str, "Usage"], key: Any) -> "list[RenderableType]":
+    from lora_merge.mixture.usage import natural
+
+    weights = usage.by(key)
+    entropies: dict[str, list[float]] = {}
+    for name in usage.modules:
+        entropies.setdefault(key(name), []).append(usage.entropy(name))
+    mean = {name: sum(values) / len(values) for name, values in entropies.items()}
+    places = {name: weights[name].tolist() for name in natural(weights)}
+    shown: list[RenderableType] = ["mean weight of each expert", _heat(usage, places, mean)]
+    if apart:
+        texts = {f"text of {n}": u.by(lambda _: "all")["all"].tolist() for n, u in apart.items()}
+        shown += ["by the row's expert", _heat(usage, texts, {})]
+    return shown
+
+
+def _heat(usage: "Usage", rows: dict[str, list[float]], entropy: dict[str, float]) -> Any:
+    """A table whose cells are as bright as their numbers."""
+    from rich.text import Text
+
+    from lora_merge.cli._output import table
+
+    grid = table("", *usage.experts, *(["entropy"] if entropy else []))
+    most = max((abs(v) for row in rows.values() for v in row), default=1.0) or 1.0
+    for name, values in rows.items():
+        cells = []
+        for value in values:
+            level = int(200 * abs(value) / most)
+            ink = "black" if level > 110 else "white"
+            paper = f"rgb({level // 3},{level},{level})"
+            cells.append(Text(f" {value:.3f} ", style=f"{ink} on {paper}"))
+        grid.add_row(name, *cells, *([f"{entropy[name]:.2f}"] if entropy else []))
+    return grid

@@ -1,0 +1,168 @@
+"""gate, train and usage from the command line, on a tiny model on disk."""
+
+import json
+import string
+from pathlib import Path
+
+import pytest
+import torch
+
+from builders import save_adapter
+from lora_merge.cli.app import run
+from lora_merge.mixture import Mixture
+
+LETTERS = ["<unk>", "<s>", "</s>", *string.ascii_lowercase, " "]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model with a tokenizer of letters, three adapters and some text."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=len(LETTERS), bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "base")
+    inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(LETTERS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder / "base")
+    shapes = {
+        n: (m.out_features, m.in_features) for n, m in model.named_modules() if n.endswith("_proj")
+    }
+    for seed, name in enumerate(("math", "code", "chat")):
+        save_adapter(folder / name, r=4, seed=seed, shapes=shapes)
+    rows = [{"text": "abc abc abc", "expert": "math"}, {"text": "xyz zyx", "expert": "code"}] * 4
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\nbroken\n")
+    return folder
+
+
+@pytest.fixture
+def inside(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("COLUMNS", "80")
+    return world
+
+
+def test_gate_says_what_it_made(inside: Path, capsys, tmp_path: Path) -> None:
+    assert run(["gate", "math", "code", "chat", "-o", str(tmp_path / "mix"), "--top-k", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "arrow: prototype, per module, softmax, top 2" in shown.out
+    assert "R up to 12 on 14 modules" in shown.out and shown.err == ""
+    mixture = Mixture.from_pretrained(tmp_path / "mix")
+    assert mixture.names == ["math", "code", "chat"] and mixture.spec.top_k == 2
+    arguments = ["gate", "math", "code", "--preset", "xlora", "--dry-run", "--json"]
+    assert run([*arguments, "-o", str(tmp_path / "none")]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["out"] is None and not (tmp_path / "none").exists()
+    assert data["gate"]["trained"] is False and data["overhead"]["passes"] == 2
+    assert run(["gate", "chat", "--into", str(tmp_path / "mix"), "-o", str(tmp_path / "more")]) == 0
+    assert Mixture.from_pretrained(tmp_path / "more").names[-1] == "chat-2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["gate", "math", "nowhere"], 1, "nowhere"),
+        (["gate", "math", "--preset", "moe"], 2, "moe"),
+        (["gate", "math", "--preset", "constant", "-w", "1", "-w", "2"], 1, "2 weights for 1"),
+        (["gate", "math", "--preset", "meteora", "--general", "code"], 1, "subtracted by arrow"),
+        (["gate", "math", "--into", "x", "--top-k", "1"], 2, "keeps the gate that is there"),
+        (["train", "math", "--base", "base", "--data", "rows.jsonl"], 1, "no mixture_config"),
+        (["usage", "nowhere", "--base", "base", "--data", "rows.jsonl"], 1, "no such mixture"),
+    ],
+)
+def test_bad_input_is_one_clear_message(
+    inside: Path, capsys, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    out = [] if arguments[0] == "usage" else ["-o", str(tmp_path / "out")]
+    assert run([*arguments, *out]) == code
+    shown = capsys.readouterr()
+    assert message in shown.err and "Traceback" not in shown.err and shown.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_train_resume_and_usage(inside: Path, capsys, tmp_path: Path) -> None:
+    mix, out = str(tmp_path / "mix"), str(tmp_path / "trained")
+    assert run(["gate", "math", "code", "chat", "--preset", "meteora", "-o", mix]) == 0
+    assert "next: lora-merge train" in " ".join(capsys.readouterr().err.split())
+    train = ["train", mix, "--base", "base", "--data", "rows.jsonl", "-o", out]
+    train += ["--eval", "rows.jsonl", "--steps", "4", "--batch-size", "4", "--task-loss", "0.5"]
+    assert run([*train, "--strict"]) == 1
+    assert "line 9: no JSON" in capsys.readouterr().err
+    assert run([*train, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["steps_run"] == 4 and data["left_out"][0].startswith("line 9")
+    assert {"loss", "task", "eval_loss"} <= set(data["last"])
+    metrics = (tmp_path / "trained.training.metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [1, 2, 3, 4]
+    first = Mixture.from_pretrained(out)
+    assert first.spec.trained
+    assert run([*train, "--force", "--resume"]) == 0
+    again = Mixture.from_pretrained(out)
+    assert all(torch.equal(first.gate[k], again.gate[k]) for k in first.gate)
+    assert "0 of them now" in capsys.readouterr().out
+    usage = ["usage", out, "--base", "base", "--data", "rows.jsonl"]
+    assert run([*usage, "--plot", str(tmp_path / "usage.png")]) == 0
+    shown = capsys.readouterr()
+    assert "layers.1" in shown.out and "text of math" in shown.out and "line 9" in shown.err
+    assert (tmp_path / "usage.png").read_bytes().startswith(b"\x89PNG")
+    assert run([*usage, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert len(data["modules"]) == 14 and set(data["by_label"]) == {"math", "code"}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_consolidate_to_two_and_to_one(inside: Path, capsys, tmp_path: Path) -> None:
+    from lora_merge.adapters import Adapter
+
+    mix = str(tmp_path / "mix")
+    assert run(["gate", "math", "code", "chat", "-o", mix]) == 0
+    capsys.readouterr()
+    consolidate = ["consolidate", mix, "--base", "base", "--data", "rows.jsonl", "--rank", "3"]
+    assert run([*consolidate, "--experts", "2", "-o", str(tmp_path / "two")]) == 0
+    assert "a mixture of 2 experts" in capsys.readouterr().out
+    small = Mixture.from_pretrained(tmp_path / "two")
+    assert len(small.names) == 2 and max(small.experts[0].adapter.ranks()) == 3
+    assert run([*consolidate, "-o", str(tmp_path / "one"), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["groups"] == [["math", "code", "chat"]] and 0 < data["error"] < 1
+    assert set(Adapter.from_pretrained(tmp_path / "one").ranks()) == {3}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_out_to_other_tools_and_back(inside: Path, capsys, tmp_path: Path) -> None:
+    mix, back = str(tmp_path / "mix"), str(tmp_path / "back")
+    assert run(["gate", "math", "code", "--preset", "xlora", "-o", mix]) == 0
+    assert run(["export", mix, "--to", "xlora", "--base", "base", "-o", back]) == 0
+    again = ["gate", "--from", back, "-o", str(tmp_path / "again")]
+    capsys.readouterr()
+    assert run(again) == 1
+    assert "numbered as the base model's class" in capsys.readouterr().err
+    assert run([*again, "--base", "base"]) == 0
+    first, second = Mixture.from_pretrained(mix), Mixture.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(first.gate[k], second.gate[k]) for k in first.gate)
+    capsys.readouterr()
+    assert run(["export", mix, "--to", "experts", "-o", str(tmp_path / "apart")]) == 0
+    assert (tmp_path / "apart" / "code" / "adapter_config.json").is_file()
+    static = ["export", mix, "--to", "static", "-o", str(tmp_path / "one"), "--json"]
+    assert run([*static, "-w", "1", "-w", "0.5", "--rank", "5"]) == 0
+    assert 0 < json.loads(capsys.readouterr().out.split("code\n")[-1])["error"] < 1
+    for wrong in (["--to", "experts", "--rank", "2"], ["--to", "xlora"]):
+        assert run(["export", mix, *wrong, "-o", str(tmp_path / "no")]) == 2
+    assert run(["gate", "-o", str(tmp_path / "no")]) == 2
+
+
+def test_a_base_that_is_none(inside: Path, capsys, tmp_path: Path) -> None:
+    mix = str(tmp_path / "mix")
+    assert run(["gate", "math", "--preset", "meteora", "-o", mix]) == 0
+    arguments = ["train", mix, "--base", "chat", "--data", "rows.jsonl", "-o", mix + "2"]
+    assert run(arguments) == 1
+    assert "base model chat" in capsys.readouterr().err
