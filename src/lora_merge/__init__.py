@@ -34,14 +34,12 @@ _PUBLIC = {
 __all__ = [
     "Adapter",
     "LoraMergeError",
+    "Mixture",
     "RankStack",
     "__version__",
     "adapter_spectra",
     "choose_ranks",
     "compare",
-    "Mixture",
-    "RankStack",
-    "__version__",
     "load_mixture",
     "train_gate",
 ]

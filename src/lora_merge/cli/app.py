@@ -17,14 +17,13 @@ from lora_merge.errors import LoraMergeError
 # and none of them imports torch at its top.
 _COMMANDS = {
     "cluster": "lora_merge.cli.cluster",
+    "run": "lora_merge.cli.run",
     "fuse": "lora_merge.cli.fuse",
     "resize": "lora_merge.cli.resize",
     "extract": "lora_merge.cli.extract",
     "info": "lora_merge.cli.info",
     "spectra": "lora_merge.cli.spectra",
     "compare": "lora_merge.cli.compare",
-    "run": "lora_merge.cli.run",
-    "fuse": "lora_merge.cli.fuse",
     "gate": "lora_merge.cli.gate",
     "train": "lora_merge.cli.train",
     "usage": "lora_merge.cli.usage",
