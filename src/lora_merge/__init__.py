@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_merge.mixture import Mixture as Mixture
     from lora_merge.mixture import load_mixture as load_mixture
     from lora_merge.mixture import train_gate as train_gate
+    from lora_merge.merge.api import merge as merge
 
 _PUBLIC = {
     "Adapter": "lora_merge.adapters",
@@ -43,11 +44,16 @@ __all__ = [
     "load_mixture",
     "train_gate",
 ]
+_MODULES = ("merge",)  # callable modules
+
+__all__ = ["Adapter", "LoraMergeError", "RankStack", "__version__", "merge"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -8,7 +8,13 @@ from lora_merge.adapters.modules import ModuleSpec
 from lora_merge.adapters.source import Source, expand, pin, resolve, sha256
 from lora_merge.adapters.stack import RankStack
 from lora_merge.adapters.tensors import DTYPES, SafetensorsFile, TensorDict
-from lora_merge.adapters.writer import AdapterWriter, OutputPlan, RankLayout, plan_output
+from lora_merge.adapters.writer import (
+    AdapterWriter,
+    MemoryWriter,
+    OutputPlan,
+    RankLayout,
+    plan_output,
+)
 
 __all__ = [
     "DTYPES",
@@ -18,6 +24,7 @@ __all__ = [
     "AlignedModule",
     "Alignment",
     "ExtraSpec",
+    "MemoryWriter",
     "ModuleSpec",
     "OutputPlan",
     "RankLayout",

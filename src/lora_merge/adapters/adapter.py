@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -45,6 +45,7 @@ class Adapter:
         tensors: Where the tensors are.
         source: Its files, None for an adapter made in memory.
         notes: Oddities of the files that were understood, in words.
+        texts: Text files that belong beside it when it is saved (model card, recipe), by name.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Adapter:
     tensors: TensorSource
     source: Source | None = None
     notes: tuple[str, ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_pretrained(cls, ref: str | Path, *, allow_pickle: bool = False) -> "Adapter":
@@ -66,6 +68,26 @@ class Adapter:
             AdapterError: If it is no plain LoRA adapter.
         """
         return open_adapter(resolve(str(ref), allow_pickle=allow_pickle))
+
+    def save_pretrained(self, out: str | Path, *, force: bool = False) -> None:
+        """Write it as a PEFT directory in the portable layout; `force` replaces one.
+
+        Raises:
+            OutputError: If it cannot be written; nothing is left behind.
+        """
+        from lora_merge.adapters.save import save_adapter
+
+        save_adapter(self, Path(out), force=force)
+
+    def push_to_hub(self, repo: str, *, private: bool = False) -> str:
+        """Upload it to a Hub repository and return the commit's address.
+
+        Raises:
+            OutputError: If the Hub refuses.
+        """
+        from lora_merge.adapters.save import push_adapter
+
+        return push_adapter(self, repo, private=private)
 
     @property
     def num_parameters(self) -> int:

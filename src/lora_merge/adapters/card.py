@@ -9,7 +9,7 @@ def model_card(
     *,
     title: str,
     base_model: str | None,
-    sources: Sequence[tuple[str, float]],
+    sources: Sequence[tuple[str, str]],
     method: str,
     recipe: str,
     notes: Sequence[str] = (),
@@ -30,7 +30,7 @@ def model_card(
         tags=["lora", "merge", "peft", "lora-merge"],
         base_model_relation="adapter" if base_model else None,
     )
-    rows = "\n".join(f"| `{name}` | {weight:g} |" for name, weight in sources)
+    rows = "\n".join(f"| `{name}` | {weight} |" for name, weight in sources)
     remarks = "".join(f"- {note}\n" for note in notes)
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n"

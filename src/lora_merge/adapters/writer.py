@@ -20,6 +20,7 @@ from lora_merge.adapters.modules import ModuleSpec, stored_shapes, to_stored
 from lora_merge.adapters.source import CONFIG_NAME, WEIGHTS_NAME
 from lora_merge.adapters.stack import RankStack
 from lora_merge.adapters.stream import SafetensorsStream, header_of
+from lora_merge.adapters.tensors import DTYPES
 
 RankLayout = Literal["uniform", "per-module"]
 _PREFIX = "base_model.model."
@@ -138,20 +139,21 @@ class AdapterWriter:
         text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
         self._stream = SafetensorsStream(folder / WEIGHTS_NAME, plan.entries())
+        self._write = self._stream.write
 
     def add(self, module: str, results: Sequence[RankStack], bias: Tensor | None = None) -> None:
         """Write one module: one result per expert (one, usually), and B's bias where planned."""
         spec = self.plan.modules[module]
         a, b = to_stored(spec, [r.balanced() for r in results], self.plan.ranks[module])
         key_a, key_b = _factor_keys(spec)
-        self._stream.write(key_a, a)
-        self._stream.write(key_b, b)
+        self._write(key_a, a)
+        self._write(key_b, b)
         if module in self.plan.biases:
-            self._stream.write(_bias_key(module), b.new_zeros(spec.d_out) if bias is None else bias)
+            self._write(_bias_key(module), b.new_zeros(spec.d_out) if bias is None else bias)
 
     def add_extra(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that is not a factor."""
-        self._stream.write(_PREFIX + name, tensor)
+        self._write(_PREFIX + name, tensor)
 
     def __enter__(self) -> "AdapterWriter":
         return self
@@ -163,6 +165,32 @@ class AdapterWriter:
         trace: TracebackType | None,
     ) -> None:
         self._stream.__exit__(kind, error, trace)
+
+
+class MemoryWriter(AdapterWriter):
+    """Collects an adapter in memory instead of a directory.
+
+    Args:
+        plan: What will be collected.
+    """
+
+    def __init__(self, plan: OutputPlan) -> None:
+        self.plan = plan
+        self.tensors: dict[str, Tensor] = {}
+        self._entries = plan.entries()
+        self._write = self._keep
+
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        code, _ = self._entries[name]
+        self.tensors[name] = tensor.detach().to("cpu", DTYPES[code]).contiguous()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing to close."""
 
 
 def _factor_keys(spec: ModuleSpec) -> tuple[str, str]:

@@ -16,9 +16,15 @@ def plan_data(plan: MergePlan, jobs: int) -> dict[str, Any]:
     return {
         "schema": 1,
         "method": plan.method.name,
+        "rank_rule": str(plan.rule),
         "base_model": plan.alignment.base_model,
         "adapters": [
-            {"adapter": a.name, "weight": w, "ranks": sorted(a.ranks()), "modules": len(a.modules)}
+            {
+                "adapter": a.name,
+                "weight": w.to_data(),
+                "ranks": sorted(a.ranks()),
+                "modules": len(a.modules),
+            }
             for a, w in zip(plan.alignment.adapters, plan.weights, strict=True)
         ],
         "modules": [
@@ -44,7 +50,7 @@ def plan_view(plan: MergePlan, jobs: int) -> list[RenderableType]:
     for adapter, weight in zip(plan.alignment.adapters, plan.weights, strict=True):
         ranks = sorted(adapter.ranks())
         sources.add_row(
-            Text(adapter.name), f"{weight:g}", str(len(adapter.modules)), span(ranks[0], ranks[-1])
+            Text(adapter.name), str(weight), str(len(adapter.modules)), span(ranks[0], ranks[-1])
         )
     kinds: dict[str, list[tuple[int, int, str]]] = {}
     for module in plan.alignment.modules:
@@ -62,10 +68,12 @@ def plan_view(plan: MergePlan, jobs: int) -> list[RenderableType]:
             span(min(units), max(units)),
             span(min(ranks), max(ranks)),
         )
+    at_most = "at most " if plan.measured else ""
     return [
         sources,
         kinds_table,
-        f"{plan.method.name} would write {size(plan.output.num_bytes)} ({plan.output.dtype})",
+        f"{plan.method.name} would write {at_most}{size(plan.output.num_bytes)} "
+        f"({plan.output.dtype})",
         f"working memory about {size(plan.peak_bytes(jobs))} beyond torch itself, "
         f"with {jobs} job{'s' if jobs > 1 else ''}",
     ]
@@ -75,21 +83,23 @@ def report_view(report: MergeReport) -> list[RenderableType]:
     """A report for a terminal."""
     total = report.total()
     clusters = ("clusters up to",) if total.largest_clusters else ()
-    grid = table("kind", "modules", "units", "rank", "error", "norm", *clusters)
+    kept = ("kept",) if total.retained < 0.9995 else ()
+    grid = table("kind", "modules", "units", "rank", "error", "norm", *kept, *clusters)
     groups = report.groups()
     for group in groups:
-        grid.add_row(*_row(group))
+        grid.add_row(*_row(group, bool(kept)))
     if len(groups) > 1:
         grid.add_section()
-        grid.add_row(*_row(total), style="bold")
+        grid.add_row(*_row(total, bool(kept)), style="bold")
     return [
         grid,
-        "error: distance from the exact sum; norm: of the result; both over the sum's",
+        "error: distance from the exact sum; norm: of the result; both over the sum's"
+        + ("\nkept: share of the result's energy that the cut to its rank left" if kept else ""),
         escape(f"wrote {report.out} ({size(report.num_bytes)})"),
     ]
 
 
-def _row(group: GroupReport) -> list[str]:
+def _row(group: GroupReport, kept: bool) -> list[str]:
     row = [
         escape(group.name),
         str(group.modules),
@@ -97,6 +107,7 @@ def _row(group: GroupReport) -> list[str]:
         span(*group.rank),
         percent(group.relative_error),
         "-" if group.norm_ratio is None else f"{group.norm_ratio:.2f}",
+        *([percent(group.retained)] if kept else []),
     ]
     if group.largest_clusters:
         mean, largest = group.largest_clusters

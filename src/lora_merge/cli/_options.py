@@ -19,6 +19,28 @@ pickle_option = click.option(
 )
 
 
+class WeightType(click.ParamType):  # type: ignore[type-arg]
+    """A number, or a YAML list of numbers or of {filter, value}."""
+
+    name = "weight"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The weight as plain data."""
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+        import yaml
+
+        try:
+            data = yaml.safe_load(value)
+        except yaml.YAMLError:
+            data = None
+        if not isinstance(data, list):
+            self.fail(f"{value!r} is no number and no list", param, ctx)
+        return data
+
+
 def together(*options: Callable[[F], F]) -> Callable[[F], F]:
     """Several options as one decorator, shown in the order given."""
 
@@ -35,7 +57,7 @@ input_options = together(
         "-w",
         "--weight",
         "weights",
-        type=float,
+        type=WeightType(),
         multiple=True,
         help="Weight of an adapter; repeat it, in the adapters' order. May be negative.",
     ),
@@ -98,6 +120,7 @@ def run_merge(
     dry_run: bool,
     as_json: bool,
     allow_pickle: bool,
+    strict: bool = False,
 ) -> None:
     """Plan a recipe, run it and show what happened; every merging command ends here."""
     from lora_merge.cli._merge_view import plan_data, plan_view, report_view
@@ -123,6 +146,7 @@ def run_merge(
             out,
             recipe=lambda: resolved_recipe(recipe, plan, adapters, weights),
             force=force,
+            strict=strict,
             jobs=jobs,
             device=device,
             on_module=lambda _: advance(),

@@ -17,25 +17,51 @@ def split_run_options(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments.pop(name) for name in _RUN_OPTIONS}
 
 
+def parse_parameters(pairs: Sequence[str]) -> dict[str, Any]:
+    """`name=value` arguments as parameters; values are YAML scalars."""
+    import yaml
+
+    parameters = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise click.UsageError(f"-p {pair!r}: write NAME=VALUE")
+        parameters[name.strip().replace("-", "_")] = yaml.safe_load(value)
+    return parameters
+
+
 def recipe_from(
     method: str,
     *,
     adapters: Sequence[str],
-    weights: Sequence[float],
-    rank: int,
+    weights: Sequence[Any],
+    rank: int | str | None,
     parameters: dict[str, Any],
     alpha: float | None,
     rslora: bool,
-    dtype: str | None,
-    ranks: Any,
-    extras: Any,
-    seed: int,
+    **settings: Any,
 ) -> Recipe:
-    """The recipe that a command line means; parameters at their default are left out."""
+    """The recipe that a command line means.
+
+    Args:
+        method: Name of the method.
+        adapters: References as given; globs may stand for many.
+        weights: One per adapter, or none.
+        rank: Rank or rank rule.
+        parameters: Parameters of the method; those at their default are left out.
+        alpha: lora_alpha of files without a config.
+        rslora: Those files' scaling is alpha / sqrt(r).
+        settings: Every other field of the recipe by name.
+    """
     refs = expand(adapters)
     if weights and len(weights) != len(refs):
         raise click.UsageError(f"{len(weights)} weights (-w) for {len(refs)} adapters")
-    defaults = find_method(method).options()
+    if method != "auto":
+        chosen = find_method(method)
+        chosen.parse(parameters)
+        defaults = chosen.parse({})
+        parameters = {n: v for n, v in parameters.items() if v != getattr(defaults, n)}
+    rank = int(rank) if isinstance(rank, str) and rank.isdigit() else rank
     return Recipe(
         merge_method=method,
         adapters=tuple(
@@ -43,9 +69,6 @@ def recipe_from(
             for ref, weight in zip(refs, weights or (1.0,) * len(refs), strict=True)
         ),
         rank=rank,
-        parameters={n: v for n, v in parameters.items() if v != getattr(defaults, n)},
-        seed=seed,
-        dtype=dtype,
-        ranks=ranks,
-        extras=extras,
+        parameters=parameters,
+        **settings,
     )

@@ -29,6 +29,9 @@ _COMMANDS = {
     "usage": "lora_merge.cli.usage",
     "consolidate": "lora_merge.cli.consolidate",
     "export": "lora_merge.cli.export",
+    "merge": "lora_merge.cli.merge",
+    "methods": "lora_merge.cli.methods",
+    "run": "lora_merge.cli.run",
 }
 
 

@@ -1,1 +1,19 @@
-"""Merging: methods on stacks, and the executor that streams modules through them."""
+"""Merge methods, recipes, and the executor that streams modules from files to files.
+
+`lora_merge.merge` is both this package and the function it is named after: calling the module calls
+`lora_merge.merge.api.merge`, whichever of its submodules was imported first.
+"""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _CallableModule(ModuleType):
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        from lora_merge.merge.api import merge
+
+        return merge(*arguments, **keywords)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -5,17 +5,25 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from math import sqrt
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lora_merge.adapters import AlignedModule, RankStack, read_stacks
+from lora_merge.analysis import choose_ranks
 from lora_merge.errors import MethodError
+from lora_merge.merge.calibrate import present_weights
+from lora_merge.merge.method import Job
+from lora_merge.merge.pipeline import Finished, Merged, finish, merge_stack, prepare_view
 from lora_merge.merge.plan import MergePlan
-from lora_merge.merge.registry import Job, Outcome
 from lora_merge.merge.report import ModuleReport
+from lora_merge.merge.spool import Spool
+
+T = TypeVar("T")
 
 
 class Sink(Protocol):
@@ -54,26 +62,81 @@ def execute(
         AdapterError: If a tensor is not finite.
     """
     place = pick_device(device)
-    workers = jobs or (default_jobs() if place.type == "cpu" else 1)
-    reports = []
-    with _one_blas_thread(), ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[ModuleReport]] = deque()
+    shared = _prepare(plan, place)
+    with _one_blas_thread():
+        work = partial(_write_module, plan, sink, place, shared)
+        reports = []
+        for report in _each(plan, work, _workers(jobs, place)):
+            reports.append(report)
+            if on_module:
+                on_module(report)
+    _merge_extras(plan, sink)
+    return reports
+
+
+def settle(
+    plan: MergePlan,
+    folder: Path,
+    *,
+    jobs: int | None = None,
+    device: str = "auto",
+    on_module: Callable[[str], None] | None = None,
+) -> MergePlan:
+    """First pass of a plan whose ranks depend on the results: merge, spool, choose ranks.
+
+    Args:
+        plan: What to do.
+        folder: An existing folder for the spooled results.
+        jobs: Worker threads.
+        device: Where to compute.
+        on_module: Called with the name of each module that is done.
+
+    Returns:
+        The plan with its ranks, for `execute`.
+    """
+    place = pick_device(device)
+    shared = _prepare(plan, place)
+    spool = Spool(folder)
+    with _one_blas_thread():
+        work = partial(_spool_module, plan, spool, place, shared)
+        for name in _each(plan, work, _workers(jobs, place)):
+            if on_module:
+                on_module(name)
+    return plan.with_ranks(_chosen_ranks(plan, spool), spool)
+
+
+def _chosen_ranks(plan: MergePlan, spool: Spool) -> dict[str, int]:
+    modules = {m.name: m for m in plan.alignment.modules}
+    if plan.rule.kind == "units":
+        return {name: spool.units(name) for name in modules}
+    costs = {
+        name: (m.first.d_in + m.first.d_out) * m.first.num_experts for name, m in modules.items()
+    }
+    spectra = {name: spool.spectrum(name) for name in modules}
+    before = {name: m.num_units for name, m in modules.items()}
+    return choose_ranks(spectra, costs, plan.rule, before=before, max_rank=None).ranks
+
+
+def _each(plan: MergePlan, work: Callable[[AlignedModule], T], workers: int) -> Iterator[T]:
+    """The results of all modules, in order."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[T]] = deque()
         modules = iter(plan.alignment.modules)
         try:
             while True:
                 # One module per worker and one more, so memory stays bounded and nobody waits.
                 while len(waiting) <= workers and (module := next(modules, None)):
-                    waiting.append(pool.submit(_merge_module, plan, module, sink, place))
+                    waiting.append(pool.submit(work, module))
                 if not waiting:
                     break
-                reports.append(waiting.popleft().result())
-                if on_module:
-                    on_module(reports[-1])
+                yield waiting.popleft().result()
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    _merge_extras(plan, sink)
-    return reports
+
+
+def _workers(jobs: int | None, device: torch.device) -> int:
+    return jobs or (default_jobs() if device.type == "cpu" else 1)
 
 
 def pick_device(name: str) -> torch.device:
@@ -100,60 +163,102 @@ def default_jobs() -> int:
     return os.cpu_count() or 1
 
 
-def _merge_module(
-    plan: MergePlan, module: AlignedModule, sink: Sink, device: torch.device
-) -> ModuleReport:
-    weights = torch.tensor(plan.weights, dtype=torch.float64, device=device)
-    results = []
-    exact_square = square = cross = 0.0
-    adapter_squares = torch.zeros(len(plan.weights), dtype=torch.float64)
-    details: list[dict[str, object]] = []
+def _stacks(
+    plan: MergePlan, module: AlignedModule, device: torch.device, shared: Any
+) -> Iterator[tuple[RankStack, Job]]:
+    """A module's stacks and what the method is told of each."""
+    weights = torch.tensor(plan.weights_at(module.name), dtype=torch.float64, device=device)
+    names = tuple(a.name for a in plan.alignment.adapters)
     several = module.first.num_experts > 1
+    makes = plan.method.makes_rank and plan.rule.kind == "fixed"
     for expert, stack in enumerate(read_stacks(plan.alignment, module, device=device)):
-        name = f"{module.name}[{expert}]" if several else module.name
-        job = Job(name, plan.ranks[module.name], weights, plan.seed)
-        # The report needs both Grams of the stack; computed first, the method shares them.
+        yield (
+            stack,
+            Job(
+                module=f"{module.name}[{expert}]" if several else module.name,
+                rank=plan.ranks[module.name] if makes else None,
+                weights=weights,
+                seed=plan.seed,
+                names=names,
+                shared=shared,
+            ),
+        )
+
+
+def _merge(
+    plan: MergePlan, module: AlignedModule, device: torch.device, shared: Any
+) -> Iterator[Merged]:
+    for stack, job in _stacks(plan, module, device, shared):
+        # The report needs both Grams of the stack; computed first, everything else shares them.
         _ = stack.gram_down, stack.gram_up
-        exact = stack.weighted(weights)
-        outcome = plan.method.run(stack, job, plan.options)
-        results.append(outcome.stack)
-        between = exact.adapter_products().cpu()
-        exact_square += float(between.sum())
-        adapter_squares[: len(between)] += between.diagonal()
-        products = _products(exact, outcome)
-        square, cross = square + products[0], cross + products[1]
-        details.append(dict(outcome.details))
-    sink.add(module.name, results, _merge_bias(plan, module))
+        yield merge_stack(stack, job, plan.method, plan.options, plan.semantics)
+
+
+def _write_module(
+    plan: MergePlan, sink: Sink, device: torch.device, shared: Any, module: AlignedModule
+) -> ModuleReport:
+    rank = plan.ranks[module.name]
+    if plan.spool is not None:
+        results = plan.spool.take(module.name, rank)
+    else:
+        results = [finish(merged, rank) for merged in _merge(plan, module, device, shared)]
+    sink.add(module.name, [r.stack for r in results], _merge_bias(plan, module))
+    return _report(module, rank, results)
+
+
+def _spool_module(
+    plan: MergePlan, spool: Spool, device: torch.device, shared: Any, module: AlignedModule
+) -> str:
+    uncut = plan.rule.kind == "units"
+    merged = _merge(plan, module, device, shared)
+    spool.put(module.name, [m.whole() if uncut else m.decomposed() for m in merged])
+    return module.name
+
+
+def _report(module: AlignedModule, rank: int, results: list[Finished]) -> ModuleReport:
+    exact_square = sum(r.exact_norm**2 for r in results)
+    square, cross = sum(r.square for r in results), sum(r.cross for r in results)
+    before = sum(r.full_square for r in results)
+    squares = zip(*(r.adapter_squares for r in results), strict=True)
+    details = [dict(r.details) for r in results]
     return ModuleReport(
         name=module.name,
         num_units=module.num_units,
-        rank=plan.ranks[module.name],
+        rank=rank,
         exact_norm=sqrt(max(exact_square, 0)),
         norm=sqrt(max(square, 0)),
         error_norm=sqrt(max(exact_square + square - 2 * cross, 0)),
-        adapter_norms=tuple(adapter_squares.clamp_min(0).sqrt().tolist()),
-        details={"experts": details} if several else details[0],
+        details={"experts": details} if len(results) > 1 else details[0],
+        full_norm=sqrt(max(before, 0)),
+        adapter_norms=tuple(sqrt(max(sum(s), 0)) for s in squares),
     )
 
 
-def _products(exact: RankStack, outcome: Outcome) -> tuple[float, float]:
-    """<result, result> and <exact, result>, from the exact stack's Grams where the mixes allow."""
-    result = outcome.stack
-    if outcome.mixes is None:
-        return result.inner(result), exact.inner(result)
-    down_mix, up_mix = outcome.mixes
-    down, up = down_mix @ exact.gram_down, up_mix @ exact.gram_up
-    square = result.scale @ ((down @ down_mix.mT) * (up @ up_mix.mT)) @ result.scale
-    return float(square.item()), float((result.scale @ (down * up) @ exact.scale).item())
+def _prepare(plan: MergePlan, device: torch.device) -> Any:
+    """What the method wants to know of all modules together before the first is merged."""
+    prepare = plan.method.prepare
+    if prepare is None or plan.spool is not None:
+        return None
+
+    def sweep() -> Iterator[tuple[RankStack, Job]]:
+        for module in plan.alignment.modules:
+            for stack, job in _stacks(plan, module, device, None):
+                yield prepare_view(stack, job, plan.method, plan.semantics)
+
+    with _one_blas_thread():
+        return prepare(sweep, plan.options)
 
 
 def _merge_bias(plan: MergePlan, module: AlignedModule) -> Tensor | None:
     """The exact weighted sum of scaling * bias (`lora_bias`), float32, shape (d_out,)."""
     total = None
+    how = plan.semantics.normalize or plan.method.normalize
+    raw = torch.tensor(plan.weights_at(module.name), dtype=torch.float64)
+    weights = (present_weights(raw, list(module.specs), how, module.name)) * plan.semantics.scale
     for index, spec in module.specs.items():
         if spec.key_bias:
             bias = plan.alignment.adapters[index].tensors.read(spec.key_bias).double()
-            part = bias * (spec.scaling * plan.weights[index])
+            part = bias * (spec.scaling * weights[index])
             total = part if total is None else total + part
     return None if total is None else total.float()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_merge.adapters import RankStack
 from lora_merge.errors import MethodError
 from lora_merge.linalg import kmeans, thin_svd
+from lora_merge.merge.options import option
 
 # Singular values below this fraction of the largest are noise of the Gram (float64 squared).
 _RANK_ONE_RTOL = 1e-7
@@ -22,35 +23,29 @@ _RANK_ONE_RTOL = 1e-7
 
 @dataclass(frozen=True)
 class LegoOptions:
-    """The published procedure by default; every variant and gauge fix by name.
+    """The published procedure by default; every variant and gauge fix by name."""
 
-    Attributes:
-        units: Cluster the vectors [a; b] as they are ("raw"), or with each half brought to length
-            one ("normalized"). Centroids always average the raw units.
-        reweight_parameters: Restore each centroid's largest entry to the mean of its members'
-            (parameter reweighting, against norm decay).
-        reweight_output: Factor on the result against the change of output variance: "single" is
-            sqrt(mean rank / k), "sum" is sqrt(R / k), "none" is 1.
-        fold_scale: Put sqrt(|scale|) into both halves before clustering. Otherwise units are
-            clustered as stored, and a centroid's scale is the mean of its members'.
-        balance: Bring each unit to |a| = |b| before clustering; (c a, b / c) is the same unit.
-        sign_invariant: Let (-a, -b), the same unit, join with its sign flipped.
-        canonical: Replace each adapter's units by its singular units first, which removes the
-            remaining freedom A -> G A, B -> B G^-1.
-        centroid: "mean" of the members' halves, or "rank-one": the best rank-one approximation of
-            the mean of the members' rank-one matrices (implies fold_scale and balance).
-        restarts: k-means++ starts.
-    """
-
-    units: Literal["raw", "normalized"] = "raw"
-    reweight_parameters: bool = True
-    reweight_output: Literal["none", "single", "sum"] = "single"
-    fold_scale: bool = False
-    balance: bool = False
-    sign_invariant: bool = False
-    canonical: bool = False
-    centroid: Literal["mean", "rank-one"] = "mean"
-    restarts: int = 10
+    # Centroids always average the raw units.
+    units: Literal["raw", "normalized"] = option(
+        "raw", "cluster units as they are, or with each half at length one"
+    )
+    reweight_parameters: bool = option(
+        True, "restore each centroid's largest entry to its members' mean (against norm decay)"
+    )
+    reweight_output: Literal["none", "single", "sum"] = option(
+        "single", "scale by sqrt(mean rank / k) (as one adapter) or sqrt(R / k) (as their sum)"
+    )
+    # Otherwise units are clustered as stored, and a centroid's scale is its members' mean.
+    fold_scale: bool = option(False, "put sqrt(|scale|) into both halves before clustering")
+    balance: bool = option(False, "bring units to |a| = |b| first; (c a, b / c) is the same unit")
+    sign_invariant: bool = option(False, "let (-a, -b), the same unit, join with its sign flipped")
+    # Removes the remaining freedom A -> G A, B -> B G^-1.
+    canonical: bool = option(False, "cluster each adapter's singular units instead")
+    centroid: Literal["mean", "rank-one"] = option(
+        "mean",
+        "mean of the halves, or best rank-one matrix (implies fold_scale and balance)",
+    )
+    restarts: int = option(10, "k-means++ starts", low=1)
 
 
 @dataclass(frozen=True, eq=False)

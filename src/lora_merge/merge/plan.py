@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -17,9 +17,19 @@ from lora_merge.adapters import (
     align,
     plan_output,
 )
+from lora_merge.analysis import RankRule, parse_rule
 from lora_merge.errors import AlignmentError, MethodError
+from lora_merge.merge.auto import choose
+from lora_merge.merge.options import parse_options
+from lora_merge.merge.pipeline import Semantics
 from lora_merge.merge.registry import Method, find_method
+from lora_merge.merge.weights import ModuleWeights, count_layers
 
+if TYPE_CHECKING:
+    from lora_merge.merge.spool import Spool
+
+# Rank rules under which a result may keep every direction it has.
+_FREE_RANKS = ("full",)
 ExtrasPolicy = Literal["average", "first", "drop", "error"]
 
 
@@ -28,26 +38,62 @@ class MergePlan:
     """A merge, ready to run.
 
     Attributes:
-        alignment: Adapters (canonical order) and modules.
+        alignment: Adapters (canonical order) and modules; adapters whose weight in a module is 0
+            are not in it.
         weights: Weight of each adapter, by index.
         method: The method.
         options: Its parsed parameters.
-        ranks: Rank of each module's result.
+        rule: How ranks are chosen.
+        ranks: Rank of each module's result; the largest possible one until `rule` was applied.
         seed: Seed of all randomness.
         extras: Tensor that is not a factor → the adapters whose tensors are averaged for it.
         output: What is written.
         notes: What the user should know before the work starts.
+        semantics: Weights, scale, norms and steps that all methods share.
+        layout: Uniform rank, or ranks per module.
+        spool: Results that wait for their ranks, where ranks depend on the data.
     """
 
     alignment: Alignment
-    weights: tuple[float, ...]
+    weights: tuple[ModuleWeights, ...]
     method: Method
     options: Any
+    rule: RankRule
     ranks: Mapping[str, int]
     seed: int
     extras: Mapping[str, tuple[Adapter, ...]]
     output: OutputPlan
     notes: tuple[str, ...]
+    semantics: Semantics = field(default_factory=Semantics)
+    layout: RankLayout = "uniform"
+    spool: "Spool | None" = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether ranks depend on the results, so that a first pass must find them."""
+        return self.rule.kind not in ("fixed", "full")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model, as far as the adapters tell."""
+        return count_layers([m.name for m in self.alignment.modules])
+
+    def weights_at(self, module: str) -> list[float]:
+        """Weight of each adapter in a module."""
+        return [w.at(module, self.num_layers) for w in self.weights]
+
+    def with_ranks(self, ranks: Mapping[str, int], spool: "Spool") -> "MergePlan":
+        """The plan once the ranks are known."""
+        output = plan_output(
+            self.alignment.adapters,
+            self.alignment.modules,
+            ranks,
+            dtype=self.output.dtype,
+            layout=self.layout,
+            extras=self.output.extras,
+            base_model=self.alignment.base_model,
+        )
+        return replace(self, ranks=ranks, output=output, spool=spool)
 
     def peak_bytes(self, jobs: int) -> int:
         """Estimated working memory in bytes.
@@ -66,9 +112,10 @@ def plan_merge(
     adapters: Sequence[Adapter],
     *,
     method: str,
-    rank: int,
-    weights: Sequence[float] | None = None,
+    rank: int | str | None = None,
+    weights: Sequence[Any] | None = None,
     parameters: Mapping[str, Any] | None = None,
+    semantics: Mapping[str, Any] | None = None,
     seed: int = 0,
     dtype: str | None = None,
     layout: RankLayout = "uniform",
@@ -79,10 +126,13 @@ def plan_merge(
 
     Args:
         adapters: Any order; the result does not depend on it.
-        method: Name of a method.
-        rank: Rank of the result; a module with fewer units keeps them all.
-        weights: One per adapter, default 1. An adapter of weight 0 counts as absent.
+        method: Name of a method, or "auto", which reads a few modules to choose one.
+        rank: Rank of the result (a module with fewer units keeps them all), or a rank rule such
+            as "energy:0.95" or "budget:x0.5"; default: the method's.
+        weights: One per adapter, default 1: a number, numbers over the layers, or a list of
+            {filter, value}. An adapter of weight 0 counts as absent.
         parameters: Parameters of the method.
+        semantics: Fields of `Semantics`.
         seed: Seed of all randomness.
         dtype: Output dtype as a torch name ("bfloat16"); default: the widest of the inputs.
         layout: Uniform rank, or ranks per module.
@@ -94,18 +144,29 @@ def plan_merge(
         AlignmentError: If the adapters do not fit together.
         MethodError: If the method cannot do what is asked.
     """
-    weights = _check_weights(adapters, weights)
+    given = _check_weights(adapters, weights)
+    reason = None
+    if method == "auto":
+        present_now = [a for a, w in zip(adapters, given, strict=True) if w.constant != 0]
+        choice = choose(align(present_now, force=force), free_rank=str(rank or "") in _FREE_RANKS)
+        method, reason = choice.method, f"auto chose {choice.method}: {choice.reason}"
     chosen = find_method(method)
     options = chosen.parse(parameters or {})
+    shared = parse_options(Semantics, semantics or {}, "a merge")
+    _check_space(chosen, shared)
     align(adapters, force=force)  # an adapter of weight 0 must fit, too
-    present = [(a, w) for a, w in zip(adapters, weights, strict=True) if w != 0]
+    present = [(a, w) for a, w in zip(adapters, given, strict=True) if w.constant != 0]
     if not present:
         raise MethodError("all weights are 0", "give at least one adapter a weight")
     as_given = [a for a, _ in present]
     # The result may not depend on the order of the arguments, so there is one order: by name.
-    present.sort(key=lambda pair: (pair[0].name, pair[1]))
-    alignment = align([a for a, _ in present], force=force)
-    ranks, notes = _ranks(alignment, rank)
+    if not chosen.ordered:
+        present.sort(key=lambda pair: (pair[0].name, str(pair[1].to_data())))
+    _check_count(chosen, len(present))
+    alignment = _weighted_alignment(
+        align([a for a, _ in present], force=force), [w for _, w in present]
+    )
+    rule, ranks, notes = _ranks(alignment, chosen, rank)
     kept, extra_notes = _plan_extras(as_given, extras)
     output = plan_output(
         alignment.adapters,
@@ -117,6 +178,7 @@ def plan_merge(
         base_model=alignment.base_model,
     )
     notes = [
+        *([reason] if reason else []),
         *notes,
         *_base_notes(alignment),
         *extra_notes,
@@ -127,44 +189,96 @@ def plan_merge(
         tuple(w for _, w in present),
         chosen,
         options,
+        rule,
         ranks,
         seed,
         kept,
         output,
         tuple(notes),
+        shared,
+        layout,
     )
 
 
 def _check_weights(
-    adapters: Sequence[Adapter], weights: Sequence[float] | None
-) -> tuple[float, ...]:
+    adapters: Sequence[Adapter], weights: Sequence[Any] | None
+) -> tuple[ModuleWeights, ...]:
     if weights is None:
-        return (1.0,) * len(adapters)
+        weights = [1.0] * len(adapters)
     if len(weights) != len(adapters):
         raise MethodError(
             f"{len(weights)} weights for {len(adapters)} adapters",
             "give one -w per adapter, in their order",
         )
-    bad = [w for w in weights if not abs(w) < float("inf")]
-    if bad:
-        raise MethodError(f"{bad[0]} is no weight", "weights are finite numbers")
-    return tuple(float(w) for w in weights)
+    return tuple(ModuleWeights.of(w) for w in weights)
 
 
-def _ranks(alignment: Alignment, rank: int) -> tuple[dict[str, int], list[str]]:
-    units = {m.name: m.num_units for m in alignment.modules}
-    largest = max(units.values())
-    if not 1 <= rank <= largest:
+def _check_space(method: Method, semantics: Semantics) -> None:
+    spaces = method.spaces or (method.space,)
+    if semantics.space is not None and semantics.space not in spaces:
         raise MethodError(
-            f"rank {rank} is not possible: the largest module has {largest} units",
+            f"method {method.name} does not work in space {semantics.space!r}",
+            f"choose from: {', '.join(spaces)}",
+        )
+
+
+def _check_count(method: Method, count: int) -> None:
+    low, high = method.adapters
+    if count < low or (high is not None and count > high):
+        wanted = f"{low}" if low == high else f"{low} to {high}" if high else f"at least {low}"
+        raise MethodError(
+            f"method {method.name} merges {wanted} adapters, not {count}",
+            "choose another method: `lora-merge methods`",
+        )
+
+
+def _weighted_alignment(alignment: Alignment, weights: Sequence[ModuleWeights]) -> Alignment:
+    """The alignment without those adapters of each module whose weight there is 0."""
+    if all(w.constant is not None for w in weights):
+        return alignment
+    layers = count_layers([m.name for m in alignment.modules])
+    modules = []
+    for module in alignment.modules:
+        specs = {i: s for i, s in module.specs.items() if weights[i].at(module.name, layers) != 0}
+        if specs:
+            modules.append(AlignedModule(module.name, specs))
+    if not modules:
+        raise MethodError("all weights are 0", "give at least one adapter a weight somewhere")
+    return Alignment(alignment.adapters, tuple(modules), alignment.base_model)
+
+
+def _ranks(
+    alignment: Alignment, method: Method, rank: int | str | None
+) -> tuple[RankRule, dict[str, int], list[str]]:
+    """The rank rule, each module's (largest possible) rank, and what to say of it."""
+    units = {m.name: m.num_units for m in alignment.modules}
+    text = str(method.rank if rank is None else rank)
+    if text == "units":
+        return RankRule("units"), units, []
+    if text == "largest":
+        text = str(max(s.rank for m in alignment.modules for s in m.specs.values()))
+    rule = parse_rule(text)
+    if rule.kind == "full":
+        return rule, units, []
+    if rule.kind != "fixed":
+        if method.makes_rank and not method.gauge_free:
+            raise MethodError(
+                f"method {method.name} needs a rank, not the rule {text!r}", "give a number"
+            )
+        return rule, units, []
+    wanted = int(rule.value or 0)
+    largest = max(units.values())
+    if not 1 <= wanted <= largest:
+        raise MethodError(
+            f"rank {wanted} is not possible: the largest module has {largest} units",
             f"the largest rank for these adapters is {largest}",
         )
-    ranks = {name: min(rank, size) for name, size in units.items()}
-    few = Counter(size for size in units.values() if size < rank)
+    ranks = {name: min(wanted, size) for name, size in units.items()}
+    few = Counter(size for size in units.values() if size < wanted)
     notes = [
         f"{count} modules have only {size} units and keep them all" for size, count in few.items()
     ]
-    return ranks, notes
+    return rule, ranks, notes
 
 
 def _base_notes(alignment: Alignment) -> list[str]:

@@ -18,9 +18,16 @@ from lora_merge.adapters import (
     resolve,
     sha256,
 )
-from lora_merge.errors import LoraMergeError
+from lora_merge.analysis import parse_rule
+from lora_merge.errors import LoraMergeError, MethodError
+from lora_merge.merge.calibrate import RestoreNorm
+from lora_merge.merge.method import Normalize, Space
+from lora_merge.merge.pipeline import Semantics
 from lora_merge.merge.plan import ExtrasPolicy, MergePlan, plan_merge
+from lora_merge.merge.spaces import Anchor
+from lora_merge.merge.words import translate
 
+_SEMANTICS = tuple(spec.name for spec in fields(Semantics))
 RECIPE_NAME = "lora_merge.yaml"
 _UNKNOWN_KEY = "unexpected_keyword_argument"  # pydantic's name for it
 
@@ -35,7 +42,8 @@ class AdapterItem:
 
     Attributes:
         adapter: Directory, .safetensors file or Hub reference.
-        weight: Factor on the adapter's delta; 0 is the same as absent.
+        weight: Factor on the adapter's delta; 0 is the same as absent. A list is a gradient over
+            the layers; a list of {filter, value} decides by module name, the first match wins.
         revision: Commit on the Hub that was used.
         sha256: Hash of the weights file; checked when given.
         alpha: lora_alpha of a file without a config.
@@ -45,7 +53,7 @@ class AdapterItem:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     adapter: str
-    weight: float = 1.0
+    weight: float | list[float] | list[dict[str, Any]] = 1.0
     revision: str | None = None
     sha256: str | None = None
     alpha: float | None = None
@@ -59,13 +67,22 @@ class Recipe:
     Attributes:
         merge_method: Name of the method.
         adapters: What is merged.
-        rank: Rank of the merged adapter.
+        rank: Rank of the merged adapter, or a rank rule; None: the method's own.
         parameters: Parameters of the method; those left out have their defaults.
+        normalize: Weights as they are ("none"), or divided by their "sum" or "abs-sum".
+        scale: Factor on the merged delta.
+        norm_equalise: Bring every adapter to the mean norm first.
+        restore_norm: Bring the result to the "mean" or "weighted-mean" norm of the adapters.
+        pico: Shrink shared output directions before the merge.
+        svc: Shrink directions counted several times after the merge.
+        space: Where an elementwise rule works; None: where the method says.
+        basis: Core bases, of the "stacks" or of the "deltas".
         seed: Seed of all randomness.
         dtype: Output dtype; None: the inputs'.
         ranks: One rank for all modules, or one per module.
         extras: What becomes of tensors that are not low-rank factors.
         accept_base_models: Merge adapters of different base models.
+        base_model: The base model that one of the adapters must have, if given.
         version: Of this format.
     """
 
@@ -73,20 +90,34 @@ class Recipe:
 
     merge_method: str
     adapters: tuple[AdapterItem, ...]
-    rank: int
+    rank: int | str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
+    normalize: Normalize | None = None
+    scale: float = 1.0
+    norm_equalise: bool = False
+    restore_norm: RestoreNorm = "none"
+    pico: bool = False
+    svc: bool = False
+    space: Space | None = None
+    basis: Anchor = "stacks"
     seed: int = 0
     dtype: str | None = None
     ranks: RankLayout = "uniform"
     extras: ExtrasPolicy = "average"
     accept_base_models: bool = False
+    base_model: str | None = None
     version: Literal[1] = 1
 
     def to_yaml(self) -> str:
         """The recipe as YAML; what is not set is left out."""
         data = {"version": self.version, **asdict(self)}
         data["adapters"] = [_non_defaults(item) for item in self.adapters]
-        data = {name: value for name, value in data.items() if value not in (None, {})}
+        unset = {name: getattr(Semantics(), name) for name in _SEMANTICS}
+        data = {
+            name: value
+            for name, value in data.items()
+            if value not in (None, {}) and not (name in unset and value == unset[name])
+        }
         return yaml.safe_dump(data, sort_keys=False, width=100)
 
 
@@ -113,11 +144,16 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        recipe = TypeAdapter(Recipe).validate_python(data)
+        recipe = TypeAdapter(Recipe).validate_python(translate(data, where))
     except ValidationError as error:
         # A misspelt key also shows as a missing one; the misspelling is the better message.
         faults = sorted(error.errors(), key=lambda fault: fault["type"] != _UNKNOWN_KEY)
         raise RecipeError(*_explain(faults[0], where)) from error
+    if isinstance(recipe.rank, str):
+        try:
+            parse_rule(recipe.rank)
+        except MethodError as error:
+            raise RecipeError(f"{where}: rank: {error}", error.remedy) from error
     if not recipe.adapters:
         raise RecipeError(f"{where}: adapters is empty", "name at least one adapter")
     return recipe
@@ -125,14 +161,14 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
 
 def open_adapters(
     items: Sequence[AdapterItem], *, allow_pickle: bool = False
-) -> tuple[list[Adapter], list[float]]:
+) -> tuple[list[Adapter], list[Any]]:
     """Open a recipe's adapters at their pinned revisions; globs may stand for many.
 
     Returns:
         The adapters and their weights.
     """
     adapters: list[Adapter] = []
-    weights: list[float] = []
+    weights: list[Any] = []
     for item in items:
         fallback = None
         if item.alpha is not None:
@@ -152,14 +188,26 @@ def open_adapters(
     return adapters, weights
 
 
-def plan_recipe(recipe: Recipe, adapters: Sequence[Adapter], weights: Sequence[float]) -> MergePlan:
-    """Plan what a recipe says."""
+def plan_recipe(recipe: Recipe, adapters: Sequence[Adapter], weights: Sequence[Any]) -> MergePlan:
+    """Plan what a recipe says.
+
+    Raises:
+        RecipeError: If it names another base model than the adapters do.
+    """
+    bases = {a.config.base_model for a in adapters} - {None}
+    if recipe.base_model and bases and recipe.base_model not in bases:
+        names = ", ".join(sorted(map(str, bases)))
+        raise RecipeError(
+            f"base_model is {recipe.base_model!r}, the adapters' is {names}",
+            "correct base_model, or leave it out",
+        )
     return plan_merge(
         adapters,
         method=recipe.merge_method,
         rank=recipe.rank,
         weights=weights,
         parameters=recipe.parameters,
+        semantics={name: getattr(recipe, name) for name in _SEMANTICS},
         seed=recipe.seed,
         dtype=recipe.dtype,
         layout=recipe.ranks,
@@ -169,7 +217,7 @@ def plan_recipe(recipe: Recipe, adapters: Sequence[Adapter], weights: Sequence[f
 
 
 def resolved_recipe(
-    recipe: Recipe, plan: MergePlan, adapters: Sequence[Adapter], weights: Sequence[float]
+    recipe: Recipe, plan: MergePlan, adapters: Sequence[Adapter], weights: Sequence[Any]
 ) -> Recipe:
     """The recipe with sources pinned, every parameter written out, adapters of weight 0 left out.
 
@@ -178,18 +226,27 @@ def resolved_recipe(
     if recipe.extras == "first":
         pairs = [(a, w) for a, w in zip(adapters, weights, strict=True) if w != 0]
     else:
-        pairs = list(zip(plan.alignment.adapters, plan.weights, strict=True))
+        chosen = [w.to_data() for w in plan.weights]
+        pairs = list(zip(plan.alignment.adapters, chosen, strict=True))
     items = [_item(adapter, weight) for adapter, weight in pairs]
     bases = {a.config.base_model for a in plan.alignment.adapters} - {None}
     return replace(
         recipe,
+        merge_method=plan.method.name,
         adapters=tuple(items),
-        parameters=asdict(plan.options),
+        rank=_rank_value(plan),
+        parameters={n: v for n, v in asdict(plan.options).items() if v is not None},
         accept_base_models=len(bases) > 1,
     )
 
 
-def _item(adapter: Adapter, weight: float) -> AdapterItem:
+def _rank_value(plan: MergePlan) -> int | str | None:
+    if plan.rule.kind == "fixed":
+        return int(plan.rule.value or 0)
+    return None if plan.rule.kind == "units" else str(plan.rule)
+
+
+def _item(adapter: Adapter, weight: Any) -> AdapterItem:
     source = adapter.source
     bare = source is not None and source.config is None
     return AdapterItem(

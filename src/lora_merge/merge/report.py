@@ -21,6 +21,7 @@ class ModuleReport:
         adapter_norms: Frobenius norm of each adapter's weighted delta, in the plan's order; 0 for
             adapters that do not have the module.
         details: What the method adds, as JSON values.
+        full_norm: Frobenius norm of the result before it was cut to its rank.
     """
 
     name: str
@@ -31,11 +32,18 @@ class ModuleReport:
     error_norm: float
     adapter_norms: tuple[float, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    full_norm: float | None = None
+
+    @property
+    def retained(self) -> float:
+        """Share of the result's energy that the cut to its rank kept; 1 where nothing was cut."""
+        return _retained([self])
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return {
             **asdict(self),
+            "retained_energy": self.retained,
             "relative_error": ratio(self.error_norm, self.exact_norm),
             "norm_ratio": ratio(self.norm, self.exact_norm),
         }
@@ -52,6 +60,7 @@ class GroupReport:
         rank: Smallest and largest rank that came out.
         relative_error: Norm of all differences over the norm of all exact sums; None if both are 0.
         norm_ratio: Norm of all results over the norm of all exact sums; None if both are 0.
+        retained: Share of the results' energy that the cut to their ranks kept.
         largest_clusters: (mean, largest) size of the modules' largest clusters, for clusterings.
     """
 
@@ -61,6 +70,7 @@ class GroupReport:
     rank: tuple[int, int]
     relative_error: float | None
     norm_ratio: float | None
+    retained: float
     largest_clusters: tuple[float, int] | None
 
     @classmethod
@@ -75,6 +85,7 @@ class GroupReport:
             rank=(min(m.rank for m in modules), max(m.rank for m in modules)),
             relative_error=ratio(sqrt(sum(m.error_norm**2 for m in modules)), exact),
             norm_ratio=ratio(sqrt(sum(m.norm**2 for m in modules)), exact),
+            retained=_retained(modules),
             largest_clusters=(sum(largest) / len(largest), max(largest)) if largest else None,
         )
 
@@ -117,6 +128,12 @@ class MergeReport:
             "groups": [asdict(group) for group in self.groups()],
             "modules": [module.to_dict() for module in self.modules],
         }
+
+
+def _retained(modules: Sequence[ModuleReport]) -> float:
+    kept = sum(m.norm**2 for m in modules)
+    before = sum((m.norm if m.full_norm is None else m.full_norm) ** 2 for m in modules)
+    return min(kept / before, 1.0) if before > 0 else 1.0
 
 
 def kind_of(module: str) -> str:

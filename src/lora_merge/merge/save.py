@@ -1,16 +1,21 @@
 """Run a plan into a directory: weights, config, card and recipe, whole or not at all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from lora_merge._version import __version__
 from lora_merge.adapters import AdapterWriter, atomic_directory, check_target
 from lora_merge.adapters.card import model_card
-from lora_merge.merge.executor import execute
+from lora_merge.errors import MethodError
+from lora_merge.merge.executor import execute, settle
 from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.recipe import RECIPE_NAME, Recipe
 from lora_merge.merge.report import MergeReport, ModuleReport
+
+# Below this share of energy kept, the result is not what the method made.
+_LITTLE_ENERGY = 0.5
 
 
 def save_merge(
@@ -19,6 +24,7 @@ def save_merge(
     *,
     recipe: Callable[[], Recipe],
     force: bool = False,
+    strict: bool = False,
     jobs: int | None = None,
     device: str = "auto",
     on_module: Callable[[ModuleReport], None] | None = None,
@@ -30,6 +36,7 @@ def save_merge(
         out: The directory to make.
         recipe: Makes the resolved recipe; called beside the merge, because it hashes the inputs.
         force: Replace an existing adapter directory.
+        strict: Treat it as an error if the cut to a rank lost most of the result.
         jobs: Worker threads.
         device: Where to compute.
         on_module: Called with each module's report.
@@ -44,16 +51,22 @@ def save_merge(
     with atomic_directory(out) as folder:
         with ThreadPoolExecutor(1) as beside:
             resolved = beside.submit(recipe)
+            if plan.measured:
+                spool = folder / ".spool"
+                spool.mkdir()
+                plan = settle(plan, spool, jobs=jobs, device=device)
             with AdapterWriter(folder, plan.output) as writer:
                 modules = execute(plan, writer, jobs=jobs, device=device, on_module=on_module)
+            if plan.spool is not None:
+                plan.spool.folder.rmdir()
             text = f"# made by lora-merge {__version__}\n" + resolved.result().to_yaml()
+        report = finish_report(plan, modules, str(out), strict=strict)
         (folder / RECIPE_NAME).write_text(text, encoding="utf-8")
-        (folder / "README.md").write_text(_card(plan, text), encoding="utf-8")
-    notes = (*plan.notes, *_silent_adapters(plan, modules))
-    return MergeReport(tuple(modules), notes, str(out), plan.output.num_bytes)
+        (folder / "README.md").write_text(card_of(plan, text), encoding="utf-8")
+    return report
 
 
-def _silent_adapters(plan: MergePlan, modules: list[ModuleReport]) -> list[str]:
+def _silent_adapters(plan: MergePlan, modules: Sequence[ModuleReport]) -> list[str]:
     """A note for each adapter that adds nothing anywhere."""
     norms = zip(*(m.adapter_norms for m in modules), strict=True)
     return [
@@ -63,12 +76,40 @@ def _silent_adapters(plan: MergePlan, modules: list[ModuleReport]) -> list[str]:
     ]
 
 
-def _card(plan: MergePlan, recipe: str) -> str:
+def finish_report(
+    plan: MergePlan, modules: Sequence[ModuleReport], out: str | None, *, strict: bool
+) -> MergeReport:
+    """The report of a merge, with what the cut to ranks did to it.
+
+    Raises:
+        MethodError: With `strict`, if less than half of the energy was kept.
+    """
+    notes = [*plan.notes, *_silent_adapters(plan, modules)]
+    report = MergeReport(tuple(modules), plan.notes, out, plan.output.num_bytes)
+    retained = report.total().retained
+    if retained < _LITTLE_ENERGY:
+        share = f"the cut to {_ranks_text(plan)} kept {100 * retained:.0f} % of the result's energy"
+        remedy = "a larger --rank keeps more; ctm and wudi are made for a given rank"
+        if strict:
+            raise MethodError(share, remedy)
+        notes.append(f"{share}; {remedy}")
+    if plan.spool is not None:
+        notes.append(f"{plan.rule} gave {_ranks_text(plan)}")
+    return replace(report, notes=tuple(notes))
+
+
+def _ranks_text(plan: MergePlan) -> str:
+    low, high = min(plan.ranks.values()), max(plan.ranks.values())
+    return f"rank {low}" if low == high else f"ranks {low} to {high}"
+
+
+def card_of(plan: MergePlan, recipe: str) -> str:
+    """The model card of a merged adapter."""
     names = [a.name for a in plan.alignment.adapters]
     return model_card(
         title="A merged LoRA adapter",
         base_model=plan.alignment.base_model,
-        sources=list(zip(names, plan.weights, strict=True)),
+        sources=[(name, str(w)) for name, w in zip(names, plan.weights, strict=True)],
         method=f"`{plan.method.name}` ({plan.method.summary}; {plan.method.paper})",
         recipe=recipe,
         notes=plan.notes,

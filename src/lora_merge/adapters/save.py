@@ -1,0 +1,89 @@
+"""Save an adapter, from disk or from memory, as a PEFT directory, and publish it."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_merge.adapters.align import align, read_stacks
+from lora_merge.adapters.atomic import atomic_directory, check_target
+from lora_merge.adapters.tensors import DTYPES
+from lora_merge.adapters.writer import AdapterWriter, plan_output
+from lora_merge.errors import OutputError
+
+if TYPE_CHECKING:
+    from lora_merge.adapters.adapter import Adapter
+
+
+def save_adapter(adapter: "Adapter", out: Path, *, force: bool = False) -> None:
+    """Write an adapter in the portable layout (scaling folded, one rank), whole or not at all.
+
+    Args:
+        adapter: What to write.
+        out: The directory to make.
+        force: Replace an adapter directory that is there.
+
+    Raises:
+        OutputError: If it cannot be written; nothing is left behind.
+    """
+    alignment = align([adapter])
+    plan = plan_output(
+        [adapter],
+        alignment.modules,
+        {name: spec.rank for name, spec in adapter.modules.items()},
+        dtype=_dtype(adapter),
+        extras={name: (extra.dtype, extra.shape) for name, extra in adapter.extras.items()},
+    )
+    source = adapter.source
+    inputs = [path for path in (source.weights, source.config) if path] if source else []
+    check_target(out, force=force, inputs=inputs, needed=plan.num_bytes)
+    with atomic_directory(out) as folder:
+        with AdapterWriter(folder, plan) as writer:
+            for module in alignment.modules:
+                spec = module.first
+                bias = None
+                if spec.key_bias:
+                    bias = adapter.tensors.read(spec.key_bias).float() * spec.scaling
+                writer.add(module.name, list(read_stacks(alignment, module)), bias)
+            for name in adapter.extras:
+                writer.add_extra(name, adapter.read_extra(name))
+        for name, text in adapter.texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def push_adapter(adapter: "Adapter", repo: str, *, private: bool = False) -> str:
+    """Upload an adapter to a Hub repository, which is made if need be.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        OutputError: If the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "adapter"
+        save_adapter(adapter, target)
+        api = HfApi()
+        try:
+            api.create_repo(repo, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo, folder_path=target, commit_message="Upload merged LoRA adapter"
+            )
+        except HfHubHTTPError as error:
+            raise OutputError(
+                f"cannot upload to {repo}: {error}", "check the name and `hf auth login`"
+            ) from error
+    return str(commit.commit_url)
+
+
+def _dtype(adapter: "Adapter") -> str:
+    """Safetensors code of the widest dtype of the factors."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    widest, *others = {DTYPES[spec.dtype] for spec in adapter.modules.values()}
+    for other in others:
+        widest = torch.promote_types(widest, other)
+    return codes[widest]

@@ -1,0 +1,68 @@
+"""`lora_merge.merge`: adapters in, an adapter out, all in memory."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_merge._version import __version__
+from lora_merge.adapters import Adapter, MemoryWriter, TensorDict, build_adapter, parse_config
+from lora_merge.merge.executor import execute, settle
+from lora_merge.merge.recipe import RECIPE_NAME, AdapterItem, Recipe, plan_recipe, resolved_recipe
+from lora_merge.merge.save import card_of, finish_report
+
+
+def merge(
+    adapters: Sequence[Adapter | str | Path],
+    *,
+    method: str = "auto",
+    rank: int | str | None = None,
+    weights: Sequence[Any] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    strict: bool = False,
+    jobs: int | None = None,
+    device: str = "auto",
+    **settings: Any,
+) -> Adapter:
+    """Merge adapters into one.
+
+    Args:
+        adapters: Opened adapters or references to them.
+        method: Name of a method (`lora-merge methods`).
+        rank: Rank of the result, or a rank rule such as "energy:0.95"; default: the method's.
+        weights: One per adapter: numbers, lists over the layers, or lists of {filter, value}.
+        parameters: Parameters of the method.
+        strict: Raise if the cut to a rank loses more than half of the result.
+        jobs: Worker threads.
+        device: Where to compute.
+        settings: Other fields of a recipe: scale, normalize, seed, dtype, ...
+
+    Returns:
+        The merged adapter; `save_pretrained` and `push_to_hub` write it with card and recipe.
+
+    Raises:
+        LoraMergeError: If the adapters or the request do not fit.
+    """
+    opened = [a if isinstance(a, Adapter) else Adapter.from_pretrained(a) for a in adapters]
+    values = [1.0] * len(opened) if weights is None else list(weights)
+    recipe = Recipe(
+        merge_method=method,
+        adapters=tuple(AdapterItem(a.name) for a in opened),
+        rank=rank,
+        parameters=dict(parameters or {}),
+        **settings,
+    )
+    plan = plan_recipe(recipe, opened, values)
+    with tempfile.TemporaryDirectory() as folder:
+        if plan.measured:
+            plan = settle(plan, Path(folder), jobs=jobs, device=device)
+        writer = MemoryWriter(plan.output)
+        modules = execute(plan, writer, jobs=jobs, device=device)
+    report = finish_report(plan, modules, None, strict=strict)
+    text = f"# made by lora-merge {__version__}\n"
+    text += resolved_recipe(recipe, plan, opened, values).to_yaml()
+    config = parse_config(plan.output.config, "merged")
+    merged = build_adapter("merged", config, TensorDict(writer.tensors))
+    texts = {RECIPE_NAME: text, "README.md": card_of(plan, text)}
+    return replace(merged, texts=texts, notes=report.notes)

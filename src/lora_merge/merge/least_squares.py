@@ -1,0 +1,116 @@
+"""Merges that minimise a sum of squares: WUDI in closed form.
+
+WUDI (arXiv 2503.08099) asks that the merged delta act like each adapter on the subspace that
+adapter uses: min_X sum_i |(X - D_i) D_i^T|^2 / |D_i|^2. It is published as an iteration; the
+minimiser is a linear solve: least squares with D_i^T D_i as a stand-in for the covariance of task
+i's inputs, and, with sides exchanged, D_i D_i^T for that of its output gradients.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters import RankStack
+from lora_merge.merge.method import Job, Outcome, single
+from lora_merge.merge.options import option
+from lora_merge.merge.spectral import share_of_energy, truncated_svd, weighted_parts
+
+
+@dataclass(frozen=True)
+class WudiOptions:
+    """Parameters of `wudi`."""
+
+    side: Literal["input", "output", "both"] = option(
+        "input",
+        "whose subspaces must not be disturbed: the adapters' inputs (published) or outputs",
+    )
+    ridge: float = option(
+        1e-2, "pull towards the plain sum, relative to the mean eigenvalue of the metric", above=0
+    )
+    compress: Literal["metric", "frobenius"] = option(
+        "metric", "error that the cut to a rank minimises: the method's own, or the plain one"
+    )
+
+
+def wudi(stack: RankStack, job: Job, options: WudiOptions) -> Outcome:
+    """The minimiser, cut to the rank asked for in the same metric (reduced-rank regression).
+
+    With H = sum of output metrics, G = sum of input metrics and T the sum of the deltas, X solves
+    H X + X G = sum_i (H_i D_i + D_i G_i), each metric with its ridge times (X - T). One side leaves
+    one term, whose objective is |S^(1/2) (X - X*)|^2 plus a constant: the best X of a rank is then
+    an SVD of S^(1/2) X*, not of X*.
+    """
+    parts = [part.delta() for part in weighted_parts(stack, job)]
+    if options.side == "input":
+        return _one_side([part.mT for part in parts], job.rank, options).mirrored()
+    if options.side == "output":
+        return _one_side(parts, job.rank, options).outcome()
+    return _both_sides(parts, job.rank, options.ridge)
+
+
+@dataclass(frozen=True, eq=False)
+class _Factored:
+    """A result up @ down in small coordinates."""
+
+    up: Tensor
+    down: Tensor
+    energy: float = 1.0
+
+    def outcome(self) -> Outcome:
+        return Outcome(single(self.up, self.down), energy=self.energy)
+
+    def mirrored(self) -> Outcome:
+        return Outcome(single(self.down.mT, self.up.mT), energy=self.energy)
+
+
+def _one_side(parts: list[Tensor], rank: int | None, options: WudiOptions) -> _Factored:
+    """min_X sum_i |D_i^T (X - D_i)|^2 / |D_i|^2, ridge towards the sum; parts of shape (p, q)."""
+    metrics = [_metric(part) for part in parts]
+    metric = torch.stack(metrics).sum(dim=0)
+    ridge = options.ridge * metric.diagonal().mean()
+    wanted = sum_of(h @ d for h, d in zip(metrics, parts, strict=True)) + ridge * sum_of(parts)
+    values, vectors = torch.linalg.eigh(metric)
+    values = values.clamp_min(0) + ridge
+    if float(values[-1]) <= 0:  # every adapter is zero here
+        return _Factored(torch.zeros_like(metric[:, :0]), torch.zeros_like(wanted[:0]))
+    root = values.sqrt() if options.compress == "metric" else torch.ones_like(values)
+    # S^(1/2) X* in the eigenbasis, cut, and S^(-1/2) put back on the left factor.
+    u, s, vh = truncated_svd(root[:, None] * ((vectors.mT @ wanted) / values[:, None]), None)
+    left = vectors @ (u[:, :rank] / root[:, None])
+    # Both parts of a cut in the metric are orthogonal in it, so their energies there add up.
+    return _Factored(left, s[:rank, None] * vh[:rank], share_of_energy(s[:rank], s))
+
+
+def _both_sides(parts: list[Tensor], rank: int | None, ridge: float) -> Outcome:
+    """Input and output objective added: a Sylvester equation, solved in two eigenbases."""
+    outputs = [_metric(part) for part in parts]
+    inputs = [_metric(part.mT) for part in parts]
+    total = sum_of(parts)
+    h_values, h_vectors = torch.linalg.eigh(sum_of(outputs))
+    g_values, g_vectors = torch.linalg.eigh(sum_of(inputs))
+    pull = ridge * (h_values.mean() + g_values.mean())
+    wanted = pull * total + sum_of(
+        h @ d + d @ g for h, d, g in zip(outputs, parts, inputs, strict=True)
+    )
+    weight = h_values.clamp_min(0)[:, None] + g_values.clamp_min(0) + pull
+    solved = h_vectors.mT @ wanted @ g_vectors / weight.clamp_min(1e-300)
+    u, s, vh = truncated_svd(h_vectors @ solved @ g_vectors.mT, None)
+    return Outcome(single(u[:, :rank], vh[:rank], s[:rank]), energy=share_of_energy(s[:rank], s))
+
+
+def _metric(part: Tensor) -> Tensor:
+    """D D^T / |D|^2, shape (p, p); zero for a zero D."""
+    energy = part.square().sum()
+    return part @ part.mT / torch.where(energy > 0, energy, 1.0)
+
+
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+    """Sum of tensors of one shape."""
+    first, *rest = tensors
+    total = first.clone()
+    for tensor in rest:
+        total += tensor
+    return total

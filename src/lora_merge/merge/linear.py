@@ -1,0 +1,91 @@
+"""Weighted sums of deltas, and what PEFT calls linear."""
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters import RankStack
+from lora_merge.errors import MethodError
+from lora_merge.merge.method import Job, Outcome, single
+
+
+def weighted_sum(stack: RankStack, job: Job, options: object) -> Outcome:
+    """sum_i w_i Delta_i, exactly: the units side by side (concatenation is summation).
+
+    Adapters that share a factor are summed in the other one, which is the same delta in fewer
+    units: federated training with a frozen A (FFA-LoRA, arXiv 2403.12313), a shared A
+    (HydraLoRA, arXiv 2404.19245), fixed B and A around a trained r x r (LoRA-SB, 2411.19557).
+    """
+    return Outcome(join_shared(stack.weighted(job.weights)))
+
+
+def join_shared(stack: RankStack) -> RankStack:
+    """The same delta with one set of units for all adapters whose A (or B) is the same tensor."""
+    if len(stack.adapters) < 2:
+        return stack
+    groups = _equal_groups([stack.down[stack.owner == i] for i in stack.adapters])
+    if len(groups) < len(stack.adapters):
+        parts = [_sum_up(stack, [stack.adapters[i] for i in g]) for g in groups]
+        return _side_by_side(parts)
+    groups = _equal_groups([stack.up[:, stack.owner == i] for i in stack.adapters])
+    if len(groups) < len(stack.adapters):
+        flipped = RankStack(stack.up.mT, stack.down.mT, stack.scale, stack.owner)
+        parts = [_sum_up(flipped, [stack.adapters[i] for i in g]) for g in groups]
+        parts = [RankStack(p.up.mT, p.down.mT, p.scale, p.owner) for p in parts]
+        return _side_by_side(parts)
+    return stack
+
+
+def linear_factors(stack: RankStack, job: Job, options: object) -> Outcome:
+    """PEFT's `linear`: A and B averaged apart, which is not the average of the deltas.
+
+    A* = sum_i sgn(c_i) sqrt|c_i| A_i, B* = sum_i sqrt|c_i| B_i with c_i = w_i s_i: N terms that are
+    meant and N (N - 1) cross terms B_i A_j.
+
+    Raises:
+        MethodError: If the ranks differ.
+    """
+    ranks = [int((stack.owner == i).sum()) for i in stack.adapters]
+    if len(set(ranks)) > 1:
+        raise MethodError(
+            f"linear-factors at {job.module}: the ranks differ: {', '.join(map(str, ranks))}",
+            "use linear (on deltas, exact, any ranks)",
+        )
+    factor = stack.scale * job.weights[stack.owner]
+    root = factor.abs().sqrt()
+    shape = (len(ranks), ranks[0])
+    down = (stack.down * (root * factor.sign())[:, None].to(stack.down.dtype)).unflatten(0, shape)
+    up = (stack.up * root.to(stack.up.dtype)).unflatten(1, shape)
+    return Outcome(single(up.sum(dim=1), down.sum(dim=0)))
+
+
+def _equal_groups(factors: list[Tensor]) -> list[list[int]]:
+    """Indices of equal tensors together, in order of first appearance."""
+    groups: list[list[int]] = []
+    for index, factor in enumerate(factors):
+        for group in groups:
+            first = factors[group[0]]
+            if first.shape == factor.shape and torch.equal(first, factor):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
+
+
+def _sum_up(stack: RankStack, owners: list[int]) -> RankStack:
+    """Adapters with one `down`: their scaled `up`s added."""
+    parts = [stack.of_adapter(owner) for owner in owners]
+    if len(parts) == 1:
+        return parts[0]
+    up = torch.stack([p.up.double() * p.scale for p in parts]).sum(dim=0)
+    first = parts[0]
+    return RankStack(first.down, up.to(first.up.dtype), torch.ones_like(first.scale), first.owner)
+
+
+def _side_by_side(parts: list[RankStack]) -> RankStack:
+    return RankStack(
+        torch.cat([p.down for p in parts]),
+        torch.cat([p.up for p in parts], dim=1),
+        torch.cat([p.scale for p in parts]),
+        torch.cat([p.owner for p in parts]),
+    )

@@ -1,0 +1,142 @@
+"""Parameters of methods: declared once; checking, help and documentation come from there."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from lora_merge.errors import MethodError
+
+T = TypeVar("T")
+# `Literal[...] | None` is a typing.Union, `int | None` a types.UnionType.
+_UNIONS = (Union, UnionType)
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The parameters of a method that has none."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, for help texts and tables.
+
+    Attributes:
+        name: Its name in recipes.
+        kind: Its type in words, or its choices.
+        default: What it is if not given.
+        limits: Its range in words, "" if any value will do.
+        about: What it does.
+    """
+
+    name: str
+    kind: str
+    default: Any
+    limits: str
+    about: str
+
+
+def option(
+    default: Any,
+    about: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A field of an options dataclass: default, one line of help, inclusive limits.
+
+    Args:
+        default: Value if not given.
+        about: What the parameter does, in a line.
+        low: Smallest value.
+        high: Largest value.
+        above: Largest value that is too small.
+    """
+    limits = {"low": low, "high": high, "above": above}
+    return field(default=default, metadata={"about": about, **limits})
+
+
+def parse_options(kind: type[T], given: Mapping[str, Any], owner: str) -> T:
+    """Named values as an options object.
+
+    Args:
+        kind: Frozen dataclass whose fields are made with `option`.
+        given: Values by name.
+        owner: Whose parameters they are, for messages ("method ties").
+
+    Raises:
+        MethodError: On an unknown name (with the nearest one) or a value out of range.
+    """
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    for name, value in given.items():
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            names = f"it has: {', '.join(known)}" if known else "it has none"
+            raise MethodError(
+                f"{owner} has no parameter {name!r}",
+                f"did you mean {near[0]!r}?" if near else names,
+            )
+        _check(owner, name, known[name].type, known[name].metadata, value)
+    return kind(**given)
+
+
+def describe_options(kind: type[Any], presets: Mapping[str, Any] | None = None) -> list[Parameter]:
+    """Every parameter of an options dataclass, with a preset's defaults in place."""
+    presets = presets or {}
+    return [
+        Parameter(
+            name=f.name,
+            kind=_kind_text(f.type),
+            default=presets.get(f.name, None if f.default is MISSING else f.default),
+            limits=_limits_text(f.metadata),
+            about=str(f.metadata.get("about", "")),
+        )
+        for f in fields(kind)
+    ]
+
+
+def _check(owner: str, name: str, kind: Any, limits: Mapping[str, Any], value: Any) -> None:
+    if get_origin(kind) in _UNIONS:
+        if value is None and NoneType in get_args(kind):
+            return
+        kind = next(k for k in get_args(kind) if k is not NoneType)
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            choices = ", ".join(get_args(kind))
+            raise MethodError(f"{owner}: {name} is {value!r}", f"choose from: {choices}")
+        return
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise MethodError(f"{owner}: {name} is {value!r}, not {kind.__name__}", "correct it")
+    low, high, above = limits.get("low"), limits.get("high"), limits.get("above")
+    # Written so that NaN fails, too.
+    fits = (
+        (low is None or value >= low)
+        and (high is None or value <= high)
+        and (above is None or value > above)
+    )
+    if not fits or value != value:
+        raise MethodError(f"{owner}: {name} is {value!r}", f"it must be {_limits_text(limits)}")
+
+
+def _kind_text(kind: Any) -> str:
+    if get_origin(kind) in _UNIONS:
+        return " or ".join(_kind_text(k) for k in get_args(kind) if k is not NoneType)
+    if get_origin(kind) is Literal:
+        return " | ".join(get_args(kind))
+    return {"bool": "yes or no", "int": "whole number", "float": "number", "str": "text"}[
+        kind.__name__
+    ]
+
+
+def _limits_text(limits: Mapping[str, Any]) -> str:
+    low, high, above = limits.get("low"), limits.get("high"), limits.get("above")
+    parts = []
+    if low is not None:
+        parts.append(f"at least {low:g}")
+    if above is not None:
+        parts.append(f"above {above:g}")
+    if high is not None:
+        parts.append(f"at most {high:g}")
+    return ", ".join(parts)

@@ -1,0 +1,275 @@
+"""One stack through a whole merge: weights, steps before, combiner, steps after, compression.
+
+Everything here is a pure function of one module's stack; the executor supplies the stacks and the
+report what came of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters import RankStack
+from lora_merge.linalg import gram
+from lora_merge.merge import calibrate
+from lora_merge.merge.method import Job, Method, Normalize, Outcome, Space, single
+from lora_merge.merge.options import option
+from lora_merge.merge.spaces import Anchor, Coordinates, aligned_of, anchored, core_of
+from lora_merge.merge.spectral import svc
+
+
+@dataclass(frozen=True)
+class Semantics:
+    """What every method has in common: weights, scale, norms, steps before and after."""
+
+    normalize: Normalize | None = option(
+        None, "weights as they are, or divided by their sum or sum of magnitudes"
+    )
+    scale: float = option(1.0, "factor on the merged delta")
+    norm_equalise: bool = option(
+        False, "bring every adapter to the mean norm first, module by module"
+    )
+    restore_norm: calibrate.RestoreNorm = option(
+        "none", "bring the result to the (weighted) mean of the adapters' norms"
+    )
+    pico: bool = option(False, "shrink shared output directions before the merge (Pico)")
+    svc: bool = option(False, "shrink directions counted several times after the merge (SVC)")
+    space: Space | None = option(None, "where an elementwise rule works")
+    basis: Anchor = option(
+        "stacks", "core bases: of the factors (the authors'), or of the deltas (gauge-free)"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """One module's merged delta before compression.
+
+    Attributes:
+        stack: The result; in the coordinates of `place` where there is one.
+        place: What lifts it to the module's size, None where it has that already.
+        exact: The weighted sum that errors are measured against, at the module's size.
+        outcome: What the combiner said besides.
+        squares: Squared norm of each weighted adapter, by owner, 0 for absent ones.
+    """
+
+    stack: RankStack
+    place: Coordinates | None
+    exact: RankStack
+    outcome: Outcome
+    squares: tuple[float, ...]
+
+    def whole(self) -> "Finished":
+        """The result at the module's size, nothing cut."""
+        stack = self.stack if self.place is None else self.place.lift(self.stack)
+        square, cross = self._products(stack)
+        before = square / (self.outcome.energy or 1.0)
+        return Finished(
+            stack, self.exact.norm(), square, cross, before, self.squares, self.outcome.details
+        )
+
+    def _products(self, stack: RankStack) -> tuple[float, float]:
+        """<result, result> and <exact, result>, from the exact stack's Grams where possible."""
+        exact, mixes = self.exact, self.outcome.mixes
+        if stack.up is exact.up and stack.down is exact.down:
+            products = exact.gram_up * exact.gram_down
+            square = stack.scale @ products @ stack.scale
+            return float(square), float(exact.scale @ products @ stack.scale)
+        if mixes is None or self.stack is not self.outcome.stack:
+            return stack.inner(stack), exact.inner(stack)
+        down_mix, up_mix = mixes
+        down, up = down_mix @ exact.gram_down, up_mix @ exact.gram_up
+        square = stack.scale @ ((down @ down_mix.mT) * (up @ up_mix.mT)) @ stack.scale
+        return float(square), float(stack.scale @ (down * up) @ exact.scale)
+
+    def decomposed(self) -> "Decomposed":
+        """The result's singular units."""
+        stack, place = self.stack, self.place
+        if place is None or place.right is None:
+            wide = stack if place is None else place.lift(stack)
+            place = core_of(wide)
+            stack = place.core
+        assert place.left is not None and place.right is not None
+        u, s, vh = torch.linalg.svd(stack.delta(), full_matrices=False)
+        ours = place.left.coordinates.shape[1] == self.exact.num_units
+        if ours and self.exact.up is place.left.source and self.exact.down is place.right.source:
+            exact = RankStack(
+                place.right.coordinates.mT,
+                place.left.coordinates,
+                self.exact.scale,
+                self.exact.owner,
+            )
+            cross = s * torch.einsum("pk,pq,kq->k", u, exact.delta(), vh)
+        else:
+            left, right = place.left.lift(u), place.right.lift(vh.mT)
+            on_left = gram(left.mT, self.exact.up.mT) * self.exact.scale
+            cross = s * (on_left * gram(right.mT, self.exact.down)).sum(dim=1)
+        root = s.sqrt()
+        units = single(u * root, root[:, None] * vh)
+        return Decomposed(units, place, s, cross, self.exact.norm(), self.squares, self.outcome)
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposed:
+    """A result as singular units in coordinates: any rank can be cut and lifted from it.
+
+    Attributes:
+        units: sqrt(value) in both halves, values descending.
+        place: What lifts them.
+        values: Singular values, float64, shape (k,).
+        cross: Inner product of each unit with the exact sum, float64, shape (k,).
+        exact_norm: Frobenius norm of the exact sum.
+        squares: Squared norm of each weighted adapter.
+        outcome: What the combiner said besides.
+    """
+
+    units: RankStack
+    place: Coordinates
+    values: Tensor
+    cross: Tensor
+    exact_norm: float
+    squares: tuple[float, ...]
+    outcome: Outcome
+
+    def cut(self, rank: int) -> "Finished":
+        """The best approximation of a rank, at the module's size."""
+        keep = min(rank, self.units.num_units)
+        kept = self.units.units(torch.arange(keep, device=self.values.device))
+        energy = self.values.square()
+        return Finished(
+            self.place.lift(kept),
+            self.exact_norm,
+            float(energy[:keep].sum()),
+            float(self.cross[:keep].sum()),
+            float(energy.sum()) / (self.outcome.energy or 1.0),
+            self.squares,
+            self.outcome.details,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """One module's result as it will be written, and what is known of it.
+
+    Attributes:
+        stack: The units, at the module's size.
+        exact_norm: Frobenius norm of the exact weighted sum.
+        square: Squared norm of the result.
+        cross: Inner product of the result with the exact sum.
+        full_square: Squared norm before the cut to a rank.
+        adapter_squares: Squared norm of each weighted adapter.
+        details: What the method says of this module.
+    """
+
+    stack: RankStack
+    exact_norm: float
+    square: float
+    cross: float
+    full_square: float
+    adapter_squares: tuple[float, ...]
+    details: Mapping[str, Any]
+
+
+def merge_stack(
+    stack: RankStack, job: Job, method: Method, options: Any, semantics: Semantics
+) -> Merged:
+    """Merge one stack; nothing is cut unless the method itself makes the rank asked for.
+
+    Args:
+        stack: The adapters that are present in this module.
+        job: Module, rank, raw weights (absent adapters have weight 0).
+        method: The method.
+        options: Its options object.
+        semantics: What all methods share.
+    """
+    how = semantics.normalize or method.normalize
+    weights = calibrate.present_weights(job.weights, stack.adapters, how, job.module)
+    exact = stack.weighted(weights * semantics.scale)
+    source = calibrate.equalised(stack) if semantics.norm_equalise else stack
+    wanted = calibrate.wanted_norm(source, weights, semantics.restore_norm)
+    source, view, place = _view(source, method, semantics)
+    space = semantics.space or method.space
+    outcome = method.combine(view, replace(job, weights=weights, space=space), options)
+    own = exact.adapter_products().diagonal().tolist()
+    squares = tuple(own) + (0.0,) * (len(weights) - len(own))
+    merged = Merged(outcome.stack, place, exact, outcome, squares)
+    if semantics.svc:
+        merged = _calibrated(merged, source, weights)
+    return _scaled(merged, semantics.scale, wanted)
+
+
+def finish(merged: Merged, rank: int | None) -> Finished:
+    """The result at the module's size, cut to a rank if it has more units."""
+    if rank is None or merged.stack.num_units <= rank:
+        return merged.whole()
+    return merged.decomposed().cut(rank)
+
+
+def prepare_view(
+    stack: RankStack, job: Job, method: Method, semantics: Semantics
+) -> tuple[RankStack, Job]:
+    """The stack and the job as the combiner will see them, for `Method.prepare`."""
+    how = semantics.normalize or method.normalize
+    weights = calibrate.present_weights(job.weights, stack.adapters, how, job.module)
+    source = calibrate.equalised(stack) if semantics.norm_equalise else stack
+    _, view, _ = _view(source, method, semantics)
+    return view, replace(job, weights=weights, space=semantics.space or method.space)
+
+
+def _view(
+    source: RankStack, method: Method, semantics: Semantics
+) -> tuple[RankStack, RankStack, Coordinates | None]:
+    """The adapters after Pico, the same as the combiner sees them, and its coordinates."""
+    space = semantics.space or method.space
+    if space not in ("aligned", "core"):
+        if semantics.pico:
+            place = core_of(source)
+            source = place.lift(calibrate.pico(place.core))
+        return source, source, None
+    place = core_of(source)
+    if semantics.pico:
+        place = replace(place, core=calibrate.pico(place.core))
+    if space == "aligned":
+        aligned = aligned_of(source, place)
+        return (place.lift(place.core) if semantics.pico else source), aligned.core, aligned
+    if method.anchored:
+        place = anchored(place, semantics.basis)
+    return source, place.core, place
+
+
+def _calibrated(merged: Merged, source: RankStack, weights: Tensor) -> Merged:
+    """The result after SVC, in coordinates that hold it and all adapters."""
+    place = merged.place
+    if place is None or place.right is None:
+        wide = merged.stack if place is None else place.lift(merged.stack)
+        dtype = torch.promote_types(wide.up.dtype, source.up.dtype)
+        both = RankStack(
+            torch.cat([source.down.to(dtype), wide.down.to(dtype)]),
+            torch.cat([source.up.to(dtype), wide.up.to(dtype)], dim=1),
+            torch.cat([source.scale, wide.scale]),
+            torch.cat([source.owner, torch.full_like(wide.owner, -1)]),
+        )
+        place = core_of(both)
+        ours = both.owner < 0
+        result, adapters = place.core.units(ours), place.core.units(~ours)
+        place = replace(place, core=adapters)
+        merged = replace(merged, stack=result, place=place)
+    else:
+        adapters = place.core
+    return replace(merged, stack=svc(merged.stack, adapters, weights))
+
+
+def _scaled(merged: Merged, scale: float, wanted: float | None) -> Merged:
+    """The result times the global scale, after its norm was restored."""
+    factor = scale
+    if wanted is not None:
+        norm = merged.stack.norm()
+        factor *= wanted / norm if norm > 0 else 1.0
+    if factor == 1.0:
+        return merged
+    result = merged.stack
+    scaled = RankStack(result.down, result.up, result.scale * factor, result.owner)
+    for name in {"gram_down", "gram_up"} & result.__dict__.keys():
+        scaled.__dict__[name] = result.__dict__[name]
+    return replace(merged, stack=scaled)

@@ -1,0 +1,136 @@
+"""Weights by module: numbers, gradients over layers, or filters on names, in mergekit's words."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from lora_merge.errors import MethodError
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """A value for the modules that a filter matches.
+
+    Attributes:
+        filter: Part of a module's name, or a glob if it has `*` or `?`; None matches all.
+        value: A number, or numbers spread over the layers.
+    """
+
+    filter: str | None
+    value: float | tuple[float, ...]
+
+    def matches(self, module: str) -> bool:
+        """Whether this value is for the module."""
+        if self.filter is None:
+            return True
+        if any(sign in self.filter for sign in "*?["):
+            return fnmatchcase(module, self.filter)
+        return self.filter in module
+
+
+@dataclass(frozen=True)
+class ModuleWeights:
+    """One adapter's weight as a function of the module.
+
+    Attributes:
+        cases: The first that matches decides; a module that none matches has weight 0.
+    """
+
+    cases: tuple[Filtered, ...]
+
+    @classmethod
+    def of(cls, value: Any) -> "ModuleWeights":
+        """From a number, a list of numbers, or a list of {filter, value}.
+
+        Raises:
+            MethodError: If it is none of these.
+        """
+        if isinstance(value, ModuleWeights):
+            return value
+        if isinstance(value, Sequence) and value and all(isinstance(v, Mapping) for v in value):
+            return cls(tuple(_case(entry) for entry in value))
+        return cls((Filtered(None, _number_or_gradient(value)),))
+
+    @property
+    def constant(self) -> float | None:
+        """The weight, if it is the same for all modules."""
+        first = self.cases[0]
+        if first.filter is None and isinstance(first.value, float):
+            return first.value
+        return None
+
+    def at(self, module: str, num_layers: int) -> float:
+        """The weight in a module of a model with this many layers."""
+        value = next((c.value for c in self.cases if c.matches(module)), 0.0)
+        if isinstance(value, float):
+            return value
+        places = np.linspace(0, 1, len(value))
+        return float(np.interp(_depth(module, num_layers), places, value))
+
+    def __str__(self) -> str:
+        return "by module" if self.constant is None else f"{self.constant:g}"
+
+    def to_data(self) -> Any:
+        """As plain YAML values."""
+        if self.constant is not None:
+            return self.constant
+        plain = [
+            {
+                **({"filter": c.filter} if c.filter is not None else {}),
+                "value": list(c.value) if isinstance(c.value, tuple) else c.value,
+            }
+            for c in self.cases
+        ]
+        return plain[0]["value"] if len(plain) == 1 and "filter" not in plain[0] else plain
+
+
+def layer_of(module: str) -> int | None:
+    """The first number in a module's path: its layer, None outside of layers."""
+    match = _LAYER.search(module)
+    return int(match[1]) if match else None
+
+
+def count_layers(modules: Sequence[str]) -> int:
+    """One more than the last layer's number; 0 if there are no layers."""
+    return max((layer + 1 for m in modules if (layer := layer_of(m)) is not None), default=0)
+
+
+def _depth(module: str, num_layers: int) -> float:
+    """0 at the first layer and before it (embeddings), 1 at the last one and after it (heads)."""
+    layer = layer_of(module)
+    if layer is None:
+        return 0.0 if "emb" in module or "wte" in module else 1.0
+    return layer / (num_layers - 1) if num_layers > 1 else 0.0
+
+
+def _case(entry: Mapping[str, Any]) -> Filtered:
+    unknown = set(entry) - {"filter", "value"}
+    if unknown or "value" not in entry:
+        raise MethodError(
+            f"{dict(entry)!r} is no weight", "write {filter: part of a name, value: number}"
+        )
+    pattern = entry.get("filter")
+    everything = pattern is None or pattern == "*"
+    return Filtered(None if everything else str(pattern), _number_or_gradient(entry["value"]))
+
+
+def _number_or_gradient(value: Any) -> float | tuple[float, ...]:
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        return tuple(_number(v) for v in value)
+    return _number(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise MethodError(
+            f"{value!r} is no weight",
+            "weights are finite numbers, lists of them over the layers, or {filter, value}",
+        )
+    return float(value)

@@ -1,0 +1,87 @@
+"""mergekit's words for a recipe, translated to this library's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_merge.errors import LoraMergeError
+
+# mergekit's keys that choose layers or vocabularies, which a merge of adapters does not have.
+_NOT_OURS = {
+    "slices": "adapters are merged whole; use weights with filters to choose layers",
+    "modules": "name the adapters themselves",
+    "tokenizer_source": "an adapter has no tokenizer",
+    "tokenizer": "an adapter has no tokenizer",
+    "chat_template": "an adapter has no tokenizer",
+}
+_SHARED = {"normalize": "normalize", "lambda": "scale"}
+
+
+class WordsError(LoraMergeError):
+    """A recipe in mergekit's words that has no meaning for adapters."""
+
+
+def translate(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A recipe's data with `models`, `model`, `parameters: {weight, normalize, lambda}` understood.
+
+    Per-adapter parameters other than the weight must agree and become the method's.
+
+    Raises:
+        WordsError: If the recipe asks for what only whole models have.
+    """
+    for key, remedy in _NOT_OURS.items():
+        if key in data:
+            raise WordsError(f"{where}: {key!r} is for whole models", remedy)
+    recipe = dict(data)
+    if "models" in recipe:
+        if "adapters" in recipe:
+            raise WordsError(f"{where}: both models and adapters", "keep one of the two")
+        recipe["adapters"] = recipe.pop("models")
+    if "out_dtype" in recipe:
+        recipe["dtype"] = recipe.pop("out_dtype")
+    parameters = recipe.get("parameters")
+    parameters = dict(parameters) if isinstance(parameters, Mapping) else {}
+    items = recipe.get("adapters")
+    default_weight = parameters.pop("weight", None)
+    if isinstance(items, list | tuple):
+        recipe["adapters"] = [
+            _item(item, default_weight, parameters, f"{where}: adapters.{index}")
+            for index, item in enumerate(items)
+        ]
+    for theirs, ours in _SHARED.items():
+        if theirs in parameters:
+            value = parameters.pop(theirs)
+            if theirs == "normalize" and isinstance(value, bool):
+                value = "sum" if value else "none"
+            recipe[ours] = value
+    if isinstance(recipe.get("normalize"), bool):
+        recipe["normalize"] = "sum" if recipe["normalize"] else "none"
+    if isinstance(recipe.get("merge_method"), str):
+        recipe["merge_method"] = recipe["merge_method"].replace("_", "-")
+    if parameters or "parameters" in recipe:
+        recipe["parameters"] = parameters
+    return recipe
+
+
+def _item(item: Any, default_weight: Any, parameters: dict[str, Any], where: str) -> Any:
+    """One adapter; a bare string is its reference."""
+    if isinstance(item, str):
+        item = {"adapter": item}
+    if not isinstance(item, Mapping):
+        return item
+    item = dict(item)
+    if "model" in item and "adapter" not in item:
+        item["adapter"] = item.pop("model")
+    own = item.pop("parameters", {}) or {}
+    if not isinstance(own, Mapping):
+        raise WordsError(f"{where}.parameters is no mapping", "write parameters: {weight: 0.5}")
+    for name, value in own.items():
+        if name == "weight":
+            item.setdefault("weight", value)
+        elif parameters.setdefault(name, value) != value:
+            raise WordsError(
+                f"{where}: {name} differs between adapters ({parameters[name]!r} and {value!r})",
+                f"give one {name} for all, under parameters",
+            )
+    if default_weight is not None:
+        item.setdefault("weight", default_weight)
+    return item

@@ -1,0 +1,159 @@
+"""Every method once more, on dense float64 matrices and from the papers' formulas: the oracles.
+
+Nothing here imports the methods. `deltas` are the adapters' dense deltas, weights not folded in.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Deltas = Sequence[Tensor]
+
+
+def weighted(deltas: Deltas, weights: Sequence[float]) -> list[Tensor]:
+    return [w * d for d, w in zip(deltas, weights, strict=True)]
+
+
+def total(deltas: Deltas, weights: Sequence[float]) -> Tensor:
+    return torch.stack(weighted(deltas, weights)).sum(dim=0)
+
+
+def mean(deltas: Deltas, weights: Sequence[float]) -> Tensor:
+    return total(deltas, weights) / sum(weights)
+
+
+def truncated(x: Tensor, rank: int) -> Tensor:
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+
+
+def slerp(deltas: Deltas, weights: Sequence[float]) -> Tensor:
+    first, second = (d.flatten() for d in deltas)
+    t = weights[1] / sum(weights)
+    angle = torch.arccos(first @ second / first.norm() / second.norm())
+    mixed = torch.sin((1 - t) * angle) * first + torch.sin(t * angle) * second
+    return (mixed / torch.sin(angle)).reshape(deltas[0].shape)
+
+
+def multislerp(deltas: Deltas, weights: Sequence[float]) -> Tensor:
+    """mergekit's steps, tangent space and all."""
+    share = np.array(weights) / sum(weights)
+    flat = torch.stack([d.flatten() for d in deltas])
+    norms = flat.norm(dim=1)
+    units = flat / norms[:, None]
+    w = torch.tensor(share)
+    centre = (w[:, None] * units).sum(dim=0)
+    centre = centre / centre.norm()
+    tangent = units - (units @ centre)[:, None] * centre
+    step = (w[:, None] * tangent).sum(dim=0)
+    length = step.norm()
+    direction = torch.cos(length) * centre + torch.sinc(length / np.pi) * step
+    return (direction * (w * norms).sum()).reshape(deltas[0].shape)
+
+
+def karcher(deltas: Deltas, weights: Sequence[float]) -> Tensor:
+    w = torch.tensor(np.array(weights) / sum(weights))
+    flat = torch.stack([d.flatten() for d in deltas])
+    norms = flat.norm(dim=1)
+    units = flat / norms[:, None]
+    place = (w[:, None] * units).sum(dim=0)
+    place = place / place.norm()
+    for _ in range(200):
+        cosine = (units @ place).clamp(-1, 1)
+        angle = torch.arccos(cosine)
+        logs = (units - cosine[:, None] * place) * (angle / torch.sin(angle))[:, None]
+        step = (w[:, None] * logs).sum(dim=0)
+        if step.norm() < 1e-14:
+            break
+        place = torch.cos(step.norm()) * place + torch.sin(step.norm()) * step / step.norm()
+    return (place * (w * norms).sum()).reshape(deltas[0].shape)
+
+
+def model_stock(deltas: Deltas, weights: Sequence[float]) -> Tensor:
+    flat = [d.flatten() for d in deltas]
+    cosines = [
+        float(a @ b / a.norm() / b.norm()) for i, a in enumerate(flat) for b in flat[i + 1 :]
+    ]
+    cosine, count = float(np.mean(cosines)), len(deltas)
+    t = min(max(count * cosine / (1 + (count - 1) * cosine), 0), 1) if cosine > 0 else 0.0
+    return t * mean(deltas, weights)
+
+
+def polar(x: Tensor, rank: int) -> Tensor:
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    return u[:, :rank] @ vh[:rank]
+
+
+def tsv(deltas: Deltas, weights: Sequence[float]) -> Tensor:
+    """TSV-M with each task's numerical rank instead of d / N."""
+    lefts, values, rights = [], [], []
+    for delta in weighted(deltas, weights):
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        rank = int((s > 1e-9 * s[0]).sum())
+        lefts.append(u[:, :rank])
+        values.append(s[:rank])
+        rights.append(vh[:rank])
+    left, right = torch.cat(lefts, dim=1), torch.cat(rights)
+    left = polar(left, int(torch.linalg.matrix_rank(left)))
+    right = polar(right, int(torch.linalg.matrix_rank(right)))
+    return left @ torch.diag(torch.cat(values)) @ right
+
+
+def iso_c(deltas: Deltas, weights: Sequence[float], rank: int | None = None) -> Tensor:
+    u, s, vh = torch.linalg.svd(total(deltas, weights), full_matrices=False)
+    size = int((s > 1e-9 * s[0]).sum())
+    size = min(size, rank or size)
+    return s[:size].mean() * u[:, :size] @ vh[:size]
+
+
+def wudi_loss(x: Tensor, deltas: Deltas, side: str) -> Tensor:
+    loss = x.new_zeros(())
+    for delta in deltas:
+        product = (x - delta) @ delta.mT if side == "input" else delta.mT @ (x - delta)
+        loss = loss + product.square().sum() / delta.square().sum()
+    return loss
+
+
+def pico(ups: Sequence[Tensor]) -> list[Tensor]:
+    """Scaled B_i after the calibration."""
+    u, s, _ = torch.linalg.svd(torch.cat(list(ups), dim=1), full_matrices=False)
+    share = s**2 / (s**2).sum()
+    alpha = 1 / (1 + (len(ups) - 1) * share)
+    return [b + u @ torch.diag(alpha - 1) @ u.mT @ b for b in ups]
+
+
+def svc(merged: Tensor, deltas: Deltas, alpha: float = 0.1) -> Tensor:
+    u, s, vh = torch.linalg.svd(merged, full_matrices=False)
+    result = torch.zeros_like(merged)
+    for j in range(int((s > 1e-9 * s[0]).sum())):
+        terms = []
+        for delta in deltas:
+            ours, theirs = u[:, j] @ merged, u[:, j] @ delta
+            terms.append(max(alpha, float(ours @ theirs / theirs.square().sum())))
+        result += s[j] * len(deltas) / sum(terms) * torch.outer(u[:, j], vh[j])
+    return result
+
+
+def robustmerge(
+    factors: Sequence[tuple[Tensor, Tensor]], density: float = 0.2, quantile: float = 0.8
+) -> Tensor:
+    """From (A_i, weight * scaling * B_i) pairs of one rank."""
+
+    def prune(x: Tensor) -> Tensor:
+        keep = max(int(density * x.numel()), 1)
+        bound = x.abs().flatten().sort(descending=True).values[keep - 1]
+        return torch.where(x.abs() >= bound, x, 0.0)
+
+    pruned = [(prune(a), b) for a, b in factors]
+    scales = []
+    for (a, _), (kept, _) in zip(factors, pruned, strict=True):
+        left = kept.abs().sum(dim=1)
+        ratio = torch.where(left > 0, a.abs().sum(dim=1) / left.clamp_min(1e-300), 0.0)
+        scales.append(ratio.clamp_min(float(torch.quantile(ratio, quantile))))
+    norm = torch.stack(scales).sum(dim=0)
+    up = sum(prune(b) * (s / norm) for (_, b), s in zip(factors, scales, strict=True))
+    down = sum(a for a, _ in pruned)
+    assert isinstance(up, Tensor) and isinstance(down, Tensor)
+    return up @ down
