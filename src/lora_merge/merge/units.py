@@ -6,7 +6,6 @@ They see A and B as stored, so a change of factors (A -> G A, B -> B G^-1) chang
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lora_merge.adapters import RankStack
@@ -101,6 +100,8 @@ def _match(
     stack: RankStack, to_down: Tensor, to_up: Tensor, places: list[int], own: list[int]
 ) -> tuple[list[int], Tensor]:
     """Which own unit belongs to each place, and the sign it joins with."""
+    from scipy.optimize import linear_sum_assignment  # 0.8 s to import, for this alone
+
     a = to_down[places][:, None] * stack.gram_down[places][:, own] * to_down[own]
     b = to_up[places][:, None] * stack.gram_up[places][:, own] * to_up[own]
     _, match = linear_sum_assignment((a * b).cpu().numpy(), maximize=True)
