@@ -34,6 +34,7 @@ class Entry:
 
     @property
     def label(self) -> str:
+        """Method and what differs from its defaults."""
         extras = {**self.parameters, **self.settings}
         return " ".join([self.method, *(f"{k}={v}" for k, v in extras.items())])
 

@@ -1,0 +1,281 @@
+"""Weights by module, rank rules, choosing, and what every method's output is worth to others."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import lora_merge
+from builders import SHAPES, adapter_parts, make_adapter, save_adapter, save_parts
+from lora_merge.adapters import Adapter, align, read_stacks
+from lora_merge.errors import LoraMergeError, MethodError
+from lora_merge.merge.recipe import parse_recipe
+from lora_merge.merge.registry import methods
+from lora_merge.merge.weights import ModuleWeights, count_layers
+
+ROWS = sorted(methods().values(), key=lambda m: m.name)
+# These see A and B apart and need adapters of one rank.
+EQUAL_RANKS = {"linear-factors", "robustmerge", "aligned-mean"}
+
+
+def deltas(adapter: Adapter) -> dict[str, torch.Tensor]:
+    alignment = align([adapter])
+    return {m.name: next(read_stacks(alignment, m)).delta() for m in alignment.modules}
+
+
+def some_adapters(method: Any) -> list[Adapter]:
+    ranks = (4, 4, 4) if method.name in EQUAL_RANKS else (4, 2, 3)
+    count = method.adapters[1] or 3
+    return [
+        make_adapter(f"adapter-{i}", r=r, seed=i, task_type=None)
+        for i, r in enumerate(ranks[:count])
+    ]
+
+
+@pytest.mark.parametrize("method", ROWS, ids=lambda m: m.name)
+def test_weight_zero_is_the_same_as_absent(method) -> None:
+    adapters = some_adapters(method)
+    silent = make_adapter("silent", r=4, seed=9)
+    weights = [1.0, -0.5, 0.7][: len(adapters)]
+    if method.normalize == "sum" or method.name in {"slerp", "karcher", "multislerp"}:
+        weights = [1.0, 0.5, 0.7][: len(adapters)]
+    without = lora_merge.merge(adapters, method=method.name, weights=weights, rank=3)
+    beside = lora_merge.merge(
+        [silent, *adapters], method=method.name, weights=[0.0, *weights], rank=3
+    )
+    for name, delta in deltas(without).items():
+        assert torch.equal(delta, deltas(beside)[name])
+
+
+@pytest.mark.parametrize("method", ROWS, ids=lambda m: m.name)
+def test_every_result_loads_in_peft_with_the_same_delta(method, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(16, 24)})
+            self.mlp = nn.ModuleDict({"up_proj": nn.Linear(16, 40)})
+
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    rank: int | None = 3 if method.rank == "largest" else None
+    merged = lora_merge.merge(some_adapters(method), method=method.name, rank=rank)
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = peft.PeftModel.from_pretrained(Tiny(), str(tmp_path / "merged"))
+    for name, delta in deltas(merged).items():
+        layer = loaded.base_model.model.get_submodule(name)
+        torch.testing.assert_close(layer.get_delta_weight("default"), delta)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "knots-ties", "core-ties", "wudi", "ctm"])
+def test_the_same_bytes_for_any_number_of_jobs(method) -> None:
+    adapters = [make_adapter(f"adapter-{i}", r=r, seed=i) for i, r in enumerate((4, 2, 3))]
+    one, three = (lora_merge.merge(adapters, method=method, rank=3, jobs=jobs) for jobs in (1, 3))
+    for name in one.modules:
+        assert all(torch.equal(a, b) for a, b in zip(one.read(name), three.read(name), strict=True))
+
+
+def test_weights_by_layer_and_by_name() -> None:
+    gradient = ModuleWeights.of([0.0, 1.0])
+    assert [gradient.at(f"model.layers.{i}.mlp.up", 5) for i in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert gradient.at("model.embed_tokens", 5) == 0 and gradient.at("lm_head", 5) == 1
+    cases = ModuleWeights.of(
+        [{"filter": "q_proj", "value": 2}, {"filter": "*.1.mlp*", "value": 3}, {"value": [1, 0]}]
+    )
+    assert cases.at("layers.0.self_attn.q_proj", 2) == 2
+    assert cases.at("layers.1.mlp.up", 2) == 3
+    assert cases.at("layers.0.mlp.up", 2) == 1
+    assert ModuleWeights.of([{"filter": "q_proj", "value": 2}]).at("layers.0.mlp.up", 2) == 0
+    assert ModuleWeights.of(cases.to_data()) == cases
+    assert count_layers(list(SHAPES)) == 2
+    for wrong in ("much", float("nan"), [1, "x"], [{"filter": "a"}], True):
+        with pytest.raises(MethodError, match="weight"):
+            ModuleWeights.of(wrong)
+
+
+def test_module_weights_in_a_merge() -> None:
+    one, two = make_adapter("one", r=2, seed=1), make_adapter("two", r=3, seed=2)
+    merged = lora_merge.merge(
+        [one, two], method="cat", weights=[[1.0, 0.5], [{"filter": "q_proj", "value": -2.0}]]
+    )
+    first, second, found = deltas(one), deltas(two), deltas(merged)
+    for name, delta in found.items():
+        expected = first[name] * (1.0 if ".0." in name else 0.5)
+        if "q_proj" in name:
+            expected = expected - 2 * second[name]
+        torch.testing.assert_close(delta, expected)
+
+
+def test_rank_rules_choose_over_all_modules() -> None:
+    adapters = [make_adapter(f"adapter-{i}", r=4, seed=i) for i in range(2)]
+    whole = lora_merge.merge(adapters, method="cat")
+    spectra = {n: torch.linalg.svdvals(d.double()) for n, d in deltas(whole).items()}
+    merged = lora_merge.merge(adapters, method="svd", rank="energy:0.8", ranks="per-module")
+    for name, spec in merged.modules.items():
+        energy = spectra[name].square().cumsum(0) / spectra[name].square().sum()
+        assert energy[spec.rank - 1] >= 0.8 and (spec.rank == 1 or energy[spec.rank - 2] < 0.8)
+        u, s, vh = torch.linalg.svd(deltas(whole)[name].double(), full_matrices=False)
+        best = (u[:, : spec.rank] * s[: spec.rank]) @ vh[: spec.rank]
+        torch.testing.assert_close(deltas(merged)[name].double(), best, rtol=1e-4, atol=1e-6)
+    half = lora_merge.merge(adapters, method="svd", rank="budget:x0.5", ranks="per-module")
+    assert half.num_parameters <= whole.num_parameters / 2
+    assert len(half.ranks()) > 1
+
+
+def test_federated_adapters_keep_their_rank(tmp_path: Path) -> None:
+    config, tensors = adapter_parts(r=4, seed=1)
+    folders = []
+    for index in range(3):
+        _, other = adapter_parts(r=4, seed=10 + index)
+        shared = {k: tensors[k] if "lora_A" in k else other[k] for k in tensors}
+        folders.append(save_parts(tmp_path / str(index), config, shared))
+    merged = lora_merge.merge(folders, method="fedavg")
+    assert set(merged.ranks()) == {4}
+    parts = [deltas(Adapter.from_pretrained(f)) for f in folders]
+    for name, delta in deltas(merged).items():
+        torch.testing.assert_close(delta, torch.stack([p[name] for p in parts]).mean(dim=0))
+    chosen = lora_merge.merge(folders)
+    assert any("auto chose fedavg" in note for note in chosen.notes)
+
+
+def test_auto_says_what_it_chose() -> None:
+    different = [make_adapter(f"adapter-{i}", r=4, seed=i) for i in range(3)]
+    for adapters, rank, method in (
+        (different, 4, "ctm"),
+        (different, "full", "core-tsv"),
+        (different[:2], 4, "svd"),
+        (different[:1], 4, "svd"),
+    ):
+        merged = lora_merge.merge(adapters, rank=rank)
+        assert any(f"auto chose {method}: " in note for note in merged.notes)
+    config, tensors = adapter_parts(r=4, seed=1)
+    from lora_merge.adapters import TensorDict, build_adapter, parse_config
+
+    alike = [
+        build_adapter(
+            f"seed-{i}",
+            parse_config(config, "x"),
+            TensorDict({k: t + 0.01 * i * t.abs().mean() for k, t in tensors.items()}),
+        )
+        for i in range(3)
+    ]
+    assert any("auto chose mean" in note for note in lora_merge.merge(alike).notes)
+
+
+def test_a_cut_that_loses_most_is_told_or_refused() -> None:
+    adapters = [make_adapter(f"adapter-{i}", r=4, seed=i) for i in range(3)]
+    merged = lora_merge.merge(adapters, method="svd", rank=1)
+    assert any("% of the result's energy" in note for note in merged.notes)
+    with pytest.raises(MethodError, match="energy"):
+        lora_merge.merge(adapters, method="svd", rank=1, strict=True)
+    lora_merge.merge(adapters, method="svd", rank=10, strict=True)
+
+
+def test_a_saved_merge_is_the_same_as_a_run_recipe(tmp_path: Path) -> None:
+    folders = [save_adapter(tmp_path / n, r=3, seed=i) for i, n in enumerate("ab")]
+    merged = lora_merge.merge(folders, method="wudi", rank=3, scale=0.5)
+    merged.save_pretrained(tmp_path / "saved")
+    from lora_merge.cli.app import run
+
+    recipe = str(tmp_path / "saved" / "lora_merge.yaml")
+    assert run(["run", recipe, "-o", str(tmp_path / "again")]) == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json", "lora_merge.yaml"):
+        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    with pytest.raises(LoraMergeError):
+        merged.save_pretrained(tmp_path / "saved")
+    merged.save_pretrained(tmp_path / "saved", force=True)
+
+
+def test_mergekit_words() -> None:
+    text = """
+    merge_method: dare_ties
+    models:
+      - model: a
+        parameters: {weight: [0, 1], density: 0.4}
+      - model: b
+    base_model: base
+    parameters: {normalize: true, lambda: 0.7, weight: 0.3, density: 0.4}
+    out_dtype: bfloat16
+    """
+    recipe = parse_recipe(yaml.safe_load(text), "recipe")
+    assert recipe.merge_method == "dare-ties"
+    assert [i.weight for i in recipe.adapters] == [[0, 1], 0.3]
+    assert recipe.parameters == {"density": 0.4}
+    assert (recipe.normalize, recipe.scale, recipe.dtype) == ("sum", 0.7, "bfloat16")
+    assert recipe.base_model == "base"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{merge_method: ties, slices: []}", "slices"),
+        ("{merge_method: ties, models: [a], adapters: [b]}", "both"),
+        (
+            "{merge_method: ties, models: [{model: a, parameters: {density: 0.1}},"
+            " {model: b, parameters: {density: 0.2}}]}",
+            "density differs",
+        ),
+        ("{merge_method: svd, models: [a], rank: 'energy:2'}", "energy"),
+        ("{merge_method: svd, models: [a], normalise: sum}", "normalise"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(text, words) -> None:
+    with pytest.raises(LoraMergeError, match=words):
+        parse_recipe(yaml.safe_load(text), "recipe")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"method": "tsvv"}, "tsvv"),
+        ({"method": "ties", "parameters": {"densty": 0.1}}, "densty"),
+        ({"method": "ties", "parameters": {"density": 1.5}}, "density"),
+        ({"method": "ties", "parameters": {"density": float("nan")}}, "density"),
+        ({"method": "tsv", "space": "factors"}, "space"),
+        ({"method": "slerp"}, "2 adapters"),
+        ({"method": "lego", "rank": "energy:0.5"}, "needs a rank"),
+        ({"method": "mean", "weights": [1.0, 1.0, -2.0]}, "add up to 0"),
+        ({"method": "svd", "rank": 99}, "99"),
+    ],
+)
+def test_requests_that_cannot_be_met_are_refused(arguments, words) -> None:
+    adapters = [make_adapter(f"adapter-{i}", r=4, seed=i) for i in range(3)]
+    with pytest.raises(MethodError, match=words) as caught:
+        lora_merge.merge(adapters, **arguments)
+    assert caught.value.remedy
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    from lora_merge.cli.app import run
+
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["methods", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["methods"]
+    assert [m["name"] for m in listed] == list(methods())
+    for name in [m["name"] for m in listed]:
+        assert run(["methods", name]) == 0
+        assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
+    folders = [str(save_adapter(tmp_path / n, r=3, seed=i)) for i, n in enumerate("ab")]
+    arguments = ["merge", *folders, "-M", "ties", "-p", "density=0.5", "-w", "1", "-w", "[0.1, 1]"]
+    arguments += ["--rank", "energy:0.9", "--scale", "0.5", "--norm-equalise"]
+    assert run([*arguments, "--print-recipe"]) == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(capsys.readouterr().out)
+    assert run([*arguments, "-o", str(tmp_path / "one")]) == 0
+    assert run(["run", str(recipe), "-o", str(tmp_path / "two")]) == 0
+    for name in ("adapter_model.safetensors", "lora_merge.yaml"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert run(["merge", *folders, "-M", "ties", "-p", "density"]) == 2
+    assert run(["merge", *folders, "--rank", "1", "-M", "dare", "--strict", "-o", "x"]) == 1
+    assert not Path("x").exists()
