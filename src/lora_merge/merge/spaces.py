@@ -148,8 +148,8 @@ def aligned_of(stack: RankStack, coordinates: Coordinates) -> Coordinates:
     assert coordinates.left is not None
     to_left, _ = _side_by_side(coordinates.core)
     turn = _principal(to_left)
-    up = turn.mT @ coordinates.core.up
-    aligned = RankStack(stack.down.to(torch.float64), up, stack.scale, stack.owner)
+    up = (turn.mT @ coordinates.core.up).to(stack.down.dtype)
+    aligned = RankStack(stack.down, up, stack.scale, stack.owner)
     return Coordinates(aligned, coordinates.left.rotated(turn), None)
 
 
