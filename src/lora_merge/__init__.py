@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lora_merge.mixture import load_mixture as load_mixture
     from lora_merge.mixture import train_gate as train_gate
     from lora_merge.merge.api import merge as merge
+    from lora_merge.merge.statistics import collect_statistics as collect_statistics
 
 _PUBLIC = {
     "Adapter": "lora_merge.adapters",
@@ -30,6 +31,7 @@ _PUBLIC = {
     "compare": "lora_merge.analysis.compare",
     "load_mixture": "lora_merge.mixture",
     "train_gate": "lora_merge.mixture",
+    "collect_statistics": "lora_merge.merge.statistics",
 }
 
 __all__ = [
@@ -46,7 +48,7 @@ __all__ = [
 ]
 _MODULES = ("merge",)  # callable modules
 
-__all__ = ["Adapter", "LoraMergeError", "RankStack", "__version__", "merge"]
+__all__ = ["Adapter", "LoraMergeError", "RankStack", "__version__", "collect_statistics", "merge"]
 
 
 def __getattr__(name: str) -> Any:

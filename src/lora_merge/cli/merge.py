@@ -66,6 +66,11 @@ _shared_options = together(
         show_default=True,
         help="Core bases: the authors', or independent of how deltas are factored.",
     ),
+    click.option(
+        "--statistics",
+        type=click.Path(),
+        help="File of collect_statistics, for methods that need one.",
+    ),
     click.option("--strict", is_flag=True, help="Fail if the cut to a rank loses over half."),
     click.option("--print-recipe", is_flag=True, help="Print the recipe and stop."),
 )

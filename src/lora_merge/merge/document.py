@@ -26,8 +26,8 @@ entry, in row blocks; no whole delta is formed. *factors*: A and B apart; the re
 a delta is factored, which for one and the same adapter is arbitrary.
 
 **Ranks.** `--rank` takes a number, `energy:0.95`, `elbow`, `budget:x0.5`, `budget:100000` or
-`full`. The best approximation is cut (for `wudi`, in its own metric). The report says how much of the
-result's energy was kept; under 50 % it warns, and with `--strict` it fails.
+`full`. The best approximation is cut (for `wudi`, in its own metric). The report says how much of
+the result's energy was kept; under 50 % it warns, and with `--strict` it fails.
 
 **Weights** multiply an adapter's delta. A weight is a number, a list over the layers, or a list of
 `{filter, value}`. Weight 0 is the same as absent; a module that only some adapters have is merged

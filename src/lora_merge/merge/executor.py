@@ -170,6 +170,8 @@ def _stacks(
     weights = torch.tensor(plan.weights_at(module.name), dtype=torch.float64, device=device)
     names = tuple(a.name for a in plan.alignment.adapters)
     several = module.first.num_experts > 1
+    statistics = plan.statistics.of(module.name, names) if plan.statistics else {}
+    statistics = {key: tensor.to(device) for key, tensor in statistics.items()}
     makes = plan.method.makes_rank and plan.rule.kind == "fixed"
     for expert, stack in enumerate(read_stacks(plan.alignment, module, device=device)):
         yield (
@@ -181,6 +183,7 @@ def _stacks(
                 seed=plan.seed,
                 names=names,
                 shared=shared,
+                statistics=statistics,
             ),
         )
 

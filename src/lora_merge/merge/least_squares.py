@@ -1,4 +1,4 @@
-"""Merges that minimise a sum of squares: WUDI in closed form.
+"""Merges that minimise a sum of squares: WUDI in closed form, RegMean, SSR.
 
 WUDI (arXiv 2503.08099) asks that the merged delta act like each adapter on the subspace that
 adapter uses: min_X sum_i |(X - D_i) D_i^T|^2 / |D_i|^2. It is published as an iteration; the
@@ -17,6 +17,7 @@ from lora_merge.adapters import RankStack
 from lora_merge.merge.method import Job, Outcome, single
 from lora_merge.merge.options import option
 from lora_merge.merge.spectral import share_of_energy, truncated_svd, weighted_parts
+from lora_merge.merge.statistics import needed
 
 
 @dataclass(frozen=True)
@@ -114,3 +115,68 @@ def sum_of(tensors: Iterable[Tensor]) -> Tensor:
     for tensor in rest:
         total += tensor
     return total
+
+
+@dataclass(frozen=True)
+class RegMeanOptions:
+    """Parameters of `regmean`."""
+
+    off_diagonal: float = option(
+        0.9, "factor on the off-diagonal entries of the input Grams", low=0, high=1
+    )
+    ridge: float = option(1e-6, "ridge relative to the mean diagonal entry", above=0)
+
+
+@dataclass(frozen=True)
+class SsrOptions:
+    """Parameters of `ssr`."""
+
+    ridge: float = option(1e-4, "ridge relative to the mean diagonal entry", above=0)
+
+
+def regmean(stack: RankStack, job: Job, options: RegMeanOptions) -> Outcome:
+    """RegMean (Jin et al., ICLR 2023): min_X sum_i E_i |(X - D_i) x|^2 over collected inputs.
+
+    X = sum_i D_i G_i (sum_i G_i)^-1: every B_i stays and A_i becomes A_i G_i S^-1.
+    """
+    grams = {i: needed(job.statistics, f"x.{i}", "regmean") for i in stack.adapters}
+    shrunk = {
+        i: options.off_diagonal * g + (1 - options.off_diagonal) * torch.diag(g.diagonal())
+        for i, g in grams.items()
+    }
+    metric = sum_of(shrunk.values())
+    ridge = options.ridge * metric.diagonal().mean()
+    down = torch.cat(
+        [
+            stack.down[stack.owner == i].to(g) @ g + ridge * stack.down[stack.owner == i].to(g)
+            for i, g in shrunk.items()
+        ]
+    )
+    metric = metric + ridge * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    routed = torch.linalg.solve(metric, down.mT).mT.to(stack.down.dtype)
+    weighted = stack.weighted(job.weights)
+    return Outcome(RankStack(routed, weighted.up, weighted.scale, weighted.owner))
+
+
+def ssr(stack: RankStack, job: Job, options: SsrOptions) -> Outcome:
+    """SSR-Merge (ICML 2026): a router between A_c and B_c from R-dimensional statistics.
+
+    With z = A_c x, the router Q (sum_k Z_k + ridge)^-1 predicts from all z what the active
+    adapter's own z is; Q's rows of adapter k are those of Z_k. A stays, B becomes B Q (...)^-1.
+    """
+    owner = needed(job.statistics, "owner", "ssr").to(stack.owner.device)
+    present = torch.isin(owner, stack.owner)
+    moments = {
+        i: needed(job.statistics, f"z.{i}", "ssr")[present][:, present] for i in stack.adapters
+    }
+    # The file may number the adapters otherwise; inside an adapter the order is the same.
+    order = torch.argsort(owner[present], stable=True)
+    moments = {i: z[order][:, order] for i, z in moments.items()}
+    total = sum_of(moments.values())
+    ridge = options.ridge * total.diagonal().mean()
+    own = torch.cat([z[stack.owner == i] for i, z in moments.items()])
+    identity = torch.eye(len(total), dtype=total.dtype, device=total.device)
+    router = torch.linalg.solve(total + ridge * identity, (own + ridge * identity).mT).mT
+    weighted = stack.weighted(job.weights)
+    up = (weighted.up.to(router) * weighted.scale) @ router
+    return Outcome(single(up.to(stack.up.dtype), stack.down))

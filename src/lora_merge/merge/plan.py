@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from lora_merge.merge.auto import choose
 from lora_merge.merge.options import parse_options
 from lora_merge.merge.pipeline import Semantics
 from lora_merge.merge.registry import Method, find_method
+from lora_merge.merge.statistics import Statistics
 from lora_merge.merge.weights import ModuleWeights, count_layers
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class MergePlan:
         notes: What the user should know before the work starts.
         semantics: Weights, scale, norms and steps that all methods share.
         layout: Uniform rank, or ranks per module.
+        statistics: Collected activations, for methods that need them.
         spool: Results that wait for their ranks, where ranks depend on the data.
     """
 
@@ -67,6 +70,7 @@ class MergePlan:
     semantics: Semantics = field(default_factory=Semantics)
     layout: RankLayout = "uniform"
     spool: "Spool | None" = None
+    statistics: Statistics | None = None
 
     @property
     def measured(self) -> bool:
@@ -116,6 +120,7 @@ def plan_merge(
     weights: Sequence[Any] | None = None,
     parameters: Mapping[str, Any] | None = None,
     semantics: Mapping[str, Any] | None = None,
+    statistics: str | Path | None = None,
     seed: int = 0,
     dtype: str | None = None,
     layout: RankLayout = "uniform",
@@ -133,6 +138,7 @@ def plan_merge(
             {filter, value}. An adapter of weight 0 counts as absent.
         parameters: Parameters of the method.
         semantics: Fields of `Semantics`.
+        statistics: File of `collect_statistics`, for methods that need one.
         seed: Seed of all randomness.
         dtype: Output dtype as a torch name ("bfloat16"); default: the widest of the inputs.
         layout: Uniform rank, or ranks per module.
@@ -197,6 +203,7 @@ def plan_merge(
         tuple(notes),
         shared,
         layout,
+        statistics=_statistics(chosen, statistics),
     )
 
 
@@ -211,6 +218,14 @@ def _check_weights(
             "give one -w per adapter, in their order",
         )
     return tuple(ModuleWeights.of(w) for w in weights)
+
+
+def _statistics(method: Method, path: str | Path | None) -> Statistics | None:
+    if method.needs and path is None:
+        raise MethodError(
+            f"method {method.name} needs {method.needs}", "give the file as statistics"
+        )
+    return None if path is None else Statistics.open(path)
 
 
 def _check_space(method: Method, semantics: Semantics) -> None:

@@ -77,6 +77,7 @@ class Recipe:
         svc: Shrink directions counted several times after the merge.
         space: Where an elementwise rule works; None: where the method says.
         basis: Core bases, of the "stacks" or of the "deltas".
+        statistics: File of `collect_statistics`, for methods that need one.
         seed: Seed of all randomness.
         dtype: Output dtype; None: the inputs'.
         ranks: One rank for all modules, or one per module.
@@ -100,6 +101,7 @@ class Recipe:
     svc: bool = False
     space: Space | None = None
     basis: Anchor = "stacks"
+    statistics: str | None = None
     seed: int = 0
     dtype: str | None = None
     ranks: RankLayout = "uniform"
@@ -208,6 +210,7 @@ def plan_recipe(recipe: Recipe, adapters: Sequence[Adapter], weights: Sequence[A
         weights=weights,
         parameters=recipe.parameters,
         semantics={name: getattr(recipe, name) for name in _SEMANTICS},
+        statistics=recipe.statistics,
         seed=recipe.seed,
         dtype=recipe.dtype,
         layout=recipe.ranks,

@@ -268,6 +268,26 @@ _TABLE = (
         makes_rank=True,
     ),
     Method(
+        name="regmean",
+        summary="least squares over collected inputs: act like each adapter on its own",
+        paper="Jin et al., ICLR 2023, arXiv 2212.09849",
+        combine=least_squares.regmean,
+        options=least_squares.RegMeanOptions,
+        space="units",
+        needs="statistics (collect_statistics with inputs=True)",
+        cost="d_in³",
+    ),
+    Method(
+        name="ssr",
+        summary="route between all A and all B by R-dimensional statistics of inputs",
+        paper="SSR-Merge, ICML 2026",
+        combine=least_squares.ssr,
+        options=least_squares.SsrOptions,
+        space="units",
+        gauge_free=False,  # its ridge is in A's own coordinates
+        needs="statistics (collect_statistics)",
+    ),
+    Method(
         name="robustmerge",
         summary="pruned factors, weak directions scaled up",
         paper="Zeng et al., NeurIPS 2025, arXiv 2502.17159",
