@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_merge.adapters import RankStack
 from lora_merge.merge.method import Job, Outcome, single
 from lora_merge.merge.options import option
-from lora_merge.merge.spectral import share_of_energy, truncated_svd, weighted_parts
+from lora_merge.merge.spectral import share_of_energy, triplets, truncated_svd
 from lora_merge.merge.statistics import needed
 
 
@@ -44,68 +44,52 @@ def wudi(stack: RankStack, job: Job, options: WudiOptions) -> Outcome:
     one term, whose objective is |S^(1/2) (X - X*)|^2 plus a constant: the best X of a rank is then
     an SVD of S^(1/2) X*, not of X*.
     """
-    parts = [part.delta() for part in weighted_parts(stack, job)]
-    if options.side == "input":
-        return _one_side([part.mT for part in parts], job.rank, options).mirrored()
+    parts = triplets(stack.weighted(job.weights))
+    energy = torch.zeros(len(job.weights), dtype=torch.float64, device=parts.scale.device)
+    energy.index_add_(0, parts.owner, parts.scale.square())
+    share = parts.scale.square() / energy[parts.owner]
+    if options.side == "both":
+        return _both_sides(parts, share, job.rank, options.ridge)
     if options.side == "output":
-        return _one_side(parts, job.rank, options).outcome()
-    return _both_sides(parts, job.rank, options.ridge)
+        return _one_side(parts, share, job.rank, options)
+    turned = RankStack(parts.up.mT, parts.down.mT, parts.scale, parts.owner)
+    outcome = _one_side(turned, share, job.rank, options)
+    result = outcome.stack
+    return Outcome(single(result.down.mT, result.up.mT, result.scale), energy=outcome.energy)
 
 
-@dataclass(frozen=True, eq=False)
-class _Factored:
-    """A result up @ down in small coordinates."""
+def _one_side(parts: RankStack, share: Tensor, rank: int | None, options: WudiOptions) -> Outcome:
+    """min_X sum_i |D_i^T (X - D_i)|^2 / |D_i|^2, ridge towards the sum.
 
-    up: Tensor
-    down: Tensor
-    energy: float = 1.0
-
-    def outcome(self) -> Outcome:
-        return Outcome(single(self.up, self.down), energy=self.energy)
-
-    def mirrored(self) -> Outcome:
-        return Outcome(single(self.down.mT, self.up.mT), energy=self.energy)
-
-
-def _one_side(parts: list[Tensor], rank: int | None, options: WudiOptions) -> _Factored:
-    """min_X sum_i |D_i^T (X - D_i)|^2 / |D_i|^2, ridge towards the sum; parts of shape (p, q)."""
-    metrics = [_metric(part) for part in parts]
-    metric = torch.stack(metrics).sum(dim=0)
-    ridge = options.ridge * metric.diagonal().mean()
-    wanted = sum_of(h @ d for h, d in zip(metrics, parts, strict=True)) + ridge * sum_of(parts)
+    Args:
+        parts: Singular triplets of every D_i.
+        share: Each triplet's share of its adapter's energy: H_i = U diag(share) U^T.
+        rank: Rank of the result.
+        options: Ridge, and the error that the cut minimises.
+    """
+    metric = (parts.up * share) @ parts.up.mT
+    ridge = options.ridge * metric.diagonal().mean() if len(metric) else 0.0
+    wanted = (parts.up * (parts.scale * (share + ridge))) @ parts.down
     values, vectors = torch.linalg.eigh(metric)
     values = values.clamp_min(0) + ridge
-    if float(values[-1]) <= 0:  # every adapter is zero here
-        return _Factored(torch.zeros_like(metric[:, :0]), torch.zeros_like(wanted[:0]))
     root = values.sqrt() if options.compress == "metric" else torch.ones_like(values)
     # S^(1/2) X* in the eigenbasis, cut, and S^(-1/2) put back on the left factor.
     u, s, vh = truncated_svd(root[:, None] * ((vectors.mT @ wanted) / values[:, None]), None)
     left = vectors @ (u[:, :rank] / root[:, None])
     # Both parts of a cut in the metric are orthogonal in it, so their energies there add up.
-    return _Factored(left, s[:rank, None] * vh[:rank], share_of_energy(s[:rank], s))
+    return Outcome(single(left, vh[:rank], s[:rank]), energy=share_of_energy(s[:rank], s))
 
 
-def _both_sides(parts: list[Tensor], rank: int | None, ridge: float) -> Outcome:
+def _both_sides(parts: RankStack, share: Tensor, rank: int | None, ridge: float) -> Outcome:
     """Input and output objective added: a Sylvester equation, solved in two eigenbases."""
-    outputs = [_metric(part) for part in parts]
-    inputs = [_metric(part.mT) for part in parts]
-    total = sum_of(parts)
-    h_values, h_vectors = torch.linalg.eigh(sum_of(outputs))
-    g_values, g_vectors = torch.linalg.eigh(sum_of(inputs))
-    pull = ridge * (h_values.mean() + g_values.mean())
-    wanted = pull * total + sum_of(
-        h @ d + d @ g for h, d, g in zip(outputs, parts, inputs, strict=True)
-    )
+    h_values, h_vectors = torch.linalg.eigh((parts.up * share) @ parts.up.mT)
+    g_values, g_vectors = torch.linalg.eigh((parts.down.mT * share) @ parts.down)
+    pull = ridge * (h_values.mean() + g_values.mean()) if parts.num_units else 0.0
+    wanted = (parts.up * (parts.scale * (2 * share + pull))) @ parts.down
     weight = h_values.clamp_min(0)[:, None] + g_values.clamp_min(0) + pull
     solved = h_vectors.mT @ wanted @ g_vectors / weight.clamp_min(1e-300)
     u, s, vh = truncated_svd(h_vectors @ solved @ g_vectors.mT, None)
     return Outcome(single(u[:, :rank], vh[:rank], s[:rank]), energy=share_of_energy(s[:rank], s))
-
-
-def _metric(part: Tensor) -> Tensor:
-    """D D^T / |D|^2, shape (p, p); zero for a zero D."""
-    energy = part.square().sum()
-    return part @ part.mT / torch.where(energy > 0, energy, 1.0)
 
 
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:

@@ -53,14 +53,11 @@ def tsv(stack: RankStack, job: Job, options: TsvOptions) -> Outcome:
     The adapters' singular vectors side by side, replaced by their polar factors: the nearest
     orthonormal sets, so that tasks no longer interfere.
     """
-    limit = stack.num_units
+    limit = None
     if options.keep == "share" and job.rank is not None:
         limit = max(-(-job.rank // len(stack.adapters)), 1)
-    pieces = [truncated_svd(part.delta(), limit) for part in weighted_parts(stack, job)]
-    left = torch.cat([u for u, _, _ in pieces], dim=1)
-    right = torch.cat([vh for _, _, vh in pieces])
-    values = torch.cat([s for _, s, _ in pieces])
-    return Outcome(single(polar(left), polar(right), values))
+    all_units = triplets(stack.weighted(job.weights), limit)
+    return Outcome(single(polar(all_units.up), polar(all_units.down), all_units.scale))
 
 
 def iso_c(stack: RankStack, job: Job, options: IsoOptions) -> Outcome:
@@ -76,20 +73,20 @@ def iso_cts(stack: RankStack, job: Job, options: IsoCtsOptions) -> Outcome:
 
     Every task gets at least one direction of its own where the rank allows it.
     """
-    parts = [part.delta() for part in weighted_parts(stack, job)]
-    u, s, vh = truncated_svd(torch.stack(parts).sum(dim=0), None)
+    weighted = stack.weighted(job.weights)
+    u, s, vh = truncated_svd(weighted.delta(), None)
+    count = len(stack.adapters)
     budget = min(job.rank or stack.num_units, min(stack.d_out, stack.d_in))
-    own = min(max(round((1 - options.common) * budget / len(parts)), 1), budget // len(parts))
-    common = min(max(budget - own * len(parts), 0), s.numel())
-    lefts, values, rights = [u[:, :common]], [s[:common]], [vh[:common]]
-    for part in parts:
-        rest = part - u[:, :common] @ (u[:, :common].mT @ part)
-        own_u, own_s, own_vh = truncated_svd(rest, own, floor=RTOL * float(part.norm()))
-        lefts.append(own_u)
-        values.append(own_s)
-        rights.append(own_vh)
-    left, right = polar(torch.cat(lefts, dim=1)), polar(torch.cat(rights))
-    return Outcome(single(left, right, _flatten(torch.cat(values), options.beta)))
+    own = min(max(round((1 - options.common) * budget / count), 1), budget // count)
+    common = min(max(budget - own * count, 0), s.numel())
+    beyond = weighted.up - u[:, :common] @ (u[:, :common].mT @ weighted.up)
+    floor = RTOL * float(weighted.norm())
+    rest = RankStack(weighted.down, beyond, weighted.scale, weighted.owner)
+    tasks = triplets(rest, own, floor=floor)
+    left = polar(torch.cat([u[:, :common], tasks.up], dim=1))
+    right = polar(torch.cat([vh[:common], tasks.down]))
+    values = torch.cat([s[:common], tasks.scale])
+    return Outcome(single(left, right, _flatten(values, options.beta)))
 
 
 def svc(result: RankStack, stack: RankStack, weights: Tensor, alpha: float = 0.1) -> RankStack:
@@ -111,7 +108,8 @@ def svc(result: RankStack, stack: RankStack, weights: Tensor, alpha: float = 0.1
     total = torch.zeros_like(s)
     adapters = stack.adapters
     for owner in adapters:
-        task = u.mT @ stack.of_adapter(owner).weighted(weights).delta()
+        part = stack.of_adapter(owner).weighted(weights)
+        task = (u.mT @ (part.up * part.scale)) @ part.down
         size = task.square().sum(dim=1)
         # A task that is absent from a direction says nothing against it.
         share = torch.where(size > RTOL**2 * s[0] ** 2, (rows * task).sum(dim=1) / size, 1.0)
@@ -119,10 +117,27 @@ def svc(result: RankStack, stack: RankStack, weights: Tensor, alpha: float = 0.1
     return single(u, vh, s * len(adapters) / total)
 
 
-def weighted_parts(stack: RankStack, job: Job) -> list[RankStack]:
-    """The adapters that are present, one stack each, weights folded in."""
-    weighted = stack.weighted(job.weights)
-    return [weighted.of_adapter(owner) for owner in weighted.adapters]
+def triplets(stack: RankStack, limit: int | None = None, *, floor: float = 0.0) -> RankStack:
+    """Each adapter's singular triplets as its units: orthonormal vectors, values as scale.
+
+    No adapter is ever formed as a matrix, so N adapters cost R^2 numbers and not N R^2.
+
+    Args:
+        stack: The adapters, float64.
+        limit: Triplets of each adapter at most.
+        floor: Singular values up to this size count as zero.
+    """
+    ups, downs, values, owners = [], [], [], []
+    for owner in stack.adapters:
+        part = stack.of_adapter(owner)
+        left, left_r = torch.linalg.qr(part.up * part.scale)
+        right, right_r = torch.linalg.qr(part.down.mT)
+        u, s, vh = truncated_svd(left_r @ right_r.mT, limit, floor=floor)
+        ups.append(left @ u)
+        downs.append(vh @ right.mT)
+        values.append(s)
+        owners.append(torch.full((len(s),), owner, device=s.device))
+    return RankStack(torch.cat(downs), torch.cat(ups, dim=1), torch.cat(values), torch.cat(owners))
 
 
 def truncated_svd(

@@ -1,6 +1,6 @@
 """Compress then merge: the two subspaces of a given rank that hold most of every adapter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,9 +13,8 @@ from lora_merge.merge.spectral import (
     IsoOptions,
     TsvOptions,
     iso_c,
-    truncated_svd,
+    triplets,
     tsv,
-    weighted_parts,
 )
 
 
@@ -39,59 +38,61 @@ def compress_then_merge(stack: RankStack, job: Job, options: CtmOptions) -> Outc
 
     The result has the rank asked for by construction: nothing is cut off after the merge.
     """
-    parts = [part.delta() for part in weighted_parts(stack, job)]
-    norms = torch.stack([part.norm() for part in parts])
-    wanted = options.beta * norms + (1 - options.beta) * norms.mean()
-    scaled = torch.stack(
-        [p * (w / n if n > 0 else 0.0) for p, w, n in zip(parts, wanted, norms, strict=True)]
-    )
+    parts = triplets(stack.weighted(job.weights))
+    energy = torch.zeros(len(job.weights), dtype=torch.float64, device=parts.scale.device)
+    norms = energy.index_add_(0, parts.owner, parts.scale.square()).sqrt()
+    present = norms[torch.tensor(stack.adapters, device=norms.device)]
+    wanted = options.beta * norms + (1 - options.beta) * present.mean()
+    scaled = replace(parts, scale=parts.scale * (wanted / norms)[parts.owner])
     rank = job.rank or stack.num_units
     left, right, held = tucker2(scaled, rank, options.iterations, options.tolerance)
-    inner = torch.stack([left.mT @ part @ right for part in parts])
-    merged = _merge_inside(inner, job, options)
+    inside = RankStack(parts.down @ right, left.mT @ parts.up, parts.scale, parts.owner)
+    merged = _merge_inside(inside, job, options)
     return Outcome(single(left @ merged, right.mT), energy=held)
 
 
 def tucker2(
-    x: Tensor, rank: int, iterations: int, tolerance: float
+    parts: RankStack, rank: int, iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor, float]:
-    """Orthonormal U, V that maximise sum_i |U^T X_i V|^2 (HOOI, De Lathauwer et al. 2000).
+    """Orthonormal U, V that maximise sum_i |U^T D_i V|^2 (HOOI, De Lathauwer et al. 2000).
 
     Args:
-        x: Shape (N, p, q), float64.
-        rank: Columns of U and of V, where x has so many.
+        parts: Singular triplets of every D_i, float64.
+        rank: Columns of U and of V, where there are so many.
         iterations: Largest number of steps.
         tolerance: Stop when the share of energy held grows by less.
 
     Returns:
         U (p, rank), V (q, rank) and the share of energy held.
     """
-    total = float(x.square().sum())
-    right = _leading(torch.einsum("npq,npr->qr", x, x), rank)
+    total = float(parts.scale.square().sum())
+    same = (parts.owner[:, None] == parts.owner).to(torch.float64)
+    right = _leading((parts.down.mT * parts.scale.square()) @ parts.down, rank)
     held = 0.0
     left = right
     for _ in range(iterations):
-        y = x @ right
-        left = _leading(torch.einsum("npk,nqk->pq", y, y), rank)
-        z = left.mT @ x
-        right = _leading(torch.einsum("nkp,nkq->pq", z, z), rank)
-        before, held = held, float((z @ right).square().sum()) / total if total else 1.0
+        # sum_i D_i V V^T D_i^T, with cross terms of different adapters masked out
+        reach = parts.scale[:, None] * (parts.down @ right)
+        left = _leading(parts.up @ ((reach @ reach.mT) * same) @ parts.up.mT, rank)
+        reach = parts.scale[:, None] * (parts.up.mT @ left)
+        square = parts.down.mT @ ((reach @ reach.mT) * same) @ parts.down
+        right = _leading(square, rank)
+        before = held
+        held = float((right * (square @ right)).sum()) / total if total else 1.0
         if held - before <= tolerance:
             break
     return left, right, held
 
 
-def _merge_inside(inner: Tensor, job: Job, options: CtmOptions) -> Tensor:
-    """Merge (N, k, k) coordinates into one (k, k)."""
+def _merge_inside(inside: RankStack, job: Job, options: CtmOptions) -> Tensor:
+    """Merge the adapters' coordinates into one matrix (k, k)."""
     if options.inner == "task-arithmetic":
-        return inner.sum(dim=0)
-    triplets = [truncated_svd(part, None) for part in inner]
-    small = RankStack.of([(s[:, None] * vh, u, 1.0) for u, s, vh in triplets])
-    ones = torch.ones(len(triplets), dtype=torch.float64, device=inner.device)
-    inside = Job(job.module, None, ones, job.seed, "core")
+        return inside.delta()
+    ones = torch.ones_like(job.weights)  # the weights are folded in already
+    inner = Job(job.module, None, ones, job.seed, "core")
     if options.inner == "iso-c":
-        return iso_c(small, inside, IsoOptions()).stack.delta()
-    return tsv(small, inside, TsvOptions()).stack.delta()
+        return iso_c(inside, inner, IsoOptions()).stack.delta()
+    return tsv(inside, inner, TsvOptions()).stack.delta()
 
 
 def _leading(x: Tensor, rank: int) -> Tensor:
