@@ -277,6 +277,27 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert run(["run", str(recipe), "-o", str(tmp_path / "two")]) == 0
     for name in ("adapter_model.safetensors", "lora_merge.yaml"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    capsys.readouterr()
+    assert (
+        run(
+            [
+                "merge",
+                *folders,
+                "-M",
+                "ties",
+                "--density",
+                "0.5",
+                "--compat",
+                "peft",
+                "--print-recipe",
+            ]
+        )
+        == 0
+    )
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["parameters"] == {"density": 0.5, "compat": "peft"}
+    assert run(["merge", *folders, "-M", "tsv", "--density", "0.5"]) == 1
+    assert "density" in capsys.readouterr().err
     assert run(["merge", *folders, "-M", "ties", "-p", "density"]) == 2
     assert run(["merge", *folders, "--rank", "1", "-M", "dare", "--strict", "-o", "x"]) == 1
     assert not Path("x").exists()

@@ -34,6 +34,17 @@ _method_options = together(
         metavar="NAME=VALUE",
         help="Parameter of the method; repeat it. See `lora-merge methods METHOD`.",
     ),
+    click.option("--density", type=float, help="Short for -p density=..."),
+    click.option(
+        "--compat",
+        type=click.Choice(["authors", "peft", "mergekit"]),
+        help="Short for -p compat=...: whose code to agree with where they differ.",
+    ),
+    click.option(
+        "--side",
+        type=click.Choice(["input", "output", "both"]),
+        help="Short for -p side=... (wudi).",
+    ),
 )
 _shared_options = together(
     click.option(
@@ -104,9 +115,9 @@ def command(parameters: tuple[str, ...], **arguments: Any) -> None:
 
     run = split_run_options(arguments)
     strict, print_recipe = arguments.pop("strict"), arguments.pop("print_recipe")
-    recipe = recipe_from(
-        arguments.pop("method"), parameters=parse_parameters(parameters), **arguments
-    )
+    short = {name: arguments.pop(name) for name in ("density", "compat", "side")}
+    given = parse_parameters(parameters) | {n: v for n, v in short.items() if v is not None}
+    recipe = recipe_from(arguments.pop("method"), parameters=given, **arguments)
     if print_recipe:
         sys.stdout.write(recipe.to_yaml())
         return
