@@ -40,10 +40,11 @@ class Entry:
 
 
 ENTRIES = (
+    Entry("wudi", {"side": "output", "ridge": 0.01}),
     Entry("wudi", {"side": "output"}),
     Entry("ctm", ranks=(16, 32)),
     Entry("wudi", {"side": "input"}, ranks=(16, "full")),
-    Entry("wudi", {"side": "output", "compress": "frobenius"}, ranks=(16,)),
+    Entry("wudi", {"side": "output", "ridge": 0.01, "compress": "frobenius"}, ranks=(16,)),
     Entry("wudi", {"side": "both"}, ranks=(16, "full")),
     Entry("tsv"),
     Entry("iso-c"),

@@ -3,12 +3,13 @@
 A method that breaks a law by design is named here with the reason; a new method must obey all.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from merging import merge_one
 from torch import Tensor
@@ -65,7 +66,12 @@ def case_of(method: Method, seed: int, ranks: tuple[int, ...], d_out: int, d_in:
 seeds = st.integers(0, 10_000)
 rank_lists = st.lists(st.integers(1, 5), min_size=2, max_size=4).map(tuple)
 sizes = st.tuples(st.integers(6, 24), st.integers(6, 24))
-law = given(seed=seeds, ranks=rank_lists, size=sizes)
+# Every law runs for some thirty methods: few examples each are many together.
+few = settings(max_examples=12)
+
+
+def law(test: Callable[..., None]) -> Callable[..., None]:
+    return few(given(seed=seeds, ranks=rank_lists, size=sizes)(test))
 
 
 def lossless(name: str) -> dict[str, Any]:
@@ -96,6 +102,7 @@ def test_svd_at_full_rank_is_cat(seed, ranks, size) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
+@few
 @given(seed=seeds, ranks=rank_lists, size=sizes, factor=st.sampled_from([0.25, 3.0]))
 def test_weights_scale_the_result_or_are_shares(name, seed, ranks, size, factor) -> None:
     case = case_of(find_method(name), seed, ranks, *size)
@@ -187,6 +194,7 @@ def test_lego_with_one_cluster_per_unit_is_the_sum(seed, ranks, size) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
+@few
 @given(seed=seeds, ranks=rank_lists, size=sizes, rank=st.integers(1, 3))
 def test_the_rank_asked_for_is_not_exceeded(name, seed, ranks, size, rank) -> None:
     case = case_of(find_method(name), seed, ranks, *size)
