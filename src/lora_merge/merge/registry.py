@@ -353,8 +353,10 @@ def find_method(name: str) -> Method:
     Raises:
         MethodError: If there is none; says the nearest name.
     """
-    table = methods()
     wanted = name.replace("_", "-")
+    if wanted in METHODS:  # looking for installed packages takes 60 ms
+        return METHODS[wanted]
+    table = methods()
     names = {alias: m.name for m in table.values() for alias in (m.name, *m.aliases)}
     if wanted in names:
         return table[names[wanted]]
