@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from lora_merge.analysis.ranks import choose_ranks as choose_ranks
     from lora_merge.analysis.spectra import adapter_spectra as adapter_spectra
     from lora_merge.errors import LoraMergeError as LoraMergeError
+    from lora_merge.merge.api import merge as merge
+    from lora_merge.merge.statistics import collect_statistics as collect_statistics
     from lora_merge.mixture import Mixture as Mixture
     from lora_merge.mixture import load_mixture as load_mixture
     from lora_merge.mixture import train_gate as train_gate
-    from lora_merge.merge.api import merge as merge
-    from lora_merge.merge.statistics import collect_statistics as collect_statistics
 
 _PUBLIC = {
     "Adapter": "lora_merge.adapters",
@@ -28,11 +28,12 @@ _PUBLIC = {
     "RankStack": "lora_merge.adapters",
     "adapter_spectra": "lora_merge.analysis.spectra",
     "choose_ranks": "lora_merge.analysis.ranks",
+    "collect_statistics": "lora_merge.merge.statistics",
     "compare": "lora_merge.analysis.compare",
     "load_mixture": "lora_merge.mixture",
     "train_gate": "lora_merge.mixture",
-    "collect_statistics": "lora_merge.merge.statistics",
 }
+_MODULES = ("merge",)  # callable modules
 
 __all__ = [
     "Adapter",
@@ -42,13 +43,12 @@ __all__ = [
     "__version__",
     "adapter_spectra",
     "choose_ranks",
+    "collect_statistics",
     "compare",
     "load_mixture",
+    "merge",
     "train_gate",
 ]
-_MODULES = ("merge",)  # callable modules
-
-__all__ = ["Adapter", "LoraMergeError", "RankStack", "__version__", "collect_statistics", "merge"]
 
 
 def __getattr__(name: str) -> Any:

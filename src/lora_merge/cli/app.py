@@ -17,7 +17,9 @@ from lora_merge.errors import LoraMergeError
 # and none of them imports torch at its top.
 _COMMANDS = {
     "cluster": "lora_merge.cli.cluster",
+    "merge": "lora_merge.cli.merge",
     "run": "lora_merge.cli.run",
+    "methods": "lora_merge.cli.methods",
     "fuse": "lora_merge.cli.fuse",
     "resize": "lora_merge.cli.resize",
     "extract": "lora_merge.cli.extract",
@@ -29,9 +31,6 @@ _COMMANDS = {
     "usage": "lora_merge.cli.usage",
     "consolidate": "lora_merge.cli.consolidate",
     "export": "lora_merge.cli.export",
-    "merge": "lora_merge.cli.merge",
-    "methods": "lora_merge.cli.methods",
-    "run": "lora_merge.cli.run",
 }
 
 
