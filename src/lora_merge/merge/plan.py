@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,7 +78,7 @@ class MergePlan:
         """Whether ranks depend on the results, so that a first pass must find them."""
         return self.rule.kind not in ("fixed", "full")
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
         """Layers of the model, as far as the adapters tell."""
         return count_layers([m.name for m in self.alignment.modules])
