@@ -1,6 +1,6 @@
 """Lay adapters side by side: which modules there are, who has each, and whether they fit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,15 +97,24 @@ def read_stacks(
     Raises:
         AdapterError: If a tensor holds NaN or infinity; names adapter and module.
     """
+    place = torch.device(device)
+    if module.first.num_experts == 1:
+
+        def read(index: int) -> tuple[Tensor, Tensor]:
+            return alignment.adapters[index].read(module.name)
+
+        yield _fill(alignment, module, read, 0, place)
+        return
+    # The experts share their tensors, so these are read once and kept until the last expert.
     stored = {i: alignment.adapters[i].read(module.name) for i in module.specs}
     for expert in range(module.first.num_experts):
-        yield _fill(alignment, module, stored, expert, torch.device(device))
+        yield _fill(alignment, module, stored.__getitem__, expert, place)
 
 
 def _fill(
     alignment: Alignment,
     module: AlignedModule,
-    stored: Mapping[int, tuple[Tensor, Tensor]],
+    read: Callable[[int], tuple[Tensor, Tensor]],
     expert: int,
     device: torch.device,
 ) -> RankStack:
@@ -117,7 +126,7 @@ def _fill(
     owner = torch.empty(size, dtype=torch.int64)
     start = 0
     for index, spec in module.specs.items():
-        a, b = to_matrix(spec, *stored[index], expert)
+        a, b = to_matrix(spec, *read(index), expert)
         part = slice(start, start + spec.rank)
         down[part].copy_(a)
         up[:, part].copy_(b)
@@ -127,15 +136,14 @@ def _fill(
     stack = RankStack(down, up, scale.to(device), owner.to(device))
     # A finite sum proves that every entry is finite, in one pass without a temporary.
     if not bool(torch.isfinite(down.sum() + up.sum())):
-        _refuse_non_finite(alignment, module, stored)
+        _refuse_non_finite(alignment, module)
     return stack
 
 
-def _refuse_non_finite(
-    alignment: Alignment, module: AlignedModule, stored: Mapping[int, tuple[Tensor, Tensor]]
-) -> None:
+def _refuse_non_finite(alignment: Alignment, module: AlignedModule) -> None:
     """Name what is not finite; returns if only the sum overflowed."""
-    for index, halves in stored.items():
+    for index in module.specs:
+        halves = alignment.adapters[index].read(module.name)
         for letter, tensor in zip("AB", halves, strict=True):
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:

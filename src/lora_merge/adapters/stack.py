@@ -106,7 +106,8 @@ class RankStack:
 
         <Delta_i, Delta_j> = s_i s_j sum((B_i^T B_j) * (A_i A_j^T)): the deltas are not formed.
         """
-        products = self.scale[:, None] * self.gram_up * self.gram_down * self.scale[None, :]
+        products = self.gram_up * self.gram_down
+        products.mul_(self.scale[:, None]).mul_(self.scale)
         count = int(self.owner.max()) + 1 if self.num_units else 0
         rows = torch.zeros(count, self.num_units, dtype=torch.float64, device=products.device)
         rows.index_add_(0, self.owner, products)

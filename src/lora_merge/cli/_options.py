@@ -123,6 +123,7 @@ def run_merge(
     strict: bool = False,
 ) -> None:
     """Plan a recipe, run it and show what happened; every merging command ends here."""
+    from lora_merge.cli._memory import return_large_blocks
     from lora_merge.cli._merge_view import plan_data, plan_view, report_view
     from lora_merge.cli._output import Output
     from lora_merge.merge.executor import default_jobs, pick_device
@@ -140,6 +141,7 @@ def run_merge(
         workers = jobs or default_jobs()
         output.data(plan_data(plan, workers), *plan_view(plan, workers))
         return
+    return_large_blocks(plan.peak_bytes(1))
     with output.progress("merging", len(plan.alignment.modules)) as advance:
         report = save_merge(
             plan,

@@ -152,8 +152,11 @@ def _plus_plus(
     products = gram.numpy()
     size = products.shape[0]
     squares = products.diagonal()
-    reach = np.abs(products) if sign_invariant else products
-    apart = np.maximum(squares[:, None] + squares[None, :] - 2 * reach, 0)
+    apart = np.abs(products) if sign_invariant else products.copy()
+    apart *= -2  # in place from here: |x|^2 - 2 <x, y> + |y|^2
+    apart += squares[:, None]
+    apart += squares[None, :]
+    np.maximum(apart, 0, out=apart)
     np.fill_diagonal(apart, 0)
     draws = rng.random((k, restarts, 2 + int(np.log(k))))
     starts = np.empty((restarts, k), dtype=np.int64)

@@ -146,15 +146,13 @@ def _assign(
     rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Cluster label and sign of every unit, int64 and float64, shape (R,)."""
-    gram_down = to_down[:, None] * stack.gram_down * to_down
-    gram_up = to_up[:, None] * stack.gram_up * to_up
-    if options.units == "normalized":
-        gram_down, gram_up = _unit_diagonal(gram_down), _unit_diagonal(gram_up)
-    gram = gram_down + gram_up
+    gram = _rescaled(stack.gram_down, to_down, options.units)
+    gram += _rescaled(stack.gram_up, to_up, options.units)
     # k-means++ draws by position; sorting by size makes the draw independent of the stack's order.
     order = gram.diagonal().argsort(descending=True, stable=True)
+    gram = gram[order[:, None], order]
     found = kmeans(
-        gram[order][:, order],
+        gram,
         k,
         rng=rng,
         restarts=options.restarts,
@@ -222,8 +220,10 @@ def _singular_units(stack: RankStack) -> RankStack:
     return RankStack(merged.down, merged.up, merged.scale, torch.cat(owners))
 
 
-def _unit_diagonal(gram: Tensor) -> Tensor:
-    """The Gram of the same vectors at length one; zero vectors stay zero."""
-    size = gram.diagonal().sqrt()
-    inverse = torch.where(size > 0, 1 / size, 0.0)
-    return inverse[:, None] * gram * inverse
+def _rescaled(gram: Tensor, factor: Tensor, units: str) -> Tensor:
+    """The Gram of the vectors times their factors; at length one if `units` are normalized."""
+    if units == "normalized":
+        size = gram.diagonal().sqrt()
+        factor = torch.where((factor != 0) & (size > 0), factor.sign() / size, 0.0)
+    # In place: with a thousand units, Grams are what a worker's memory goes into.
+    return gram.clone().mul_(factor[:, None]).mul_(factor)
