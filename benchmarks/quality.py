@@ -1,6 +1,6 @@
 """Score merge methods on an arena of tasks: a folder with adapters, heads, data and evaluate.py.
 
-    python benchmarks/quality.py ARENA [--out quality.md] [--only wudi] [--val 300]
+    python benchmarks/quality.py ARENA [--out quality.md] [--only wudi] [--ranks 16] [--val 300]
 
 For every method and rank: merge at scale 1, choose the scale on the validation split alone (a walk
 on a geometric grid), score once on the test split. The table gives the mean over tasks of accuracy
@@ -58,6 +58,17 @@ ENTRIES = (
     Entry("ties", ranks=(16, 32)),
     Entry("dare", ranks=(16, 32)),
     Entry("lego", {"balance": True}, ranks=(16, 32)),
+    Entry("lego", ranks=(16, 32)),
+    Entry("magnitude", ranks=(16, 32)),
+    Entry("dare-ties", ranks=(16, 32)),
+    Entry("della", ranks=(16, 32)),
+    Entry("breadcrumbs", ranks=(16, 32)),
+    Entry("sce", ranks=(16, 32)),
+    Entry("knots-dare-ties", ranks=(16, 32)),
+    Entry("core-dare-ties", ranks=(16, 32)),
+    Entry("multislerp"),
+    Entry("karcher"),
+    Entry("model-stock", ranks=(16, 32)),
 )
 
 
@@ -68,17 +79,21 @@ def main() -> None:
     parser.add_argument("arena", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="", help="comma-separated methods")
+    parser.add_argument("--ranks", default="", help="comma-separated ranks of each entry's to keep")
     parser.add_argument("--val", type=int, default=300, help="validation examples per task")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arena = _arena(arguments.arena)
     only = set(filter(None, arguments.only.split(",")))
+    ranks = set(filter(None, arguments.ranks.split(",")))
     rows = ["|method|rank|scale|mean norm.|" + "|".join(arena.tasks) + "|"]
     rows.append("|-" * (4 + len(arena.tasks)) + "|")
     for entry in ENTRIES:
         if only and entry.method not in only:
             continue
         for rank in entry.ranks:
+            if ranks and str(rank) not in ranks:
+                continue
             rows.append(_row(arena, arguments.arena, entry, rank, arguments.val))
             print(rows[-1], flush=True)
     if arguments.out:
