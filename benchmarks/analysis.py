@@ -42,7 +42,7 @@ def main() -> None:
     _report("spectra, one r=64", ["spectra", *wide, "--json"], _read(wide), 2, arguments.rounds)
     one = make_adapters(work / "adapters", 1, 16)
     out = work / "resized"
-    bare = [sys.executable, str(HERE / "bare.py"), str(work / "bare"), *map(str, one)]
+    bare = [sys.executable, str(HERE / "bare.py"), str(work / "bare"), "1", *map(str, one)]
     resize = ["resize", *one, "-o", out, "--budget", "x0.5", "--force"]
     _report("resize --budget x0.5, one r=16", resize, bare, 3, arguments.rounds)
     if arguments.many:

@@ -1,4 +1,9 @@
-"""The least a merge could do: import torch, load the files, save one output of the same size."""
+"""The least a merge could do: import torch, load the files, save one output of the same size.
+
+    python benchmarks/bare.py OUT SIZE ADAPTER...
+
+SIZE is the output's size in adapters: 1 for a merge to the inputs' rank, N for N ranks added up.
+"""
 
 import sys
 from pathlib import Path
@@ -8,11 +13,15 @@ from safetensors.torch import load_file, save_file
 
 
 def main() -> None:
-    out, *folders = map(Path, sys.argv[1:])
-    loaded = [load_file(folder / "adapter_model.safetensors") for folder in folders]
-    out.mkdir(parents=True, exist_ok=True)
-    result = {name: torch.clone(tensor) for name, tensor in loaded[0].items()}
-    save_file(result, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    out, size, *folders = sys.argv[1:]
+    loaded = [load_file(Path(folder) / "adapter_model.safetensors") for folder in folders]
+    result = {
+        f"{name}.{copy}": torch.clone(tensor)
+        for copy in range(int(size))
+        for name, tensor in loaded[copy].items()
+    }
+    Path(out).mkdir(parents=True, exist_ok=True)
+    save_file(result, Path(out) / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

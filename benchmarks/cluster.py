@@ -59,7 +59,7 @@ def _cluster(work: Path, adapters: list[Path]) -> list[str]:
 
 
 def _time(work: Path, adapters: list[Path], rounds: int) -> None:
-    bare = [sys.executable, str(HERE / "bare.py"), str(work / "bare"), *map(str, adapters)]
+    bare = [sys.executable, str(HERE / "bare.py"), str(work / "bare"), "1", *map(str, adapters)]
     ratio, ours, theirs = compare(_cluster(work, adapters), bare, rounds)
     print(
         f"cluster {len(adapters)} x r{RANK}: {ours.seconds:.2f} s, bare {theirs.seconds:.2f} s, "

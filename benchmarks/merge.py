@@ -38,12 +38,13 @@ def main() -> None:
     arguments = parser.parse_args()
     work: Path = arguments.work
     adapters = list(map(str, make_adapters(work / "adapters", 4, RANK)))
-    bare = [sys.executable, str(HERE / "bare.py"), str(work / "bare"), *adapters]
     for method in filter(None, arguments.methods.split(",")):
         command = [sys.executable, "-m", "lora_merge", "merge", *adapters, "-M", method]
         command += ["--force", "-o", str(work / "merged")]
         command += [] if method == "cat" else ["--rank", str(RANK)]
         command += ONE_PASS if method.endswith("ties") else ()
+        size = str(len(adapters)) if method == "cat" else "1"
+        bare = [sys.executable, str(HERE / "bare.py"), str(work / "bare"), size, *adapters]
         ratio, ours, theirs = compare(command, bare, arguments.rounds)
         print(
             f"{method:12} {ours.seconds:6.2f} s, bare {theirs.seconds:5.2f} s, ratio {ratio:5.2f} "

@@ -1,5 +1,6 @@
 """The `lora-merge` command: a table of subcommands, and what becomes of errors."""
 
+import gc
 import os
 import signal
 import sys
@@ -66,6 +67,9 @@ def cli() -> None:
 def main() -> None:
     """Entry point: 0 done, 1 the input is at fault, 2 wrong usage, 130 interrupted."""
     signal.signal(signal.SIGTERM, _terminate)
+    # Importing torch makes a million objects that stay; looking through them for garbage again and
+    # again took 8 % of a four-adapter merge.
+    gc.set_threshold(200_000, 20, 20)
     sys.exit(run(sys.argv[1:]))
 
 
