@@ -25,8 +25,8 @@ def in_order(
         items: What to work through.
         jobs: Worker threads; default: the CPUs this process may use.
     """
-    workers = jobs or _available()
-    with _one_blas_thread(), ThreadPoolExecutor(workers) as pool:
+    workers = jobs or default_jobs()
+    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:
@@ -39,14 +39,16 @@ def in_order(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _available() -> int:
+def default_jobs() -> int:
+    """CPUs this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 @contextlib.contextmanager
-def _one_blas_thread() -> Iterator[None]:
+def one_blas_thread() -> Iterator[None]:
+    """One BLAS thread inside the block: sums then have one order, whatever else runs."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -123,10 +123,11 @@ def run_merge(
     strict: bool = False,
 ) -> None:
     """Plan a recipe, run it and show what happened; every merging command ends here."""
+    from lora_merge.analysis.parallel import default_jobs
     from lora_merge.cli._memory import return_large_blocks
     from lora_merge.cli._merge_view import plan_data, plan_view, report_view
     from lora_merge.cli._output import Output
-    from lora_merge.merge.executor import default_jobs, pick_device
+    from lora_merge.merge.executor import pick_device
     from lora_merge.merge.recipe import open_adapters, plan_recipe, resolved_recipe
     from lora_merge.merge.save import save_merge
 

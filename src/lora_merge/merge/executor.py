@@ -1,20 +1,17 @@
 """Run a plan: modules stream from the files through the method to the sink."""
 
-import contextlib
-import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from math import sqrt
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lora_merge.adapters import AlignedModule, RankStack, read_stacks
 from lora_merge.analysis import choose_ranks
+from lora_merge.analysis.parallel import default_jobs, in_order, one_blas_thread
 from lora_merge.errors import MethodError
 from lora_merge.merge.calibrate import present_weights
 from lora_merge.merge.method import Job
@@ -22,8 +19,6 @@ from lora_merge.merge.pipeline import Finished, Merged, finish, merge_stack, pre
 from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.report import ModuleReport
 from lora_merge.merge.spool import Spool
-
-T = TypeVar("T")
 
 
 class Sink(Protocol):
@@ -63,13 +58,12 @@ def execute(
     """
     place = pick_device(device)
     shared = _prepare(plan, place)
-    with _one_blas_thread():
-        work = partial(_write_module, plan, sink, place, shared)
-        reports = []
-        for report in _each(plan, work, _workers(jobs, place)):
-            reports.append(report)
-            if on_module:
-                on_module(report)
+    work = partial(_write_module, plan, sink, place, shared)
+    reports = []
+    for report in in_order(work, plan.alignment.modules, jobs=_workers(jobs, place)):
+        reports.append(report)
+        if on_module:
+            on_module(report)
     _merge_extras(plan, sink)
     return reports
 
@@ -97,11 +91,10 @@ def settle(
     place = pick_device(device)
     shared = _prepare(plan, place)
     spool = Spool(folder)
-    with _one_blas_thread():
-        work = partial(_spool_module, plan, spool, place, shared)
-        for name in _each(plan, work, _workers(jobs, place)):
-            if on_module:
-                on_module(name)
+    work = partial(_spool_module, plan, spool, place, shared)
+    for name in in_order(work, plan.alignment.modules, jobs=_workers(jobs, place)):
+        if on_module:
+            on_module(name)
     return plan.with_ranks(_chosen_ranks(plan, spool), spool)
 
 
@@ -115,24 +108,6 @@ def _chosen_ranks(plan: MergePlan, spool: Spool) -> dict[str, int]:
     spectra = {name: spool.spectrum(name) for name in modules}
     before = {name: m.num_units for name, m in modules.items()}
     return choose_ranks(spectra, costs, plan.rule, before=before, max_rank=None).ranks
-
-
-def _each(plan: MergePlan, work: Callable[[AlignedModule], T], workers: int) -> Iterator[T]:
-    """The results of all modules, in order."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[T]] = deque()
-        modules = iter(plan.alignment.modules)
-        try:
-            while True:
-                # One module per worker and one more, so memory stays bounded and nobody waits.
-                while len(waiting) <= workers and (module := next(modules, None)):
-                    waiting.append(pool.submit(work, module))
-                if not waiting:
-                    break
-                yield waiting.popleft().result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def _workers(jobs: int | None, device: torch.device) -> int:
@@ -154,13 +129,6 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise MethodError("there is no CUDA device here", "use --device cpu")
     return device
-
-
-def default_jobs() -> int:
-    """CPUs this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _stacks(
@@ -248,7 +216,7 @@ def _prepare(plan: MergePlan, device: torch.device) -> Any:
             for stack, job in _stacks(plan, module, device, None):
                 yield prepare_view(stack, job, plan.method, plan.semantics)
 
-    with _one_blas_thread():
+    with one_blas_thread():
         return prepare(sweep, plan.options)
 
 
@@ -273,13 +241,3 @@ def _merge_extras(plan: MergePlan, sink: Sink) -> None:
         for owner in owners[1:]:
             total = total + owner.read_extra(name).double()
         sink.add_extra(name, total / len(owners))
-
-
-@contextlib.contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
