@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -37,6 +38,30 @@ def header_of(
     return struct.pack("<Q", len(text)) + text, absolute, start + position
 
 
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's entries as they stand in a file."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def write_at(file: IO[bytes], data: bytes | memoryview, offset: int) -> None:
+    """Write bytes at a place of an open file; moves no cursor, so threads may share the file.
+
+    Raises:
+        OutputError: If the system refuses, as it does on a full disk.
+    """
+    view = memoryview(data)
+    try:
+        while view:
+            written = os.pwrite(file.fileno(), view, offset)
+            view, offset = view[written:], offset + written
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {Path(file.name).name}: {error.strerror}",
+            "free space or choose another -o",
+        ) from error
+
+
 class SafetensorsStream:
     """A safetensors file whose header is known before its tensors.
 
@@ -61,7 +86,7 @@ class SafetensorsStream:
         self._missing = set(entries)
         self._file = path.open("wb")
         try:
-            self._write(head, 0)
+            write_at(self._file, head, 0)
         except OutputError:
             self._file.close()
             raise
@@ -71,22 +96,8 @@ class SafetensorsStream:
         code, shape = self._entries[name]
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: {tuple(tensor.shape)} is not the announced {shape}")
-        data = tensor.detach().to("cpu", DTYPES[code]).contiguous()
-        if data.numel():
-            self._write(data.reshape(-1).view(torch.uint8).numpy().data, self._offsets[name])
+        write_at(self._file, tensor_bytes(tensor.to(DTYPES[code])), self._offsets[name])
         self._missing.discard(name)
-
-    def _write(self, data: bytes | memoryview, offset: int) -> None:
-        view = memoryview(data)
-        try:
-            while view:
-                written = os.pwrite(self._file.fileno(), view, offset)
-                view, offset = view[written:], offset + written
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {self.path.name}: {error.strerror}",
-                "free space or choose another -o",
-            ) from error
 
     def __enter__(self) -> "SafetensorsStream":
         return self

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters import DTYPES
+from lora_merge.adapters.stream import tensor_bytes, write_at
 from lora_merge.errors import OutputError, SourceError
 
 # Weights in other formats: a fused copy would leave them stale, so they stay behind.
@@ -130,17 +131,8 @@ class ShardEditor:
 
     def write(self, place: TensorPlace, start: int, tensor: Tensor) -> None:
         """Overwrite entries from flat index `start`; the tensor has the place's dtype."""
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         offset = place.offset + start * DTYPES[place.dtype].itemsize
-        try:
-            while data:
-                written = os.pwrite(self._file.fileno(), data, offset)
-                data, offset = data[written:], offset + written
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {self.path.name}: {error.strerror}",
-                "free space or choose another -o",
-            ) from error
+        write_at(self._file, tensor_bytes(tensor), offset)
 
     def __enter__(self) -> "ShardEditor":
         return self
