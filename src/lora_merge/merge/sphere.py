@@ -15,6 +15,9 @@ from lora_merge.errors import MethodError
 from lora_merge.merge.method import Job, Outcome
 from lora_merge.merge.options import option
 
+# A length comes from squares that carry rounding of 1e-16, so below 1e-8 it is noise.
+_VANISHING = 1e-7
+
 # mergekit's bound: nearer than this to parallel, slerp and linear interpolation are one.
 _PARALLEL = 0.9995
 
@@ -155,7 +158,7 @@ def _unit(place: Tensor, cosines: Tensor, job: Job) -> Tensor:
         MethodError: If directions cancel.
     """
     length = float((place @ cosines @ place).clamp_min(0).sqrt())
-    if length < 1e-9:
+    if length < _VANISHING:
         if not bool(cosines.any()):
             return place
         raise MethodError(
