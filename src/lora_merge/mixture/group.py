@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_merge.errors import MethodError
-from lora_merge.mixture.gate import GateSpec, activate
-from lora_merge.mixture.member import Member
-from lora_merge.mixture.stacked import (
+from lora_merge.kernels.gated_stack.eager import (
     expand,
     gate_units,
     shrink_conv,
     shrink_embedding,
     shrink_linear,
 )
+from lora_merge.mixture.gate import GateSpec, activate
+from lora_merge.mixture.member import Member
 
 
 @dataclass(eq=False)

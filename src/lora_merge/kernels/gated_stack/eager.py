@@ -1,9 +1,8 @@
-"""The one operation of a mixture, on all experts at once: shrink, gate, expand.
+"""The gated stack in plain PyTorch: shrink, gate, expand, for any device and any base.
 
     y + up^T (g * (down x))        down (R, d_in), up (R, d_out), g one weight per unit
 
-Two matrix products per module whatever the number of experts, and never a loop over them. These
-three functions are all that touches tokens; a faster backend replaces them and nothing else.
+Two matrix products per module whatever the number of experts, and never a loop over them.
 """
 
 from collections.abc import Callable
@@ -81,11 +80,12 @@ def gate_units(u: Tensor, weights: Tensor, block: int | None, columns: Tensor | 
     if columns is not None:
         weights = weights.index_select(1, columns)
     elif block is not None:
-        shape = (rows, tokens // rows, -1, block) if rows else (0, 1, weights.shape[1], block)
-        return (u.view(shape) * weights.view(rows, 1, -1, 1)).view(u.shape)
+        count = weights.shape[1]
+        grouped = u.view(rows, tokens // max(rows, 1), count, block)
+        return (grouped * weights.view(rows, 1, count, 1)).view(u.shape)
     if rows == tokens or rows == 1:
         return u * weights
-    return (u.view(rows, tokens // rows, -1) * weights[:, None, :]).view(u.shape)
+    return (u.view(rows, tokens // rows, u.shape[1]) * weights[:, None, :]).view(u.shape)
 
 
 def expand(y: Tensor, z: Tensor, up: Tensor, *, in_place: bool = False) -> Tensor:

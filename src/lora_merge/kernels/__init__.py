@@ -1,0 +1,1 @@
+"""What touches every token: the operations that a GPU should run in a few launches."""
