@@ -94,7 +94,7 @@ def _against_peft(adapters: list[str], module: str = "model.layers.0.self_attn.q
 
         def run() -> None:
             stack = next(read_stacks(alignment, chosen))
-            job = Job(module, RANK if row.makes_rank else None, weights, 0, names=tuple(names))
+            job = Job(module, RANK if row.makes_rank else None, weights, 0)
             finish(merge_stack(stack, job, row, row.parse(parameters), Semantics()), RANK)
 
         return run

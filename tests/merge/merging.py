@@ -32,7 +32,6 @@ def merge_one(
         rank=rank if chosen.makes_rank else None,
         weights=torch.tensor(weights or [1.0] * count, dtype=torch.float64),
         seed=seed,
-        names=tuple(f"adapter-{i}" for i in range(count)),
         statistics=made_up_statistics(stack) if chosen.needs else {},
     )
     shared = parse_options(Semantics, semantics or {}, "a merge")

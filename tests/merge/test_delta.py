@@ -1,5 +1,7 @@
 """Streaming in delta space: the same bits for any block, the dense result, the optimal cut."""
 
+from itertools import chain
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 from builders import random_stack
 from lora_merge.adapters import RankStack
 from lora_merge.errors import MethodError
-from lora_merge.merge.delta import guess_thresholds, merge_delta, sweep_of
+from lora_merge.merge.blocks import in_turn
+from lora_merge.merge.delta import blocks_of, guess_thresholds, merge_delta
 from lora_merge.merge.elementwise import measure, merge_tensor
 from lora_merge.merge.rule import preset, rule_names
 
@@ -84,7 +87,7 @@ def test_a_low_rank_merge_is_found_exactly():
 def test_guessed_thresholds_change_nothing_but_the_time(name, monkeypatch):
     stack = random_stack((4, 4, 4), d_out=400, d_in=400, dtype=torch.float32)
     rule = rule_of(name)
-    sweep = sweep_of(stack, WEIGHTS, keys=KEYS)
+    sweep = in_turn(blocks_of(stack, WEIGHTS, keys=KEYS))
     brackets = guess_thresholds(rule, stack, WEIGHTS)
     assert set(brackets) == {0, 1, 2}
     slow = measure(rule, sweep, 3)
@@ -101,8 +104,8 @@ def test_global_thresholds_are_those_of_all_modules_together():
     small, large = random_stack(d_out=20, d_in=9, seed=1), random_stack(d_out=31, d_in=12, seed=2)
     large = large.weighted(torch.full((3,), 3.0, dtype=torch.float64))
     rule = preset("ties", density=0.3)
-    sweeps = [sweep_of(stack, WEIGHTS) for stack in (small, large)]
-    statistics = measure(rule, lambda: (block for sweep in sweeps for block in sweep()), 3)
+    parts = [blocks_of(stack, WEIGHTS) for stack in (small, large)]
+    statistics = measure(rule, in_turn(lambda: chain.from_iterable(p() for p in parts)), 3)
     together = torch.cat([deltas(s).flatten(1) for s in (small, large)], dim=1)[:, None]
     expected = merge_tensor(rule_of("ties", density=0.3), together, WEIGHTS).flatten()
     found = [

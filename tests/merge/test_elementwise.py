@@ -1,5 +1,6 @@
 """Elementwise rules against plain dense float64 code, PEFT and the laws they obey."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from peft.utils import merge_utils as peft_rules
 
 from lora_merge.errors import MethodError
-from lora_merge.merge.blocks import Block
+from lora_merge.merge.blocks import Block, in_turn
 from lora_merge.merge.elementwise import combine, measure, merge_tensor
 from lora_merge.merge.masks import keep_threshold, random_bits
 from lora_merge.merge.rule import Rule, preset, rule_names
@@ -36,7 +37,7 @@ def dense_top(x, k):
 
 def dense_sparse(rule, x, key):
     n = x.numel()
-    if rule.density >= 1:
+    if rule.density >= 1 and rule.trim >= 1:
         return x.clone()
     if rule.sparsify == "magnitude":
         out = x * dense_top(x, int(rule.density * n))
@@ -45,7 +46,9 @@ def dense_sparse(rule, x, key):
         top = min(top, n - keep)
         out = x * (dense_top(x, top + keep) & ~dense_top(x, top))
     elif rule.sparsify == "random":
-        out = x * (random_bits(key, 0, tuple(x.shape)) < keep_threshold(rule.density))
+        out = x.clone()
+        if rule.density < 1:
+            out = x * (random_bits(key, 0, tuple(x.shape)) < keep_threshold(rule.density))
         if rule.rescale == "probability":
             out = out / rule.density
         if rule.trim < 1:
@@ -71,7 +74,7 @@ def dense_merge(rule, xs, weights, keys):
         mask = dense_top(variance, int(rule.density * int((variance > 0).sum())))
         parts = [x * mask for x in xs]
     else:
-        parts = [dense_sparse(rule, x, key) for x, key in zip(xs, keys, strict=True)]
+        parts = [dense_sparse(rule.of(i), x, keys[i]) for i, x in enumerate(xs)]
     shares = list(weights)
     if rule.energy_weights:
         squares = [float(part.square().sum()) for part in parts]
@@ -149,6 +152,25 @@ def test_any_mixture_of_options_equals_plain_dense_code(weights, seed, **options
     merged = merge_tensor(rule, x, weights, keys=KEYS[:4])
     expected = dense_merge(rule, x, weights, KEYS[:4])
     torch.testing.assert_close(merged, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+@pytest.mark.parametrize("name", [n for n in rule_names() if n != "sce"])
+def test_adapters_with_rules_of_their_own_equal_plain_dense_code(name, compat):
+    rule = preset(name, compat=compat, density=0.6, scope="tensor")
+    further = {"della": {"epsilon": 0.4}, "breadcrumbs": {"gamma": 0.2}}.get(name, {})
+    own = [
+        rule,
+        replace(rule, density=1.0),
+        replace(rule, density=0.3),
+        replace(rule, density=0.5, **further),
+    ]
+    rule = replace(rule, own=tuple(own))
+    x = tensors()
+    merged = merge_tensor(rule, x, WEIGHTS, keys=KEYS[:4])
+    torch.testing.assert_close(merged, dense_merge(rule, x, WEIGHTS, KEYS[:4]))
+    alone = replace(rule, own=())
+    assert not torch.allclose(merged, merge_tensor(alone, x, WEIGHTS, keys=KEYS[:4]))
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
@@ -284,7 +306,7 @@ def test_blocks_of_any_height_in_any_order_give_the_same_bits(rule, heights, ord
         blocks.append(Block(part, WEIGHTS[:3], KEYS[:3], (0, 1, 2), row))
         row += height
     order.shuffle(blocks)
-    statistics = measure(rule, lambda: iter(blocks), 3)
+    statistics = measure(rule, in_turn(lambda: blocks), 3)
     merged = {block.row: combine(rule, block, statistics) for block in blocks}
     assert torch.equal(torch.cat([merged[row] for row in sorted(merged)]), whole)
 

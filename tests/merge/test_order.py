@@ -13,9 +13,9 @@ _floats = st.one_of(
 
 
 def _stream(values: torch.Tensor, pieces: int):
-    def sweep():
+    def sweep(visit):
         for part in values.chunk(pieces):
-            yield 3, part
+            visit(3, part)
 
     return sweep
 
@@ -31,7 +31,7 @@ def test_equals_the_sorted_stream_whatever_the_bracket(values, ranks, pieces, do
     x = torch.tensor(values, dtype=torch.float64 if double else torch.float32)
     ranks = [min(rank, len(values)) for rank in ranks]
     brackets = None if ends is None else {3: [Bracket(min(ends), max(ends))] * len(ranks)}
-    found = kth_largest(_stream(x, pieces), lambda n: ranks, [3], brackets=brackets)
+    found = kth_largest(_stream(x, pieces), lambda _, n: ranks, [3], brackets=brackets)
     expected = x.sort(descending=True).values
     assert found == {3: [float(expected[rank - 1]) for rank in ranks]}
 
@@ -39,7 +39,7 @@ def test_equals_the_sorted_stream_whatever_the_bracket(values, ranks, pieces, do
 def test_ranks_see_the_number_of_values_and_rank_0_keeps_nothing():
     x = torch.arange(10, dtype=torch.float32)
     seen = []
-    found = kth_largest(_stream(x, 2), lambda n: seen.append(n) or [0, n], [3])
+    found = kth_largest(_stream(x, 2), lambda _, n: seen.append(n) or [0, n], [3])
     assert (found, seen) == ({3: [float("inf"), 0.0]}, [10])
 
 
@@ -56,5 +56,5 @@ def test_a_sampled_bracket_holds_its_quantile_and_little_else():
 def test_a_bracket_that_catches_too_much_is_given_up(monkeypatch):
     monkeypatch.setattr("lora_merge.merge.order._MOST_CAUGHT", 10)
     x = torch.arange(1000, dtype=torch.float32)
-    found = kth_largest(_stream(x, 9), lambda n: [500], [3], brackets={3: [Bracket(0.0, 1e9)]})
+    found = kth_largest(_stream(x, 9), lambda _, n: [500], [3], brackets={3: [Bracket(0.0, 1e9)]})
     assert found == {3: [500.0]}

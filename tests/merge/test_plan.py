@@ -1,6 +1,7 @@
 """Weights by module, rank rules, choosing, and what every method's output is worth to others."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import lora_merge
 from builders import SHAPES, adapter_parts, make_adapter, save_adapter, save_parts
 from lora_merge.adapters import Adapter, align, read_stacks
 from lora_merge.errors import LoraMergeError, MethodError
+from lora_merge.merge.by_module import ByModule, count_layers
+from lora_merge.merge.elementwise import merge_tensor
 from lora_merge.merge.recipe import parse_recipe
 from lora_merge.merge.registry import methods
-from lora_merge.merge.weights import ModuleWeights, count_layers
+from lora_merge.merge.rule import preset
 
 # Methods that need statistics are tested with them in test_statistics.
 ROWS = sorted((m for m in methods().values() if not m.needs), key=lambda m: m.name)
@@ -49,6 +52,111 @@ def test_weight_zero_is_the_same_as_absent(method) -> None:
     )
     for name, delta in deltas(without).items():
         assert torch.equal(delta, deltas(beside)[name])
+
+
+@pytest.mark.parametrize("method", ROWS, ids=lambda m: m.name)
+def test_names_and_order_do_not_matter(method) -> None:
+    """What an adapter stores decides, for random masks, too; not where it lies."""
+    adapters = some_adapters(method)
+    weights = [1.0, 0.5, 0.7][: len(adapters)]
+    first = lora_merge.merge(adapters, method=method.name, weights=weights, rank=3)
+    renamed = [replace(a, name=n) for a, n in zip(adapters, "zyx", strict=False)]
+    if not method.ordered:
+        renamed, weights = renamed[::-1], weights[::-1]
+    second = lora_merge.merge(renamed, method=method.name, weights=weights, rank=3)
+    for name in first.modules:
+        pairs = zip(first.read(name), second.read(name), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_copies_of_an_adapter_are_dropped_apart() -> None:
+    """Else DARE of copies would not average its noise out."""
+    one = make_adapter("one", r=4, seed=1)
+    copies = [replace(one, name=name) for name in ("b", "a")]
+    arguments = {"method": "dare", "rank": "full", "parameters": {"density": 0.5}}
+    single = deltas(lora_merge.merge([one], **arguments))
+    merged = deltas(lora_merge.merge(copies, weights=[0.25, 0.75], **arguments))
+    again = deltas(lora_merge.merge(copies[::-1], weights=[0.75, 0.25], **arguments))
+    for name, exact in deltas(one).items():
+        kept = [(d[name].abs() > 1e-6).double().mean() for d in (single, merged)]
+        assert abs(kept[0] - 0.5) < 0.1 and abs(kept[1] - 0.75) < 0.1
+        assert torch.equal(merged[name], again[name])
+        assert not torch.allclose(merged[name], exact)
+
+
+def dense_ties(adapters, names, densities, weights=(1.0, 1.0, 1.0)):
+    """TIES of whole deltas, one density per adapter; oracle of the rule in test_elementwise."""
+    parts = [deltas(a) for a in adapters]
+    merged = {}
+    for name in names:
+        rules = [preset("ties", compat="peft", density=d[name]) for d in densities]
+        x = torch.stack([p[name] for p in parts])
+        merged[name] = merge_tensor(replace(rules[0], own=tuple(rules)), x, weights)
+    return merged
+
+
+def test_parameters_of_single_adapters(tmp_path: Path, capsys) -> None:
+    from lora_merge.cli.app import run
+
+    names = list(SHAPES)
+    folders = [str(save_adapter(tmp_path / n, r=3, seed=i)) for i, n in enumerate("abc")]
+    adapters = [Adapter.from_pretrained(f) for f in folders]
+    filtered = [{"filter": "q_proj", "value": 0.9}]
+    densities = [
+        dict.fromkeys(names, 0.3),
+        {n: 0.2 if ".0." in n else 0.8 for n in names},
+        {n: 0.9 if "q_proj" in n else 0.5 for n in names},
+    ]
+    expected = dense_ties(adapters, names, densities)
+    parameters = {"compat": "peft", "density": 0.5}
+    own = [{"density": 0.3}, {"density": [0.2, 0.8]}, {"density": filtered}]
+    merged = lora_merge.merge(
+        adapters, method="ties", parameters=parameters, own_parameters=own, rank="full"
+    )
+    for name, delta in deltas(merged).items():
+        torch.testing.assert_close(delta, expected[name])
+    # The same from the command line, through the printed recipe, and from the resolved one.
+    flags = ["--density", "0.3", "-p", "density=[0.2, 0.8]", "--compat", "peft", "--rank", "full"]
+    flags += ["--density", "[{filter: q_proj, value: 0.9}, {value: 0.5}]"]
+    command = ["merge", *folders, "-M", "ties", *flags]
+    assert run([*command, "-o", str(tmp_path / "one")]) == 0
+    capsys.readouterr()
+    assert run([*command, "--print-recipe"]) == 0
+    (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)
+    assert run(["run", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "two")]) == 0
+    again = str(tmp_path / "one" / "lora_merge.yaml")
+    assert run(["run", again, "-o", str(tmp_path / "three")]) == 0
+    first = tmp_path / "one"
+    for other in ("two", "three"):
+        for file in ("adapter_model.safetensors", "lora_merge.yaml"):
+            assert (first / file).read_bytes() == (tmp_path / other / file).read_bytes()
+
+
+def test_a_gradient_among_the_methods_parameters_is_every_adapters() -> None:
+    adapters = [make_adapter(f"adapter-{i}", r=3, seed=i) for i in range(3)]
+    by_layer = {n: 0.2 if ".0." in n else 0.8 for n in SHAPES}
+    parameters = {"compat": "peft", "density": [0.2, 0.8]}
+    merged = lora_merge.merge(adapters, method="ties", parameters=parameters, rank="full")
+    expected = dense_ties(adapters, list(SHAPES), [by_layer] * 3)
+    for name, delta in deltas(merged).items():
+        torch.testing.assert_close(delta, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ([{}, {}], "2 mappings"),
+        ([{}, {}, {"elect": "none"}], "adapter-2.*'elect' for single adapters"),
+        ([{}, {}, {"density": 2.0}], "adapter-2.*density is 2.0"),
+        ([{}, {}, {"density": "much"}], "is no density"),
+        ([{}, {}, {"density": [0.1, 0.5]}], "from module to module"),  # TIES ranks globally
+    ],
+)
+def test_parameters_that_single_adapters_cannot_have(own, words) -> None:
+    adapters = [make_adapter(f"adapter-{i}", r=4, seed=i) for i in range(3)]
+    with pytest.raises(MethodError, match=words) as caught:
+        lora_merge.merge(adapters, method="ties", own_parameters=own)
+    assert caught.value.remedy
 
 
 @pytest.mark.parametrize("method", ROWS, ids=lambda m: m.name)
@@ -88,21 +196,21 @@ def test_the_same_bytes_for_any_number_of_jobs(method) -> None:
 
 
 def test_weights_by_layer_and_by_name() -> None:
-    gradient = ModuleWeights.of([0.0, 1.0])
+    gradient = ByModule.of([0.0, 1.0])
     assert [gradient.at(f"model.layers.{i}.mlp.up", 5) for i in range(5)] == [0, 0.25, 0.5, 0.75, 1]
     assert gradient.at("model.embed_tokens", 5) == 0 and gradient.at("lm_head", 5) == 1
-    cases = ModuleWeights.of(
+    cases = ByModule.of(
         [{"filter": "q_proj", "value": 2}, {"filter": "*.1.mlp*", "value": 3}, {"value": [1, 0]}]
     )
     assert cases.at("layers.0.self_attn.q_proj", 2) == 2
     assert cases.at("layers.1.mlp.up", 2) == 3
     assert cases.at("layers.0.mlp.up", 2) == 1
-    assert ModuleWeights.of([{"filter": "q_proj", "value": 2}]).at("layers.0.mlp.up", 2) == 0
-    assert ModuleWeights.of(cases.to_data()) == cases
+    assert ByModule.of([{"filter": "q_proj", "value": 2}]).at("layers.0.mlp.up", 2) is None
+    assert ByModule.of(cases.to_data()) == cases
     assert count_layers(list(SHAPES)) == 2
     for wrong in ("much", float("nan"), [1, "x"], [{"filter": "a"}], True):
         with pytest.raises(MethodError, match="weight"):
-            ModuleWeights.of(wrong)
+            ByModule.of(wrong)
 
 
 def test_module_weights_in_a_merge() -> None:
@@ -132,6 +240,45 @@ def test_rank_rules_choose_over_all_modules() -> None:
     half = lora_merge.merge(adapters, method="svd", rank="budget:x0.5", ranks="per-module")
     assert half.num_parameters <= whole.num_parameters / 2
     assert len(half.ranks()) > 1
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "breadcrumbs"])
+def test_rules_for_ranks_see_the_whole_merged_delta(method) -> None:
+    """An elementwise merge has full rank: a rule's share is one of all its energy."""
+    adapters = [make_adapter(f"adapter-{i}", r=2, seed=i) for i in range(3)]
+    arguments = {"method": method, "parameters": {"density": 0.4}, "ranks": "per-module"}
+    exact = deltas(lora_merge.merge(adapters, rank="full", **arguments))
+    merged = lora_merge.merge(adapters, rank="energy:0.95", **arguments)
+    assert any("full rank" in note for note in merged.notes)
+    assert max(merged.ranks()) > 6  # R, the most that is left of a sum
+    for name, spec in merged.modules.items():
+        values = torch.linalg.svdvals(exact[name].double()).square()
+        kept = values.cumsum(0) / values.sum()
+        assert kept[spec.rank - 1] >= 0.95 > kept[spec.rank - 2]
+        left_out = (exact[name] - deltas(merged)[name]).square().sum() / values.sum()
+        assert float(left_out) == pytest.approx(1 - float(kept[spec.rank - 1]), rel=1e-3)
+    wide = lora_merge.merge(adapters, rank=12, **arguments)
+    assert set(wide.ranks()) == {12}
+    with pytest.raises(MethodError, match="rank 17 is not possible"):
+        lora_merge.merge(adapters, rank=17, **arguments)
+
+
+def test_the_report_says_what_an_elementwise_merge_lost(tmp_path: Path, capsys) -> None:
+    from lora_merge.cli.app import run
+
+    folders = [str(save_adapter(tmp_path / n, r=2, seed=i)) for i, n in enumerate("abc")]
+    adapters = [Adapter.from_pretrained(f) for f in folders]
+    exact = deltas(lora_merge.merge(adapters, method="ties", rank="full"))
+    for rank in ("2", "energy:0.7", "full"):
+        out = tmp_path / rank
+        command = ["merge", *folders, "-M", "ties", "--rank", rank, "-o", str(out), "--json"]
+        assert run([*command, "--ranks", "per-module"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        written = deltas(Adapter.from_pretrained(out))
+        for module in report["modules"]:
+            name = module["name"]
+            lost = (exact[name] - written[name]).square().sum() / exact[name].square().sum()
+            assert module["retained_energy"] == pytest.approx(1 - float(lost), abs=2e-5)
 
 
 def test_federated_adapters_keep_their_rank(tmp_path: Path) -> None:
@@ -206,13 +353,14 @@ def test_mergekit_words() -> None:
         parameters: {weight: [0, 1], density: 0.4}
       - model: b
     base_model: base
-    parameters: {normalize: true, lambda: 0.7, weight: 0.3, density: 0.4}
+    parameters: {normalize: true, lambda: 0.7, weight: 0.3, density: 0.5}
     out_dtype: bfloat16
     """
     recipe = parse_recipe(yaml.safe_load(text), "recipe")
     assert recipe.merge_method == "dare-ties"
     assert [i.weight for i in recipe.adapters] == [[0, 1], 0.3]
-    assert recipe.parameters == {"density": 0.4}
+    assert recipe.parameters == {"density": 0.5}
+    assert [i.parameters for i in recipe.adapters] == [{"density": 0.4}, {}]
     assert (recipe.normalize, recipe.scale, recipe.dtype) == ("sum", 0.7, "bfloat16")
     assert recipe.base_model == "base"
 
@@ -222,11 +370,7 @@ def test_mergekit_words() -> None:
     [
         ("{merge_method: ties, slices: []}", "slices"),
         ("{merge_method: ties, models: [a], adapters: [b]}", "both"),
-        (
-            "{merge_method: ties, models: [{model: a, parameters: {density: 0.1}},"
-            " {model: b, parameters: {density: 0.2}}]}",
-            "density differs",
-        ),
+        ("{merge_method: ties, models: [{model: a, parameters: [1]}]}", "no mapping"),
         ("{merge_method: svd, models: [a], rank: 'energy:2'}", "energy"),
         ("{merge_method: svd, models: [a], normalise: sum}", "normalise"),
     ],
@@ -248,6 +392,7 @@ def test_words_that_mean_nothing_are_refused(text, words) -> None:
         ({"method": "lego", "rank": "energy:0.5"}, "needs a rank"),
         ({"method": "mean", "weights": [1.0, 1.0, -2.0]}, "add up to 0"),
         ({"method": "svd", "rank": 99}, "99"),
+        ({"method": "della", "parameters": {"density": 0.99}}, "epsilon"),
     ],
 )
 def test_requests_that_cannot_be_met_are_refused(arguments, words) -> None:

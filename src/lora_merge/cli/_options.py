@@ -128,14 +128,14 @@ def run_merge(
     from lora_merge.cli._merge_view import plan_data, plan_view, report_view
     from lora_merge.cli._output import Output
     from lora_merge.merge.executor import pick_device
-    from lora_merge.merge.recipe import open_adapters, plan_recipe, resolved_recipe
+    from lora_merge.merge.recipe import open_recipe, plan_recipe, resolved_recipe
     from lora_merge.merge.save import save_merge
 
     output = Output(as_json)
     pick_device(device)
-    adapters, weights = open_adapters(recipe.adapters, allow_pickle=allow_pickle)
+    recipe, adapters = open_recipe(recipe, allow_pickle=allow_pickle)
     recipe = replace(recipe, accept_base_models=recipe.accept_base_models or force)
-    plan = plan_recipe(recipe, adapters, weights)
+    plan = plan_recipe(recipe, adapters)
     for note in plan.notes:
         output.note(note)
     if dry_run:
@@ -147,7 +147,7 @@ def run_merge(
         report = save_merge(
             plan,
             out,
-            recipe=lambda: resolved_recipe(recipe, plan, adapters, weights),
+            recipe=lambda: resolved_recipe(recipe, plan, adapters),
             force=force,
             strict=strict,
             jobs=jobs,

@@ -1,6 +1,6 @@
 """From command-line options to a recipe; every flag has its place there."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
@@ -17,17 +17,44 @@ def split_run_options(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments.pop(name) for name in _RUN_OPTIONS}
 
 
-def parse_parameters(pairs: Sequence[str]) -> dict[str, Any]:
-    """`name=value` arguments as parameters; values are YAML scalars."""
+def parse_parameters(pairs: Sequence[str]) -> list[tuple[str, Any]]:
+    """`name=value` arguments; values are YAML."""
     import yaml
 
-    parameters = {}
+    parameters = []
     for pair in pairs:
         name, separator, value = pair.partition("=")
+        try:
+            loaded = yaml.safe_load(value)
+        except yaml.YAMLError:
+            separator = ""
         if not separator:
             raise click.UsageError(f"-p {pair!r}: write NAME=VALUE")
-        parameters[name.strip().replace("-", "_")] = yaml.safe_load(value)
+        parameters.append((name.strip().replace("-", "_"), loaded))
     return parameters
+
+
+def _shared_and_own(
+    given: Iterable[tuple[str, Any]], count: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Parameters given once hold for all adapters; given once per adapter, each for its own."""
+    values: dict[str, list[Any]] = {}
+    for name, value in given:
+        values.setdefault(name, []).append(value)
+    shared: dict[str, Any] = {}
+    own: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, several in values.items():
+        if len(several) == 1:
+            shared[name] = several[0]
+        elif len(several) == count:
+            for mapping, value in zip(own, several, strict=True):
+                mapping[name] = value
+        else:
+            raise click.UsageError(
+                f"{name} is given {len(several)} times for {count} adapters; give it once for all, "
+                "or once per adapter in their order"
+            )
+    return shared, own
 
 
 def recipe_from(
@@ -36,7 +63,7 @@ def recipe_from(
     adapters: Sequence[str],
     weights: Sequence[Any],
     rank: int | str | None,
-    parameters: dict[str, Any],
+    parameters: Iterable[tuple[str, Any]],
     alpha: float | None,
     rslora: bool,
     **settings: Any,
@@ -48,7 +75,8 @@ def recipe_from(
         adapters: References as given; globs may stand for many.
         weights: One per adapter, or none.
         rank: Rank or rank rule.
-        parameters: Parameters of the method; those at their default are left out.
+        parameters: Parameters of the method; those at their default are left out, those given
+            once per adapter are the adapters' own.
         alpha: lora_alpha of files without a config.
         rslora: Those files' scaling is alpha / sqrt(r).
         settings: Every other field of the recipe by name.
@@ -56,19 +84,21 @@ def recipe_from(
     refs = expand(adapters)
     if weights and len(weights) != len(refs):
         raise click.UsageError(f"{len(weights)} weights (-w) for {len(refs)} adapters")
+    shared, own = _shared_and_own(parameters, len(refs))
     if method != "auto":
         chosen = find_method(method)
-        chosen.parse(parameters)
+        varying = {n for n in shared if n in chosen.per_adapter and isinstance(shared[n], list)}
+        chosen.parse({n: v for n, v in shared.items() if n not in varying})
         defaults = chosen.parse({})
-        parameters = {n: v for n, v in parameters.items() if v != getattr(defaults, n)}
+        shared = {n: v for n, v in shared.items() if n in varying or v != getattr(defaults, n)}
     rank = int(rank) if isinstance(rank, str) and rank.isdigit() else rank
     return Recipe(
         merge_method=method,
         adapters=tuple(
-            AdapterItem(ref, weight, alpha=alpha, rslora=rslora)
-            for ref, weight in zip(refs, weights or (1.0,) * len(refs), strict=True)
+            AdapterItem(ref, weight, alpha=alpha, rslora=rslora, parameters=mapping)
+            for ref, weight, mapping in zip(refs, weights or (1.0,) * len(refs), own, strict=True)
         ),
         rank=rank,
-        parameters=parameters,
+        parameters=shared,
         **settings,
     )

@@ -91,6 +91,6 @@ def command(**arguments: Any) -> None:
     from lora_merge.cli._recipe import recipe_from, split_run_options
 
     run = split_run_options(arguments)
-    parameters = {name: arguments.pop(name) for name in _PARAMETERS}
+    parameters = [(name, arguments.pop(name)) for name in _PARAMETERS]
     recipe = recipe_from("lego", parameters=parameters, **arguments)
     run_merge(recipe, **run)

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from lora_merge.cli._options import (
+    WeightType,
     adapters_argument,
     input_options,
     result_options,
@@ -32,9 +33,10 @@ _method_options = together(
         "parameters",
         multiple=True,
         metavar="NAME=VALUE",
-        help="Parameter of the method; repeat it. See `lora-merge methods METHOD`.",
+        help="Parameter of the method; repeat it. See `lora-merge methods METHOD`. The same one "
+        "once per adapter, in their order, gives each its own.",
     ),
-    click.option("--density", type=float, help="Short for -p density=..."),
+    click.option("--density", type=WeightType(), multiple=True, help="Short for -p density=..."),
     click.option(
         "--compat",
         type=click.Choice(["authors", "peft", "mergekit"]),
@@ -91,7 +93,8 @@ _shared_options = together(
     epilog="""\b
 Examples:
   lora-merge merge math code chat --rank 16
-  lora-merge merge a b -M ties -p density=0.3 -w 1 -w 0.5
+  lora-merge merge a b -M ties --density 0.3 -w 1 -w 0.5
+  lora-merge merge a b -M dare --density 0.3 --density '[0.2, 0.8]'
   lora-merge merge a b -M svd --rank energy:0.95 -w '[0.2, 1.0]' -w 0.8
   lora-merge merge a b c -M wudi -p side=output --scale 0.65 -o out
 """,
@@ -107,7 +110,8 @@ def command(parameters: tuple[str, ...], **arguments: Any) -> None:
     """Merge ADAPTERs into one.
 
     A weight is a number; a list of numbers, spread over the layers; or a list of
-    {filter: part of a module's name, value: number}, of which the first that matches counts.
+    {filter: part of a module's name, value: number}, of which the first that matches counts. So
+    is a density, and what else says how an adapter is made sparse.
     """
     import sys
 
@@ -115,8 +119,10 @@ def command(parameters: tuple[str, ...], **arguments: Any) -> None:
 
     run = split_run_options(arguments)
     strict, print_recipe = arguments.pop("strict"), arguments.pop("print_recipe")
-    short = {name: arguments.pop(name) for name in ("density", "compat", "side")}
-    given = parse_parameters(parameters) | {n: v for n, v in short.items() if v is not None}
+    given = parse_parameters(parameters)
+    given += [("density", value) for value in arguments.pop("density")]
+    short = {name: arguments.pop(name) for name in ("compat", "side")}
+    given += [(name, value) for name, value in short.items() if value is not None]
     recipe = recipe_from(arguments.pop("method"), parameters=given, **arguments)
     if print_recipe:
         sys.stdout.write(recipe.to_yaml())

@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_merge._version import __version__
 from lora_merge.adapters import Adapter, MemoryWriter, TensorDict, build_adapter, parse_config
+from lora_merge.errors import MethodError
 from lora_merge.merge.executor import execute, settle
 from lora_merge.merge.recipe import RECIPE_NAME, AdapterItem, Recipe, plan_recipe, resolved_recipe
 from lora_merge.merge.save import card_of, finish_report
@@ -20,6 +21,7 @@ def merge(
     rank: int | str | None = None,
     weights: Sequence[Any] | None = None,
     parameters: Mapping[str, Any] | None = None,
+    own_parameters: Sequence[Mapping[str, Any]] | None = None,
     strict: bool = False,
     jobs: int | None = None,
     device: str = "auto",
@@ -32,7 +34,9 @@ def merge(
         method: Name of a method (`lora-merge methods`).
         rank: Rank of the result, or a rank rule such as "energy:0.95"; default: the method's.
         weights: One per adapter: numbers, lists over the layers, or lists of {filter, value}.
-        parameters: Parameters of the method.
+        parameters: Parameters of the method. Those of how an adapter is sparsified (density, ...)
+            may be lists over the layers or of {filter, value}, too.
+        own_parameters: One mapping per adapter: such parameters for it alone.
         strict: Raise if the cut to a rank loses more than half of the result.
         jobs: Worker threads.
         device: Where to compute.
@@ -46,14 +50,23 @@ def merge(
     """
     opened = [a if isinstance(a, Adapter) else Adapter.from_pretrained(a) for a in adapters]
     values = [1.0] * len(opened) if weights is None else list(weights)
+    own = [{}] * len(opened) if own_parameters is None else list(own_parameters)
+    for what, given in (("weights", values), ("mappings in own_parameters", own)):
+        if len(given) != len(opened):
+            raise MethodError(
+                f"{len(given)} {what} for {len(opened)} adapters", "give one per adapter"
+            )
     recipe = Recipe(
         merge_method=method,
-        adapters=tuple(AdapterItem(a.name) for a in opened),
+        adapters=tuple(
+            AdapterItem(adapter.name, weight, parameters=dict(mapping))
+            for adapter, weight, mapping in zip(opened, values, own, strict=True)
+        ),
         rank=rank,
         parameters=dict(parameters or {}),
         **settings,
     )
-    plan = plan_recipe(recipe, opened, values)
+    plan = plan_recipe(recipe, opened)
     with tempfile.TemporaryDirectory() as folder:
         if plan.measured:
             plan = settle(plan, Path(folder), jobs=jobs, device=device)
@@ -61,7 +74,7 @@ def merge(
         modules = execute(plan, writer, jobs=jobs, device=device)
     report = finish_report(plan, modules, None, strict=strict)
     text = f"# made by lora-merge {__version__}\n"
-    text += resolved_recipe(recipe, plan, opened, values).to_yaml()
+    text += resolved_recipe(recipe, plan, opened).to_yaml()
     config = parse_config(plan.output.config, "merged")
     merged = build_adapter("merged", config, TensorDict(writer.tensors))
     texts = {RECIPE_NAME: text, "README.md": card_of(plan, text)}

@@ -1,6 +1,6 @@
 """What elementwise merging passes around: blocks of rows, and facts about all of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -26,7 +26,19 @@ class Block:
     row: int = 0
 
 
-Sweep = Callable[[], Iterator[Block]]
+# Calls its argument with every block, in any order, perhaps from several threads; the same blocks
+# every time.
+Sweep = Callable[[Callable[[Block], None]], None]
+
+
+def in_turn(blocks: Callable[[], Iterable[Block]]) -> Sweep:
+    """A sweep over blocks that come one after the other."""
+
+    def sweep(visit: Callable[[Block], None]) -> None:
+        for block in blocks():
+            visit(block)
+
+    return sweep
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +51,10 @@ class Statistics:
         rescale: Factor that restores the L1 norm, by owner.
         energy: Share of the squared norm, by owner (SCE).
         variance: Smallest variance of a position that is kept (SCE).
-        vote: Elected + signs less elected - signs over all entries; called only where a vote is
-            exactly tied and the rule asks for the majority.
+        vote: Elected + signs less elected - signs over all entries, from these statistics; called
+            only where a vote is exactly tied and the rule asks for the majority. (It is handed the
+            statistics because holding them would be a cycle, which keeps a module's factors in
+            memory until the next garbage collection.)
     """
 
     low: tuple[float, ...]
@@ -48,9 +62,9 @@ class Statistics:
     rescale: tuple[float, ...]
     energy: tuple[float, ...]
     variance: float = 0.0
-    vote: Callable[[], int] = field(default=lambda: 0)
+    vote: Callable[["Statistics"], int] = field(default=lambda _: 0)
 
     @cached_property
     def majority(self) -> float:
         """+1 or -1: the sign that most votes elected."""
-        return 1.0 if self.vote() >= 0 else -1.0
+        return 1.0 if self.vote(self) >= 0 else -1.0

@@ -6,8 +6,9 @@ merged matrix itself is kept between sweeps where it is small, and computed agai
 the bits are the same.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from lora_merge.adapters import RankStack
 from lora_merge.errors import MethodError
 from lora_merge.linalg import thin_svd
 from lora_merge.linalg.range_finder import leading_svd_in_bands
-from lora_merge.merge.blocks import Block, Statistics, Sweep
+from lora_merge.merge.blocks import Block, Statistics, in_turn
 from lora_merge.merge.elementwise import combine, measure
 from lora_merge.merge.masks import mask_key, random_bits
 from lora_merge.merge.order import Bracket, sample_brackets
@@ -28,8 +29,9 @@ from lora_merge.merge.rule import Rule
 BAND_ROWS = {"cpu": 64, "cuda": 2048}
 # A merged matrix up to this size is kept between sweeps: cheaper than merging again.
 KEEP_BYTES = 256 << 20
-# Entries sampled to guess thresholds, at most, by adapter.
-_SAMPLE = 1 << 15
+# Entries sampled to guess thresholds: one of so many, but no fewer and no more than.
+_SAMPLED_SHARE = 64
+_SAMPLE = (1 << 10, 1 << 15)
 # Columns beside the wanted rank in the search for the leading subspace.
 _OVERSAMPLING = 16
 
@@ -72,7 +74,7 @@ def merge_delta(
         rank: Rank of the result; None for the exact merged delta (full rank).
         keys: Mask key of each adapter, indexed by owner; needed by rules that draw.
         seed: Seeds the random part of the search for the leading subspace.
-        statistics: Facts about all modules, for scope "global" (`measure` over their `sweep_of`).
+        statistics: Facts about all modules, for scope "global" (`measure` over their blocks).
         block_rows: Rows merged at a time; memory, not the result, depends on it.
         keep_bytes: Keep the merged delta in memory if it is no larger.
 
@@ -90,11 +92,14 @@ def merge_delta(
         return DeltaMerge(_nothing(stack, rank), 0.0, 1.0, 0)
     if not bool(present.all()):
         stack = stack.units(present.to(stack.owner.device))
-    sweep = sweep_of(stack, weights, keys=keys, block_rows=block_rows, rule=rule)
+    blocks = blocks_of(stack, weights, keys=keys, block_rows=block_rows, rule=rule)
+    if stack.d_out <= _band_rows(stack):  # one block: it need not be made twice
+        only = tuple(blocks())
+        blocks = partial(iter, only)
     if statistics is None:
         brackets = guess_thresholds(rule, stack, weights)
-        statistics = measure(rule, sweep, len(weights), brackets=brackets)
-    bands = _Merged(stack, rule, sweep, statistics, keep_bytes)
+        statistics = measure(rule, in_turn(blocks), len(weights), brackets=brackets)
+    bands = _Merged(stack, rule, blocks, statistics, keep_bytes)
     if rank is None or rank >= min(stack.d_out, stack.d_in):
         return _full(stack, bands)
     start = _first_guess(stack, weights, rank, seed)
@@ -105,18 +110,17 @@ def merge_delta(
     return DeltaMerge(merged, svd.square**0.5, retained, svd.sweeps)
 
 
-def sweep_of(
+def blocks_of(
     stack: RankStack,
     weights: Sequence[float],
     *,
     keys: Sequence[int] = (),
     block_rows: int | None = None,
     rule: Rule | None = None,
-) -> Sweep:
-    """The deltas of a stack in blocks of rows, made from the factors at every sweep.
+) -> Callable[[], Iterator[Block]]:
+    """The deltas of a stack in blocks of rows, made from the factors whenever they are asked for.
 
-    Chain several modules' sweeps for the statistics of a global rule. Arguments as for
-    `merge_delta`; `rule` only tells whether keys are needed.
+    Arguments as for `merge_delta`; `rule` only tells whether keys are needed.
     """
     owners = tuple(owner for owner in stack.adapters if weights[owner] != 0)
     if rule is not None and rule.is_random and not keys:
@@ -126,7 +130,7 @@ def sweep_of(
     used_keys = tuple(keys[owner] if keys else 0 for owner in owners)
     step = block_rows or _band_rows(stack)
 
-    def sweep() -> Iterator[Block]:
+    def blocks() -> Iterator[Block]:
         for row in range(0, stack.d_out, step):
             stop = min(row + step, stack.d_out)
             x = stack.up.new_empty(len(parts), stop - row, stack.d_in)
@@ -134,7 +138,7 @@ def sweep_of(
                 part.rows(row, rows)
             yield Block(x, present, used_keys, owners, row)
 
-    return sweep
+    return blocks
 
 
 def guess_thresholds(
@@ -142,24 +146,40 @@ def guess_thresholds(
 ) -> dict[int, list[Bracket]]:
     """Brackets for the rule's thresholds from a sample of each delta's entries.
 
-    Entries are sampled at places that depend on the shape alone. The guess decides how fast the
-    exact thresholds are found, not what they are.
+    The guess decides how fast the exact thresholds are found, not what they are.
     """
-    size = stack.d_out * stack.d_in
-    if not rule.needs_thresholds or rule.scope != "tensor" or size < 4 * _SAMPLE:
+    low, high = _SAMPLE
+    size = min(stack.d_out * stack.d_in // _SAMPLED_SHARE, high)
+    if not rule.needs_thresholds or rule.scope != "tensor" or size < low:
         return {}
-    rows, columns = _places(stack)
-    fractions = _fractions(rule)
-    brackets = {}
+    present = [owner for owner in stack.adapters if weights[owner] != 0]
+    samples = sample_entries(rule, stack, size)
+    return {owner: brackets_of(rule, owner, samples[owner]) for owner in present}
+
+
+def sample_entries(rule: Rule, stack: RankStack, size: int) -> dict[int, Tensor]:
+    """Magnitudes of each delta after random dropping, by owner, shape (size,).
+
+    Entries are sampled at places that depend on the shape alone.
+    """
+    rows, columns = _places(stack, size)
+    samples = {}
     for owner in stack.adapters:
-        if weights[owner] == 0:
-            continue
         part = _Factors.of(stack, owner)
         sample = torch.linalg.vecdot(part.up[rows], part.down.mT[columns]).abs_()
         if rule.is_random:
-            sample[: round((1 - rule.density) * _SAMPLE)] = 0
-        brackets[owner] = sample_brackets(sample, fractions)
-    return brackets
+            sample[: round((1 - rule.of(owner).density) * size)] = 0
+        samples[owner] = sample
+    return samples
+
+
+def brackets_of(rule: Rule, owner: int, sample: Tensor) -> list[Bracket]:
+    """Where an adapter's thresholds probably lie, from a sample of its magnitudes."""
+    own = rule.of(owner)
+    if own.sparsify != "outliers":
+        return sample_brackets(sample, [own.magnitude_density])
+    top = min(own.gamma, 1 - own.density)
+    return sample_brackets(sample, [top + own.density, top])
 
 
 class _Merged:
@@ -169,11 +189,11 @@ class _Merged:
         self,
         stack: RankStack,
         rule: Rule,
-        sweep: Sweep,
+        blocks: Callable[[], Iterator[Block]],
         statistics: Statistics,
         keep_bytes: int,
     ) -> None:
-        self.rule, self.sweep, self.statistics = rule, sweep, statistics
+        self.rule, self.blocks, self.statistics = rule, blocks, statistics
         self.step = _band_rows(stack)
         size = stack.d_out * stack.d_in * stack.up.dtype.itemsize
         self.keep = size <= keep_bytes
@@ -192,7 +212,7 @@ class _Merged:
     def matrix(self) -> Tensor:
         """The whole merged delta."""
         whole = self.stack.up.new_empty(self.stack.d_out, self.stack.d_in)
-        for block in self.sweep():
+        for block in self.blocks():
             merged = combine(self.rule, block, self.statistics)
             whole[block.row : block.row + merged.shape[0]] = merged
         return whole
@@ -201,7 +221,7 @@ class _Merged:
         """Blocks regrouped into bands of fixed height."""
         waiting: list[Tensor] = []
         row = held = 0
-        for block in self.sweep():
+        for block in self.blocks():
             waiting.append(combine(self.rule, block, self.statistics))
             held += waiting[-1].shape[0]
             if held < self.step and row + held < self.stack.d_out:
@@ -244,18 +264,10 @@ def _band_rows(stack: RankStack) -> int:
     return BAND_ROWS.get(stack.up.device.type, BAND_ROWS["cuda"])
 
 
-def _fractions(rule: Rule) -> list[float]:
-    """Fractions of entries above each threshold."""
-    if rule.sparsify != "outliers":
-        return [rule.magnitude_density]
-    top = min(rule.gamma, 1 - rule.density)
-    return [top + rule.density, top]
-
-
-def _places(stack: RankStack) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the sampled entries, int64, shape (_SAMPLE,) each."""
+def _places(stack: RankStack, size: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of sampled entries, int64, shape (size,) each."""
     key = mask_key(0, "sample", f"{stack.d_out} x {stack.d_in}")
-    bits = random_bits(key, 0, (2, _SAMPLE), device=stack.up.device).long() + (1 << 31)
+    bits = random_bits(key, 0, (2, size), device=stack.up.device).long() + (1 << 31)
     return bits[0] * stack.d_out >> 32, bits[1] * stack.d_in >> 32
 
 

@@ -27,11 +27,22 @@ a delta is factored, which for one and the same adapter is arbitrary.
 
 **Ranks.** `--rank` takes a number, `energy:0.95`, `elbow`, `budget:x0.5`, `budget:100000` or
 `full`. The best approximation is cut (for `wudi`, in its own metric). The report says how much of
-the result's energy was kept; under 50 % it warns, and with `--strict` it fails.
+the result's energy was kept; under 50 % it warns, and with `--strict` it fails. `full` keeps all
+there is: R units, or, for elementwise methods in delta space, whose results have full rank, as many
+as the smaller side of the matrix. Rules see the whole result there, too, which needs a full SVD of
+every module; in the other spaces results stay within R units.
 
 **Weights** multiply an adapter's delta. A weight is a number, a list over the layers, or a list of
 `{filter, value}`. Weight 0 is the same as absent; a module that only some adapters have is merged
 from those.
+
+**Parameters of single adapters.** What says how an adapter is made sparse (`density`; `trim`,
+`epsilon`, `gamma` where the method has them) may be given as a weight is, and for one adapter
+alone: `parameters: {density: 0.3}` beside it in a recipe, `--density` or `-p density=...` once per
+adapter on the command line, `own_parameters=[{"density": 0.3}, {}]` in Python.
+
+**Random masks** (DARE, DELLA) follow from the seed, the module and what the adapter stores there:
+the same for any order, path or name of the adapters, and different for copies of one.
 """
 
 

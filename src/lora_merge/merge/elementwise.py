@@ -5,7 +5,7 @@ x of shape (N, rows, columns), whole or in blocks of rows. `measure` looks at al
 (thresholds, norms), `combine` merges one block; the result does not depend on the blocks.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import copysign, fsum
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.errors import MethodError
-from lora_merge.merge.blocks import Block, Statistics, Sweep
+from lora_merge.merge.blocks import Block, Statistics, Sweep, in_turn
 from lora_merge.merge.order import Bracket, kth_largest
 from lora_merge.merge.rule import Rule
 from lora_merge.merge.sparsify import drop, magnitude_ranks, sparsify
@@ -56,7 +56,7 @@ def merge_tensor(
         owners=tuple(present),
     )
     if statistics is None:
-        statistics = measure(rule, lambda: iter([block]), x.shape[0])
+        statistics = measure(rule, in_turn(lambda: [block]), x.shape[0])
     return combine(rule, block, statistics)
 
 
@@ -71,8 +71,8 @@ def measure(
 
     Args:
         rule: What will be done.
-        sweep: Yields all blocks, every time it is called: those of one tensor for scope "tensor",
-            those of all modules for scope "global". Their number and order do not matter.
+        sweep: Goes through all blocks: those of one tensor for scope "tensor", those of all modules
+            for scope "global". Their number and order do not matter.
         count: N, the number of owners.
         brackets: Guesses of the thresholds (`order.sample_brackets`), by owner; they save a sweep.
     """
@@ -81,7 +81,7 @@ def measure(
         high=(float("inf"),) * count,
         rescale=(1.0,) * count,
         energy=(1.0,) * count,
-        vote=lambda: _vote(rule, sweep, statistics),
+        vote=lambda known: _vote(rule, sweep, known),
     )
     if rule.needs_thresholds:
         low, high = _thresholds(rule, sweep, count, brackets)
@@ -123,7 +123,7 @@ def combine(rule: Rule, block: Block, statistics: Statistics) -> Tensor:
 def _factors(rule: Rule, block: Block, statistics: Statistics) -> list[float]:
     """What makes up for dropped entries, by adapter ("della" does it entry by entry)."""
     if rule.rescale == "probability" and rule.sparsify == "random":
-        return [1 / rule.density] * len(block.owners)
+        return [1 / rule.of(owner).density for owner in block.owners]
     return [statistics.rescale[owner] for owner in block.owners]
 
 
@@ -197,15 +197,17 @@ def _thresholds(
     """(low, high) by owner; an owner that has no entries cuts nothing."""
     seen: set[int] = set()
 
-    def magnitudes() -> Iterator[tuple[int, Tensor]]:
-        for block in sweep():
+    def magnitudes(visit: Callable[[int, Tensor], None]) -> None:
+        def take(block: Block) -> None:
             for index, owner in enumerate(block.owners):
                 seen.add(owner)
-                yield owner, drop(rule, block, index).abs()
+                visit(owner, drop(rule, block, index).abs())
+
+        sweep(take)
 
     found = kth_largest(
         magnitudes,
-        lambda n: magnitude_ranks(rule, n),
+        lambda owner, n: magnitude_ranks(rule.of(owner), n),
         range(count),
         brackets=brackets,
     )
@@ -219,30 +221,38 @@ def _thresholds(
 def _variance_threshold(rule: Rule, sweep: Sweep) -> float:
     """Variance of the int(density * n)-th most varying of the n positions that vary at all."""
 
-    def variances() -> Iterator[tuple[int, Tensor]]:
-        for block in sweep():
+    def variances(visit: Callable[[int, Tensor], None]) -> None:
+        def take(block: Block) -> None:
             variance = block.x.var(dim=0, unbiased=False)
-            yield 0, variance[variance > 0]
+            visit(0, variance[variance > 0])
 
-    return kth_largest(variances, lambda n: [int(rule.density * n)], [0])[0][0]
+        sweep(take)
+
+    return kth_largest(variances, lambda _, n: [int(rule.density * n)], [0])[0][0]
 
 
 def _totals(sweep: Sweep, count: int, terms: Callable[[Block, int], Tensor]) -> list[float]:
     """Exact sum over all rows of float64 row sums, by owner: the same for any order of blocks."""
     rows: list[list[float]] = [[] for _ in range(count)]
-    for block in sweep():
+
+    def take(block: Block) -> None:
         for index, owner in enumerate(block.owners):
             rows[owner] += terms(block, index).sum(dim=1, dtype=torch.float64).tolist()
+
+    sweep(take)
     return [fsum(row) for row in rows]
 
 
 def _vote(rule: Rule, sweep: Sweep, statistics: Statistics) -> int:
-    total = 0
-    for block in sweep():
+    totals: list[int] = []
+
+    def take(block: Block) -> None:
         parts = [sparsify(rule, block, i, statistics) for i in range(len(block.owners))]
         shares = [
             w * statistics.energy[o] for w, o in zip(block.weights, block.owners, strict=True)
         ]
         votes = _votes(rule, parts, shares, _factors(rule, block, statistics))
-        total += int(votes.sign_().sum(dtype=torch.float64))
-    return total
+        totals.append(int(votes.sign_().sum(dtype=torch.float64)))
+
+    sweep(take)
+    return sum(totals)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_merge.adapters import AlignedModule, RankStack, read_stacks
 from lora_merge.analysis import choose_ranks
-from lora_merge.analysis.parallel import default_jobs, in_order, one_blas_thread
+from lora_merge.analysis.parallel import default_jobs, in_order
 from lora_merge.errors import MethodError
 from lora_merge.merge.calibrate import present_weights
 from lora_merge.merge.method import Job
@@ -57,10 +57,11 @@ def execute(
         AdapterError: If a tensor is not finite.
     """
     place = pick_device(device)
-    shared = _prepare(plan, place)
+    workers = _workers(jobs, place)
+    shared = _prepare(plan, place, workers)
     work = partial(_write_module, plan, sink, place, shared)
     reports = []
-    for report in in_order(work, plan.alignment.modules, jobs=_workers(jobs, place)):
+    for report in in_order(work, plan.alignment.modules, jobs=workers):
         reports.append(report)
         if on_module:
             on_module(report)
@@ -89,10 +90,11 @@ def settle(
         The plan with its ranks, for `execute`.
     """
     place = pick_device(device)
-    shared = _prepare(plan, place)
+    workers = _workers(jobs, place)
+    shared = _prepare(plan, place, workers)
     spool = Spool(folder)
     work = partial(_spool_module, plan, spool, place, shared)
-    for name in in_order(work, plan.alignment.modules, jobs=_workers(jobs, place)):
+    for name in in_order(work, plan.alignment.modules, jobs=workers):
         if on_module:
             on_module(name)
     return plan.with_ranks(_chosen_ranks(plan, spool), spool)
@@ -149,7 +151,7 @@ def _stacks(
                 rank=plan.ranks[module.name] if makes else None,
                 weights=weights,
                 seed=plan.seed,
-                names=names,
+                own=plan.own_at(module.name),
                 shared=shared,
                 statistics=statistics,
             ),
@@ -205,19 +207,21 @@ def _report(module: AlignedModule, rank: int, results: list[Finished]) -> Module
     )
 
 
-def _prepare(plan: MergePlan, device: torch.device) -> Any:
+def _prepare(plan: MergePlan, device: torch.device, jobs: int) -> Any:
     """What the method wants to know of all modules together before the first is merged."""
     prepare = plan.method.prepare
     if prepare is None or plan.spool is not None:
         return None
 
-    def sweep() -> Iterator[tuple[RankStack, Job]]:
-        for module in plan.alignment.modules:
+    def survey(visit: Callable[[RankStack, Job], None]) -> None:
+        def work(module: AlignedModule) -> None:
             for stack, job in _stacks(plan, module, device, None):
-                yield prepare_view(stack, job, plan.method, plan.semantics)
+                visit(*prepare_view(stack, job, plan.method, plan.semantics))
 
-    with one_blas_thread():
-        return prepare(sweep, plan.options)
+        for _ in in_order(work, plan.alignment.modules, jobs=jobs):
+            pass
+
+    return prepare(survey, plan.options)
 
 
 def _merge_bias(plan: MergePlan, module: AlignedModule) -> Tensor | None:

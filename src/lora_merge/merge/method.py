@@ -1,7 +1,7 @@
 """What a merge method is: a combiner, the space it sees, and what the table says of it."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,7 +28,9 @@ class Job:
         weights: Weight of each adapter, normalised, float64, shape (N,), indexed by owner.
         seed: The merge's seed.
         space: The space the stack is in.
-        names: What identifies each adapter, by owner.
+        own: Parameters that an adapter has for itself in this module, by owner; empty where all
+            adapters have the method's.
+        source: The stack as it was read, before any step or change of coordinates.
         shared: What `Method.prepare` found out about all modules together.
         statistics: Collected activations of this module by name; empty where none were given.
     """
@@ -38,7 +40,8 @@ class Job:
     weights: Tensor
     seed: int
     space: Space = "units"
-    names: tuple[str, ...] = ()
+    own: tuple[Mapping[str, float], ...] = ()
+    source: RankStack | None = None
     shared: Any = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -67,7 +70,8 @@ class Outcome:
     mixes: tuple[Tensor, Tensor] | None = None
 
 
-Sweep = Callable[[], Iterator[tuple[RankStack, Job]]]
+# Calls its argument with every module's stack and job, in any order and from several threads.
+Survey = Callable[[Callable[[RankStack, "Job"], None]], None]
 Combiner = Callable[[RankStack, Job, Any], Outcome]
 
 
@@ -86,9 +90,12 @@ class Method:
         space: The space it works in unless the user says otherwise.
         spaces: The spaces it can work in.
         rank: Rank rule unless the user gives one: "largest" is that of the largest input rank.
-        prepare: (sweep, options) → what the combiner finds in `job.shared`; `sweep` yields all
-            modules' (stack, job), every time it is called.
+        check: Refuses options that do not go together, by raising MethodError.
+        per_adapter: Parameters that an adapter may have for itself, and that may differ by module.
+        prepare: (survey, options) → what the combiner finds in `job.shared`; a survey goes through
+            all modules, as often as it is called.
         makes_rank: The combiner itself makes the rank asked for; otherwise its result is truncated.
+        full_rank_in: Spaces where results have the rank of a matrix, not of the units that went in.
         normalize: What is done to the weights unless the user says otherwise.
         anchored: In core coordinates, the result depends on which bases are chosen.
         gauge_free: The result depends on the deltas alone, not on how they are factored.
@@ -109,8 +116,11 @@ class Method:
     space: Space = "core"
     spaces: tuple[Space, ...] = ()
     rank: str = "largest"
-    prepare: Callable[[Sweep, Any], Any] | None = None
+    check: Callable[[Any], object] | None = None
+    per_adapter: tuple[str, ...] = ()
+    prepare: Callable[[Survey, Any], Any] | None = None
     makes_rank: bool = False
+    full_rank_in: tuple[Space, ...] = ()
     normalize: Normalize = "none"
     anchored: bool = False
     gauge_free: bool = True
@@ -124,9 +134,14 @@ class Method:
         """Parameters from a recipe as the options object.
 
         Raises:
-            MethodError: On an unknown name (with the nearest one) or a value out of range.
+            MethodError: On an unknown name (with the nearest one), a value out of range, or values
+                that do not go together.
         """
-        return parse_options(self.options, {**self.presets, **parameters}, f"method {self.name}")
+        given = {**self.presets, **parameters}
+        options = parse_options(self.options, given, f"method {self.name}")
+        if self.check is not None:
+            self.check(options)
+        return options
 
     def parameters(self) -> list[Parameter]:
         """Its parameters, for help texts and tables."""

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters import RankStack
-from lora_merge.linalg import gram
 from lora_merge.merge import calibrate
 from lora_merge.merge.method import Job, Method, Normalize, Outcome, Space, single
 from lora_merge.merge.options import option
-from lora_merge.merge.spaces import Anchor, Coordinates, aligned_of, anchored, core_of
+from lora_merge.merge.spaces import Anchor, Basis, Coordinates, aligned_of, anchored, core_of
 from lora_merge.merge.spectral import svc
 
 
@@ -85,29 +84,33 @@ class Merged:
 
     def decomposed(self) -> "Decomposed":
         """The result's singular units."""
-        stack, place = self.stack, self.place
-        if place is None or place.right is None:
-            wide = stack if place is None else place.lift(stack)
-            place = core_of(wide)
-            stack = place.core
-        assert place.left is not None and place.right is not None
+        stack, left, right = self._small()
         u, s, vh = torch.linalg.svd(stack.delta(), full_matrices=False)
-        ours = place.left.coordinates.shape[1] == self.exact.num_units
-        if ours and self.exact.up is place.left.source and self.exact.down is place.right.source:
-            exact = RankStack(
-                place.right.coordinates.mT,
-                place.left.coordinates,
-                self.exact.scale,
-                self.exact.owner,
-            )
-            cross = s * torch.einsum("pk,pq,kq->k", u, exact.delta(), vh)
-        else:
-            left, right = place.left.lift(u), place.right.lift(vh.mT)
-            on_left = gram(left.mT, self.exact.up.mT) * self.exact.scale
-            cross = s * (on_left * gram(right.mT, self.exact.down)).sum(dim=1)
+        on_left = left.coordinates_of(self.exact.up, self.exact.up)
+        on_right = right.coordinates_of(self.exact.down.mT, self.exact.down)
+        exact = RankStack(on_right.mT, on_left, self.exact.scale, self.exact.owner)
+        cross = s * torch.einsum("pk,pq,kq->k", u, exact.delta(), vh)
         root = s.sqrt()
         units = single(u * root, root[:, None] * vh)
+        place = Coordinates(units, left, right)
         return Decomposed(units, place, s, cross, self.exact.norm(), self.squares, self.outcome)
+
+    def _small(self) -> tuple[RankStack, Basis, Basis]:
+        """The result in coordinates of both sides, float64."""
+        stack, place = self.stack, self.place
+        if place is not None and place.left is not None and place.right is not None:
+            return stack, place.left, place.right
+        if place is None:
+            place = core_of(stack)
+            assert place.left is not None and place.right is not None
+            return place.core, place.left, place.right
+        assert place.left is not None
+        # Columns are in coordinates already; what has to be found is those of the rows.
+        inside = core_of(replace(stack, up=stack.up.to(torch.float64)))
+        assert inside.left is not None and inside.right is not None
+        size = inside.left.mix.shape[1]
+        turn = inside.left.lift(torch.eye(size, dtype=torch.float64, device=stack.up.device))
+        return inside.core, place.left.rotated(turn), inside.right
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +193,8 @@ def merge_stack(
     wanted = calibrate.wanted_norm(source, weights, semantics.restore_norm)
     source, view, place = _view(source, method, semantics)
     space = semantics.space or method.space
-    outcome = method.combine(view, replace(job, weights=weights, space=space), options)
+    job = replace(job, weights=weights, space=space, source=stack)
+    outcome = method.combine(view, job, options)
     own = exact.adapter_products().diagonal().tolist()
     squares = tuple(own) + (0.0,) * (len(weights) - len(own))
     merged = Merged(outcome.stack, place, exact, outcome, squares)
@@ -214,7 +218,8 @@ def prepare_view(
     weights = calibrate.present_weights(job.weights, stack.adapters, how, job.module)
     source = calibrate.equalised(stack) if semantics.norm_equalise else stack
     _, view, _ = _view(source, method, semantics)
-    return view, replace(job, weights=weights, space=semantics.space or method.space)
+    space = semantics.space or method.space
+    return view, replace(job, weights=weights, space=space, source=stack)
 
 
 def _view(

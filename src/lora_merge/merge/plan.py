@@ -22,11 +22,12 @@ from lora_merge.adapters import (
 from lora_merge.analysis import RankRule, parse_rule
 from lora_merge.errors import AlignmentError, MethodError
 from lora_merge.merge.auto import choose
+from lora_merge.merge.by_module import ByModule, count_layers
+from lora_merge.merge.identity import fingerprints
 from lora_merge.merge.options import parse_options
 from lora_merge.merge.pipeline import Semantics
 from lora_merge.merge.registry import Method, find_method
 from lora_merge.merge.statistics import Statistics
-from lora_merge.merge.weights import ModuleWeights, count_layers
 
 if TYPE_CHECKING:
     from lora_merge.merge.spool import Spool
@@ -44,6 +45,7 @@ class MergePlan:
         alignment: Adapters (canonical order) and modules; adapters whose weight in a module is 0
             are not in it.
         weights: Weight of each adapter, by index.
+        own: Parameters that each adapter has for itself, by index.
         method: The method.
         options: Its parsed parameters.
         rule: How ranks are chosen.
@@ -59,7 +61,8 @@ class MergePlan:
     """
 
     alignment: Alignment
-    weights: tuple[ModuleWeights, ...]
+    weights: tuple[ByModule, ...]
+    own: tuple[Mapping[str, ByModule], ...]
     method: Method
     options: Any
     rule: RankRule
@@ -85,7 +88,23 @@ class MergePlan:
 
     def weights_at(self, module: str) -> list[float]:
         """Weight of each adapter in a module."""
-        return [w.at(module, self.num_layers) for w in self.weights]
+        return [w.at(module, self.num_layers) or 0.0 for w in self.weights]
+
+    def own_at(self, module: str) -> tuple[dict[str, float], ...]:
+        """Parameters that each adapter has for itself in a module; empty if none has any."""
+        if not any(self.own):
+            return ()
+        return tuple(_own_values(own, module, self.num_layers) for own in self.own)
+
+    @property
+    def by_name(self) -> list[int]:
+        """Indices of the adapters in the order to show them in: as given, where that matters."""
+        indices = range(len(self.alignment.adapters))
+        if self.method.ordered:
+            return list(indices)
+        return sorted(
+            indices, key=lambda i: (self.alignment.adapters[i].name, str(self.weights[i].to_data()))
+        )
 
     def with_ranks(self, ranks: Mapping[str, int], spool: "Spool") -> "MergePlan":
         """The plan once the ranks are known."""
@@ -120,6 +139,7 @@ def plan_merge(
     rank: int | str | None = None,
     weights: Sequence[Any] | None = None,
     parameters: Mapping[str, Any] | None = None,
+    own_parameters: Sequence[Mapping[str, Any]] | None = None,
     semantics: Mapping[str, Any] | None = None,
     statistics: str | Path | None = None,
     seed: int = 0,
@@ -128,7 +148,7 @@ def plan_merge(
     extras: ExtrasPolicy = "average",
     force: bool = False,
 ) -> MergePlan:
-    """Check adapters and parameters and plan the merge. Reads no tensor.
+    """Check adapters and parameters and plan the merge. Reads headers and a few small tensors.
 
     Args:
         adapters: Any order; the result does not depend on it.
@@ -137,7 +157,10 @@ def plan_merge(
             as "energy:0.95" or "budget:x0.5"; default: the method's.
         weights: One per adapter, default 1: a number, numbers over the layers, or a list of
             {filter, value}. An adapter of weight 0 counts as absent.
-        parameters: Parameters of the method.
+        parameters: Parameters of the method. Those in `Method.per_adapter` may be lists, as
+            weights may.
+        own_parameters: One mapping per adapter, of parameters in `Method.per_adapter` that hold
+            for it alone.
         semantics: Fields of `Semantics`.
         statistics: File of `collect_statistics`, for methods that need one.
         seed: Seed of all randomness.
@@ -152,29 +175,36 @@ def plan_merge(
         MethodError: If the method cannot do what is asked.
     """
     given = _check_weights(adapters, weights)
-    reason = None
-    if method == "auto":
-        present_now = [a for a, w in zip(adapters, given, strict=True) if w.constant != 0]
-        choice = choose(align(present_now, force=force), free_rank=str(rank or "") in _FREE_RANKS)
-        method, reason = choice.method, f"auto chose {choice.method}: {choice.reason}"
-    chosen = find_method(method)
-    options = chosen.parse(parameters or {})
-    shared = parse_options(Semantics, semantics or {}, "a merge")
-    _check_space(chosen, shared)
     align(adapters, force=force)  # an adapter of weight 0 must fit, too
-    present = [(a, w) for a, w in zip(adapters, given, strict=True) if w.constant != 0]
+    present = [i for i, w in enumerate(given) if w.constant != 0]
     if not present:
         raise MethodError("all weights are 0", "give at least one adapter a weight")
-    as_given = [a for a, _ in present]
-    # The result may not depend on the order of the arguments, so there is one order: by name.
+    as_given = [adapters[i] for i in present]
+    reason = None
+    if method == "auto":
+        choice = choose(align(as_given, force=force), free_rank=str(rank or "") in _FREE_RANKS)
+        method, reason = choice.method, f"auto chose {choice.method}: {choice.reason}"
+    chosen = find_method(method)
+    shared_parameters, own = _split_parameters(chosen, parameters or {}, own_parameters, adapters)
+    options = chosen.parse(shared_parameters)
+    shared = parse_options(Semantics, semantics or {}, "a merge")
+    _check_space(chosen, shared)
+    # The result may not depend on the order of the arguments nor on what the adapters are called,
+    # so there is one order: by content.
     if not chosen.ordered:
-        present.sort(key=lambda pair: (pair[0].name, str(pair[1].to_data())))
+        prints = dict(zip(present, fingerprints(as_given), strict=True))
+        present.sort(
+            key=lambda i: (prints[i], str(given[i].to_data()), str(own[i]), adapters[i].name)
+        )
     _check_count(chosen, len(present))
+    chosen_weights = [given[i] for i in present]
     alignment = _weighted_alignment(
-        align([a for a, _ in present], force=force), [w for _, w in present]
+        align([adapters[i] for i in present], force=force), chosen_weights
     )
-    rule, ranks, notes = _ranks(alignment, chosen, rank)
-    kept, extra_notes = _plan_extras(as_given, extras)
+    chosen_own = [own[i] for i in present]
+    _check_own(chosen, shared_parameters, chosen_own, alignment)
+    rule, ranks, notes = _ranks(alignment, chosen, rank, shared.space or chosen.space)
+    kept, extra_notes = _plan_extras(as_given if extras == "first" else alignment.adapters, extras)
     output = plan_output(
         alignment.adapters,
         alignment.modules,
@@ -189,11 +219,12 @@ def plan_merge(
         *notes,
         *_base_notes(alignment),
         *extra_notes,
-        *(f"{a.name}: {n}" for a in alignment.adapters for n in a.notes),
+        *sorted(f"{a.name}: {n}" for a in alignment.adapters for n in a.notes),
     ]
     return MergePlan(
         alignment,
-        tuple(w for _, w in present),
+        tuple(chosen_weights),
+        tuple(chosen_own),
         chosen,
         options,
         rule,
@@ -210,7 +241,7 @@ def plan_merge(
 
 def _check_weights(
     adapters: Sequence[Adapter], weights: Sequence[Any] | None
-) -> tuple[ModuleWeights, ...]:
+) -> tuple[ByModule, ...]:
     if weights is None:
         weights = [1.0] * len(adapters)
     if len(weights) != len(adapters):
@@ -218,7 +249,70 @@ def _check_weights(
             f"{len(weights)} weights for {len(adapters)} adapters",
             "give one -w per adapter, in their order",
         )
-    return tuple(ModuleWeights.of(w) for w in weights)
+    return tuple(ByModule.of(w) for w in weights)
+
+
+def _split_parameters(
+    method: Method,
+    parameters: Mapping[str, Any],
+    own: Sequence[Mapping[str, Any]] | None,
+    adapters: Sequence[Adapter],
+) -> tuple[dict[str, Any], list[dict[str, ByModule]]]:
+    """The method's plain parameters, and what each adapter has for itself.
+
+    A list among the method's parameters is every adapter's that does not say otherwise.
+    """
+    if own is None:
+        own = [{}] * len(adapters)
+    if len(own) != len(adapters):
+        raise MethodError(
+            f"parameters of {len(own)} adapters for {len(adapters)} adapters",
+            "give one mapping per adapter, in their order",
+        )
+    varying = {
+        name: value
+        for name, value in parameters.items()
+        if name in method.per_adapter and isinstance(value, list | tuple)
+    }
+    plain = {name: value for name, value in parameters.items() if name not in varying}
+    found = []
+    for adapter, given in zip(adapters, own, strict=True):
+        foreign = [name for name in given if name not in method.per_adapter]
+        if foreign:
+            known = ", ".join(method.per_adapter) or "none"
+            raise MethodError(
+                f"{adapter.name}: method {method.name} takes no {foreign[0]!r} for single adapters",
+                f"give it once, under parameters (for single adapters it takes: {known})",
+            )
+        found.append({n: ByModule.of(v, n) for n, v in {**varying, **given}.items()})
+    return plain, found
+
+
+def _own_values(own: Mapping[str, ByModule], module: str, layers: int) -> dict[str, float]:
+    """An adapter's own parameters in a module; those that no filter gives it are left out."""
+    values = {name: value.at(module, layers) for name, value in own.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_own(
+    method: Method,
+    parameters: Mapping[str, Any],
+    own: Sequence[Mapping[str, ByModule]],
+    alignment: Alignment,
+) -> None:
+    """Refuse what an adapter has for itself if it does not fit, somewhere, before any work."""
+    layers = count_layers([m.name for m in alignment.modules])
+    for adapter, values in zip(alignment.adapters, own, strict=True):
+        cases = {
+            tuple(_own_values(values, module.name, layers).items())
+            for module in alignment.modules
+            if values
+        }
+        for case in sorted(cases):
+            try:
+                method.parse({**parameters, **dict(case)})
+            except MethodError as error:
+                raise MethodError(f"{adapter.name}: {error}", error.remedy) from error
 
 
 def _statistics(method: Method, path: str | Path | None) -> Statistics | None:
@@ -248,14 +342,14 @@ def _check_count(method: Method, count: int) -> None:
         )
 
 
-def _weighted_alignment(alignment: Alignment, weights: Sequence[ModuleWeights]) -> Alignment:
+def _weighted_alignment(alignment: Alignment, weights: Sequence[ByModule]) -> Alignment:
     """The alignment without those adapters of each module whose weight there is 0."""
     if all(w.constant is not None for w in weights):
         return alignment
     layers = count_layers([m.name for m in alignment.modules])
     modules = []
     for module in alignment.modules:
-        specs = {i: s for i, s in module.specs.items() if weights[i].at(module.name, layers) != 0}
+        specs = {i: s for i, s in module.specs.items() if weights[i].at(module.name, layers)}
         if specs:
             modules.append(AlignedModule(module.name, specs))
     if not modules:
@@ -264,10 +358,13 @@ def _weighted_alignment(alignment: Alignment, weights: Sequence[ModuleWeights]) 
 
 
 def _ranks(
-    alignment: Alignment, method: Method, rank: int | str | None
+    alignment: Alignment, method: Method, rank: int | str | None, space: str
 ) -> tuple[RankRule, dict[str, int], list[str]]:
     """The rank rule, each module's (largest possible) rank, and what to say of it."""
     units = {m.name: m.num_units for m in alignment.modules}
+    limits = dict(units)
+    if space in method.full_rank_in:
+        limits = {m.name: min(m.first.d_out, m.first.d_in) for m in alignment.modules}
     text = str(method.rank if rank is None else rank)
     if text == "units":
         return RankRule("units"), units, []
@@ -275,26 +372,42 @@ def _ranks(
         text = str(max(s.rank for m in alignment.modules for s in m.specs.values()))
     rule = parse_rule(text)
     if rule.kind == "full":
-        return rule, units, []
+        return rule, limits, []
     if rule.kind != "fixed":
         if method.makes_rank and not method.gauge_free:
             raise MethodError(
                 f"method {method.name} needs a rank, not the rule {text!r}", "give a number"
             )
-        return rule, units, []
-    wanted = int(rule.value or 0)
-    largest = max(units.values())
+        return rule, limits, _measuring_notes(method, limits, units, text)
+    return rule, *_fixed_ranks(int(rule.value or 0), limits)
+
+
+def _measuring_notes(
+    method: Method, limits: Mapping[str, int], units: Mapping[str, int], text: str
+) -> list[str]:
+    """Where results have full rank, a rule needs whole spectra, and rarely gives small ranks."""
+    largest = max(limits.values())
+    if largest <= max(units.values()):
+        return []
+    return [
+        f"{method.name} makes deltas of full rank (up to {largest}): {text} needs their whole "
+        "spectra, which takes long, and may keep most of them; --space core stays within "
+        f"{max(units.values())} units"
+    ]
+
+
+def _fixed_ranks(wanted: int, limits: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
+    largest = max(limits.values())
     if not 1 <= wanted <= largest:
         raise MethodError(
             f"rank {wanted} is not possible: the largest module has {largest} units",
             f"the largest rank for these adapters is {largest}",
         )
-    ranks = {name: min(wanted, size) for name, size in units.items()}
-    few = Counter(size for size in units.values() if size < wanted)
-    notes = [
+    ranks = {name: min(wanted, size) for name, size in limits.items()}
+    few = Counter(size for size in limits.values() if size < wanted)
+    return ranks, [
         f"{count} modules have only {size} units and keep them all" for size, count in few.items()
     ]
-    return rule, ranks, notes
 
 
 def _base_notes(alignment: Alignment) -> list[str]:
@@ -335,7 +448,7 @@ def _plan_extras(
     if policy == "first":
         chosen = {name: holders[:1] for name, holders in owners.items()}
     else:
-        chosen = {name: sorted(holders, key=lambda a: a.name) for name, holders in owners.items()}
+        chosen = dict(owners)
     mismatches = [m for name, holders in chosen.items() if (m := _extra_mismatch(name, holders))]
     if mismatches:
         raise AlignmentError(

@@ -1,6 +1,6 @@
 """The recipe: a merge as a YAML file that gives the same bytes whenever it is run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +20,7 @@ from lora_merge.adapters import (
 )
 from lora_merge.analysis import parse_rule
 from lora_merge.errors import LoraMergeError, MethodError
+from lora_merge.merge.by_module import ByModule
 from lora_merge.merge.calibrate import RestoreNorm
 from lora_merge.merge.method import Normalize, Space
 from lora_merge.merge.pipeline import Semantics
@@ -48,6 +49,8 @@ class AdapterItem:
         sha256: Hash of the weights file; checked when given.
         alpha: lora_alpha of a file without a config.
         rslora: That file's scaling is alpha / sqrt(r).
+        parameters: Parameters of the method for this adapter alone (density, ...), written as
+            weights are.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -58,6 +61,7 @@ class AdapterItem:
     sha256: str | None = None
     alpha: float | None = None
     rslora: bool = False
+    parameters: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -161,17 +165,15 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
     return recipe
 
 
-def open_adapters(
-    items: Sequence[AdapterItem], *, allow_pickle: bool = False
-) -> tuple[list[Adapter], list[Any]]:
+def open_recipe(recipe: Recipe, *, allow_pickle: bool = False) -> tuple[Recipe, list[Adapter]]:
     """Open a recipe's adapters at their pinned revisions; globs may stand for many.
 
     Returns:
-        The adapters and their weights.
+        The recipe with one item per adapter, and the adapters.
     """
     adapters: list[Adapter] = []
-    weights: list[Any] = []
-    for item in items:
+    items: list[AdapterItem] = []
+    for item in recipe.adapters:
         fallback = None
         if item.alpha is not None:
             fallback = AdapterConfig(r=None, lora_alpha=item.alpha, use_rslora=item.rslora)
@@ -186,12 +188,12 @@ def open_adapters(
             # A pinned reference keeps the name the user knows it by.
             name = item.adapter if item.revision else ref
             adapters.append(open_adapter(replace(source, ref=name), fallback=fallback))
-            weights.append(item.weight)
-    return adapters, weights
+            items.append(replace(item, adapter=name))
+    return replace(recipe, adapters=tuple(items)), adapters
 
 
-def plan_recipe(recipe: Recipe, adapters: Sequence[Adapter], weights: Sequence[Any]) -> MergePlan:
-    """Plan what a recipe says.
+def plan_recipe(recipe: Recipe, adapters: Sequence[Adapter]) -> MergePlan:
+    """Plan what a recipe says, with its adapters opened, one per item.
 
     Raises:
         RecipeError: If it names another base model than the adapters do.
@@ -207,8 +209,9 @@ def plan_recipe(recipe: Recipe, adapters: Sequence[Adapter], weights: Sequence[A
         adapters,
         method=recipe.merge_method,
         rank=recipe.rank,
-        weights=weights,
+        weights=[item.weight for item in recipe.adapters],
         parameters=recipe.parameters,
+        own_parameters=[item.parameters for item in recipe.adapters],
         semantics={name: getattr(recipe, name) for name in _SEMANTICS},
         statistics=recipe.statistics,
         seed=recipe.seed,
@@ -219,19 +222,27 @@ def plan_recipe(recipe: Recipe, adapters: Sequence[Adapter], weights: Sequence[A
     )
 
 
-def resolved_recipe(
-    recipe: Recipe, plan: MergePlan, adapters: Sequence[Adapter], weights: Sequence[Any]
-) -> Recipe:
+def resolved_recipe(recipe: Recipe, plan: MergePlan, adapters: Sequence[Adapter]) -> Recipe:
     """The recipe with sources pinned, every parameter written out, adapters of weight 0 left out.
 
-    Adapters stand in the plan's order unless "first" gives the order on the command line a meaning.
+    Adapters stand in the order of their names, unless theirs on the command line has a meaning.
     """
     if recipe.extras == "first":
-        pairs = [(a, w) for a, w in zip(adapters, weights, strict=True) if w != 0]
+        pairs = zip(adapters, recipe.adapters, strict=True)
+        items = [
+            _item(adapter, item.weight, item.parameters)
+            for adapter, item in pairs
+            if ByModule.of(item.weight).constant != 0
+        ]
     else:
-        chosen = [w.to_data() for w in plan.weights]
-        pairs = list(zip(plan.alignment.adapters, chosen, strict=True))
-    items = [_item(adapter, weight) for adapter, weight in pairs]
+        items = [
+            _item(
+                plan.alignment.adapters[i],
+                plan.weights[i].to_data(),
+                {name: value.to_data() for name, value in plan.own[i].items()},
+            )
+            for i in plan.by_name
+        ]
     bases = {a.config.base_model for a in plan.alignment.adapters} - {None}
     return replace(
         recipe,
@@ -249,7 +260,7 @@ def _rank_value(plan: MergePlan) -> int | str | None:
     return None if plan.rule.kind == "units" else str(plan.rule)
 
 
-def _item(adapter: Adapter, weight: Any) -> AdapterItem:
+def _item(adapter: Adapter, weight: Any, parameters: Mapping[str, Any]) -> AdapterItem:
     source = adapter.source
     bare = source is not None and source.config is None
     return AdapterItem(
@@ -259,6 +270,7 @@ def _item(adapter: Adapter, weight: Any) -> AdapterItem:
         sha256=sha256(source.weights) if source else None,
         alpha=adapter.config.lora_alpha if bare else None,
         rslora=adapter.config.use_rslora if bare else False,
+        parameters=dict(parameters),
     )
 
 

@@ -38,6 +38,12 @@ def _entries(
 ) -> Method:
     """A row for an elementwise rule in a space."""
     presets = presets or {}
+    per_adapter: dict[str, tuple[str, ...]] = {
+        "dare-ties": ("density", "trim"),
+        "della": ("density", "epsilon"),
+        "breadcrumbs": ("density", "gamma"),
+        "sce": (),  # what it keeps is decided for all adapters together
+    }
     costs = {"delta": "d_in d_out R, in row blocks", "aligned": "d_in R²", "core": "R³"}
     return Method(
         name=name,
@@ -45,12 +51,15 @@ def _entries(
         paper=paper,
         combine=partial(entries.entries, rule),
         prepare=partial(entries.measure_entries, rule),
+        check=partial(entries.rule_of, rule),
+        per_adapter=per_adapter.get(rule, ("density",)),
         options=entries.EntryOptions,
         presets=presets,
         shown={**entries.rule_defaults(rule), **presets},
         space=space,
         spaces=("delta", "aligned", "core", "factors"),
         makes_rank=True,
+        full_rank_in=("delta",),
         anchored=True,
         cost=costs[space],
     )

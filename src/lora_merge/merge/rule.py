@@ -47,6 +47,8 @@ class Rule:
             sum of their weights, or of their weights' absolute values. Where an election is held,
             only adapters that agree count.
         energy_weights: Multiply each weight by the adapter's share of the squared norm (SCE).
+        own: Rules of the adapters, by owner, that differ from this one in density, gamma, epsilon
+            or trim; empty where they do not.
     """
 
     sparsify: Sparsifier = "none"
@@ -61,6 +63,7 @@ class Rule:
     zero_sign: Literal["majority", "plus"] = "majority"
     divide_by: Literal["none", "count", "weights", "abs-weights"] = "none"
     energy_weights: bool = False
+    own: tuple["Rule", ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse values that have no meaning."""
@@ -85,10 +88,15 @@ class Rule:
         if self.scope == "global" and self.sparsify == "variance":
             raise MethodError("variance across adapters has no global scope", "use scope tensor")
 
+    def of(self, owner: int) -> "Rule":
+        """The rule for one adapter."""
+        return self.own[owner] if self.own else self
+
     @property
     def is_random(self) -> bool:
         """Whether the result depends on the seed."""
-        return self.sparsify in ("random", "della") and self.density < 1
+        drops = self.density < 1 or any(rule.density < 1 for rule in self.own)
+        return self.sparsify in ("random", "della") and drops
 
     @property
     def magnitude_density(self) -> float:
@@ -100,7 +108,8 @@ class Rule:
     @property
     def needs_thresholds(self) -> bool:
         """Whether magnitudes must be ranked over more than a row before anything is merged."""
-        return self.magnitude_density < 1 and self.scope != "row"
+        cuts = self.magnitude_density < 1 or any(rule.magnitude_density < 1 for rule in self.own)
+        return cuts and self.scope != "row"
 
     @property
     def needs_statistics(self) -> bool:

@@ -105,11 +105,11 @@ def _ranks_text(plan: MergePlan) -> str:
 
 def card_of(plan: MergePlan, recipe: str) -> str:
     """The model card of a merged adapter."""
-    names = [a.name for a in plan.alignment.adapters]
+    adapters, weights = plan.alignment.adapters, plan.weights
     return model_card(
         title="A merged LoRA adapter",
         base_model=plan.alignment.base_model,
-        sources=[(name, str(w)) for name, w in zip(names, plan.weights, strict=True)],
+        sources=[(adapters[i].name, str(weights[i])) for i in plan.by_name],
         method=f"`{plan.method.name}` ({plan.method.summary}; {plan.method.paper})",
         recipe=recipe,
         notes=plan.notes,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters import RankStack
+from lora_merge.linalg import gram
 
 # Basis vectors are x @ mix with a triangular inverse in mix, so their error is the condition
 # number times the epsilon of the product. Up to the first number float32 is enough, up to the
@@ -73,6 +74,15 @@ class Basis:
     def rotated(self, rotation: Tensor) -> "Basis":
         """The basis with columns `self @ rotation`, rotation orthogonal (p, q)."""
         return replace(self, mix=self.mix @ rotation, coordinates=rotation.mT @ self.coordinates)
+
+    def coordinates_of(self, columns: Tensor, source: Tensor) -> Tensor:
+        """Coordinates of the part of some columns (d, n) that is in the basis, float64 (p, n).
+
+        `source` is the tensor that `columns` is (a view of); the basis knows those of its own.
+        """
+        if source is self.source:
+            return self.coordinates
+        return self.mix.mT @ gram(self.vectors.mT, columns.mT)
 
     def lift(self, x: Tensor) -> Tensor:
         """Columns given in coordinates, float64 (p, k), as vectors (d, k) in float32 at least."""

@@ -18,7 +18,8 @@ def sparsify(rule: Rule, block: Block, index: int, statistics: Statistics) -> Te
     Returns:
         A new tensor, shape (rows, columns).
     """
-    x = block.x[index]
+    x, owner = block.x[index], block.owners[index]
+    rule = rule.of(owner)
     if rule.sparsify == "variance":
         if rule.density >= 1:
             return x.clone()
@@ -31,7 +32,6 @@ def sparsify(rule: Rule, block: Block, index: int, statistics: Statistics) -> Te
         return part.clone() if part is x else part
     if rule.scope == "row":
         return _within_rows(rule, part)
-    owner = block.owners[index]
     kept = _at_least(part, statistics.low[owner])
     high = statistics.high[owner]
     return kept if high == float("inf") else kept.abs().le_(high).mul_(kept)
@@ -39,7 +39,7 @@ def sparsify(rule: Rule, block: Block, index: int, statistics: Statistics) -> Te
 
 def drop(rule: Rule, block: Block, index: int) -> Tensor:
     """The random step before magnitudes are ranked; the block's own entries if there is none."""
-    x = block.x[index]
+    x, rule = block.x[index], rule.of(block.owners[index])
     if rule.sparsify != "random" or rule.density >= 1:
         return x
     bits = random_bits(block.keys[index], block.row, (x.shape[0], x.shape[1]), device=x.device)

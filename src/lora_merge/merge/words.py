@@ -23,8 +23,6 @@ class WordsError(LoraMergeError):
 def translate(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A recipe's data with `models`, `model`, `parameters: {weight, normalize, lambda}` understood.
 
-    Per-adapter parameters other than the weight must agree and become the method's.
-
     Raises:
         WordsError: If the recipe asks for what only whole models have.
     """
@@ -44,7 +42,7 @@ def translate(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     default_weight = parameters.pop("weight", None)
     if isinstance(items, list | tuple):
         recipe["adapters"] = [
-            _item(item, default_weight, parameters, f"{where}: adapters.{index}")
+            _item(item, default_weight, f"{where}: adapters.{index}")
             for index, item in enumerate(items)
         ]
     for theirs, ours in _SHARED.items():
@@ -62,8 +60,8 @@ def translate(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     return recipe
 
 
-def _item(item: Any, default_weight: Any, parameters: dict[str, Any], where: str) -> Any:
-    """One adapter; a bare string is its reference."""
+def _item(item: Any, default_weight: Any, where: str) -> Any:
+    """One adapter; a bare string is its reference, a weight may stand among its parameters."""
     if isinstance(item, str):
         item = {"adapter": item}
     if not isinstance(item, Mapping):
@@ -74,14 +72,12 @@ def _item(item: Any, default_weight: Any, parameters: dict[str, Any], where: str
     own = item.pop("parameters", {}) or {}
     if not isinstance(own, Mapping):
         raise WordsError(f"{where}.parameters is no mapping", "write parameters: {weight: 0.5}")
-    for name, value in own.items():
-        if name == "weight":
-            item.setdefault("weight", value)
-        elif parameters.setdefault(name, value) != value:
-            raise WordsError(
-                f"{where}: {name} differs between adapters ({parameters[name]!r} and {value!r})",
-                f"give one {name} for all, under parameters",
-            )
+    own = dict(own)
+    if "weight" in own:
+        weight = own.pop("weight")
+        item.setdefault("weight", weight)
+    if own:
+        item["parameters"] = own
     if default_weight is not None:
         item.setdefault("weight", default_weight)
     return item

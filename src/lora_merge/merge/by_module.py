@@ -1,4 +1,4 @@
-"""Weights by module: numbers, gradients over layers, or filters on names, in mergekit's words."""
+"""Numbers by module: constants, gradients over layers, filters on names, in mergekit's words."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -36,40 +36,49 @@ class Filtered:
 
 
 @dataclass(frozen=True)
-class ModuleWeights:
-    """One adapter's weight as a function of the module.
+class ByModule:
+    """A number as a function of the module: an adapter's weight, its density.
 
     Attributes:
-        cases: The first that matches decides; a module that none matches has weight 0.
+        cases: The first that matches decides.
     """
 
     cases: tuple[Filtered, ...]
 
     @classmethod
-    def of(cls, value: Any) -> "ModuleWeights":
-        """From a number, a list of numbers, or a list of {filter, value}.
+    def of(cls, value: Any, what: str = "weight") -> "ByModule":
+        """From a number, a list of numbers, or a list of {filter, value}; `what` it is.
 
         Raises:
             MethodError: If it is none of these.
         """
-        if isinstance(value, ModuleWeights):
+        if isinstance(value, ByModule):
             return value
         if isinstance(value, Sequence) and value and all(isinstance(v, Mapping) for v in value):
-            return cls(tuple(_case(entry) for entry in value))
-        return cls((Filtered(None, _number_or_gradient(value)),))
+            return cls(tuple(_case(entry, what) for entry in value))
+        return cls((Filtered(None, _number_or_gradient(value, what)),))
 
     @property
     def constant(self) -> float | None:
-        """The weight, if it is the same for all modules."""
+        """The number, if it is the same for all modules."""
         first = self.cases[0]
         if first.filter is None and isinstance(first.value, float):
             return first.value
         return None
 
-    def at(self, module: str, num_layers: int) -> float:
-        """The weight in a module of a model with this many layers."""
-        value = next((c.value for c in self.cases if c.matches(module)), 0.0)
-        if isinstance(value, float):
+    @property
+    def numbers(self) -> list[float]:
+        """Every number in it."""
+        return [
+            number
+            for case in self.cases
+            for number in (case.value if isinstance(case.value, tuple) else (case.value,))
+        ]
+
+    def at(self, module: str, num_layers: int) -> float | None:
+        """The number in a module of a model with this many layers; None where no filter matches."""
+        value = next((c.value for c in self.cases if c.matches(module)), None)
+        if value is None or isinstance(value, float):
             return value
         places = np.linspace(0, 1, len(value))
         return float(np.interp(_depth(module, num_layers), places, value))
@@ -110,27 +119,28 @@ def _depth(module: str, num_layers: int) -> float:
     return layer / (num_layers - 1) if num_layers > 1 else 0.0
 
 
-def _case(entry: Mapping[str, Any]) -> Filtered:
+def _case(entry: Mapping[str, Any], what: str) -> Filtered:
     unknown = set(entry) - {"filter", "value"}
     if unknown or "value" not in entry:
         raise MethodError(
-            f"{dict(entry)!r} is no weight", "write {filter: part of a name, value: number}"
+            f"{dict(entry)!r} is no {what}", "write {filter: part of a name, value: number}"
         )
     pattern = entry.get("filter")
     everything = pattern is None or pattern == "*"
-    return Filtered(None if everything else str(pattern), _number_or_gradient(entry["value"]))
+    value = _number_or_gradient(entry["value"], what)
+    return Filtered(None if everything else str(pattern), value)
 
 
-def _number_or_gradient(value: Any) -> float | tuple[float, ...]:
+def _number_or_gradient(value: Any, what: str) -> float | tuple[float, ...]:
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
-        return tuple(_number(v) for v in value)
-    return _number(value)
+        return tuple(_number(v, what) for v in value)
+    return _number(value, what)
 
 
-def _number(value: Any) -> float:
+def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
         raise MethodError(
-            f"{value!r} is no weight",
-            "weights are finite numbers, lists of them over the layers, or {filter, value}",
+            f"{value!r} is no {what}",
+            f"a {what} is a finite number, a list of them over the layers, or {{filter, value}}",
         )
     return float(value)
