@@ -130,3 +130,13 @@ def test_wrong_statistics_are_refused(tmp_path):
         weigh_spectra(adapter, spectra, read_moments(path), fisher=True)
     with pytest.raises(AdapterError, match="no LoRA named"), collect_moments(Tiny(), path):
         pass
+
+
+def test_an_adalora_model_cannot_be_observed(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.AdaLoraConfig(target_modules=["0"], total_step=5)
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
+    refused = pytest.raises(AdapterError, match="bare parameters")
+    with refused, collect_moments(model, tmp_path / "s"):
+        pass
+    assert not (tmp_path / "s").exists()

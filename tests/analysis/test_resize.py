@@ -14,7 +14,6 @@ from lora_merge.adapters import Adapter
 from lora_merge.analysis.ranks import choose_ranks
 from lora_merge.analysis.resize import (
     cast_error,
-    nested_plan,
     plan_resize,
     resize,
     truncated,
@@ -162,25 +161,6 @@ def test_a_planned_rank_is_the_rank_found_afterwards(tmp_path):
         assert module.spec.rank == report.plan.ranks[module.module]
         assert module.measures.numerical_rank == module.spec.rank
     assert report.plan.parameters <= 0.6 * report.plan.parameters_before
-
-
-def test_nested_truncation_keeps_the_first_stored_units(tmp_path):
-    adapter = Adapter.from_pretrained(save_adapter(tmp_path / "a", r=5))
-    spectra = adapter_spectra(adapter, keep_cores=True)
-    plan = nested_plan(adapter, spectra, 2)
-    report = resize(adapter, spectra, plan, plan_resize(adapter, spectra, plan), tmp_path / "out")
-    after = Adapter.from_pretrained(tmp_path / "out")
-    for module in report.modules:
-        a, b = (half.double() for half in adapter.read(module.name))
-        expected = adapter.modules[module.name].scaling * b[:, :2] @ a[:2]
-        torch.testing.assert_close(delta(after, module.name), expected, rtol=0, atol=1e-6)
-        error = torch.linalg.matrix_norm(delta(adapter, module.name) - expected)
-        assert module.truncation == pytest.approx(float(error), rel=1e-6)
-        best_error = spectra.by_module[module.name][2:].square().sum().sqrt()
-        assert module.truncation >= float(best_error)
-        share = 1 - (module.truncation / module.frobenius) ** 2
-        assert plan.modules[module.name].energy == pytest.approx(max(share, 0), abs=1e-6)
-    assert str(plan.rule) == "nested:2"
 
 
 def test_nothing_is_written_for_bad_input(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lora_merge.adapters.config import AdapterConfig, read_config
@@ -99,9 +100,18 @@ class Adapter:
         return Counter(spec.rank for spec in self.modules.values())
 
     def read(self, module: str) -> tuple[Tensor, Tensor]:
-        """Stored A and B of a module, as they are in the file."""
+        """Stored A and B of a module, as they are in the file.
+
+        A gate (AdaLoRA, SoRA) is folded into A, in float32 at least: the product of two 16-bit
+        numbers is exact there.
+        """
         spec = self.modules[module]
-        return self.tensors.read(spec.key_a), self.tensors.read(spec.key_b)
+        a, b = self.tensors.read(spec.key_a), self.tensors.read(spec.key_b)
+        if spec.key_gate is not None:
+            gate = self.tensors.read(spec.key_gate).reshape(-1, *[1] * (a.ndim - 1))
+            precise = torch.promote_types(a.dtype, torch.float32)
+            a = a.to(precise) * gate.to(precise)
+        return a, b
 
     def read_extra(self, name: str) -> Tensor:
         """A tensor that is not a factor, as stored."""
@@ -146,17 +156,28 @@ def build_adapter(
             f"{name}: no adapter_config.json, so the scaling is unknown",
             "put the config beside the file, or give --alpha (and --rslora)",
         )
+    notes = []
+    emptied = [m for m, keys in table.factors.items() if keys.gate and 0 in entries[keys.gate][1]]
+    if emptied:
+        notes.append(f"{len(emptied)} modules have no rank left ({emptied[0]}); they add nothing")
     modules = {
         module: _module_spec(module, keys, config, entries, name)
         for module, keys in sorted(table.factors.items())
+        if module not in emptied
     }
+    if not modules:
+        raise AdapterError(
+            f"{name}: no module has any rank left", "it changes nothing: leave it out"
+        )
     extras = {
         extra: ExtraSpec(extra, key, *entries[key]) for extra, key in sorted(table.extras.items())
     }
-    notes = []
     if table.rewrapped:
         notes.append("keys are wrapped by PEFT more than once; unwrapped")
-    copies = len(entries) - len(extras) - sum(3 if m.key_bias else 2 for m in modules.values())
+    used = sum(
+        key is not None for k in table.factors.values() for key in (k.a, k.b, k.bias, k.gate)
+    )
+    copies = len(entries) - len(extras) - used
     if copies:
         notes.append(f"{copies} tensors are copies left by PEFT's wrappers; ignored")
     return Adapter(name, config, modules, extras, tensors, source, tuple(notes))
@@ -185,6 +206,7 @@ def _module_spec(
         )
     form = _form_of(module, keys, config, shape_a)
     rank, experts = _rank_of(module, form, config, shape_a[0], where)
+    _check_gate(keys, config, entries, shape_a[0], where)
     kernel = shape_a[2:]
     if form == "conv" and shape_b[1] != rank and rank % shape_b[1] == 0:
         raise AdapterError(
@@ -207,7 +229,31 @@ def _module_spec(
         kernel=kernel,
         num_experts=experts,
         key_bias=keys.bias,
+        key_gate=keys.gate,
     )
+
+
+def _check_gate(
+    keys: FactorKeys,
+    config: AdapterConfig,
+    entries: Mapping[str, tuple[str, tuple[int, ...]]],
+    rows: int,
+    where: str,
+) -> None:
+    """A gate has one entry per unit, and AdaLoRA's stands with AdaLoRA's config alone."""
+    adaptive = keys.gate is not None and "lora_E" in keys.gate
+    if adaptive != (config.init_r is not None):
+        raise AdapterError(
+            f"{where}: lora_E {'without' if adaptive else 'is missing beside'} an AdaLoRA config",
+            "put the adapter's own adapter_config.json beside its weights",
+        )
+    if keys.gate is None:
+        return
+    code, shape = entries[keys.gate]
+    if code not in DTYPES or prod(shape) != rows:
+        raise AdapterError(
+            f"{where}: its gate is {code} {list(shape)}, not one number per unit", "save it again"
+        )
 
 
 def _form_of(

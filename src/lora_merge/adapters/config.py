@@ -47,6 +47,8 @@ class AdapterConfig:
         task_type: PEFT's task type.
         init: `init_lora_weights` as stored.
         partial: Whether layers are selected in a way that names alone do not tell.
+        init_r: AdaLoRA: the rank that training started from. It sets the scaling of whatever rank
+            pruning left; None for a LoRA.
     """
 
     base_model: str | None = None
@@ -65,6 +67,7 @@ class AdapterConfig:
     task_type: str | None = None
     init: str | bool | None = True
     partial: bool = False
+    init_r: int | None = None
 
     def rank_of(self, module: str) -> int | None:
         """Configured rank of a module (PEFT's matching rules), None if there is none."""
@@ -72,7 +75,12 @@ class AdapterConfig:
         return self.r if key is None else self.rank_pattern[key]
 
     def scaling_of(self, module: str, rank: int) -> float:
-        """Scaling of a module of the given rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        """Scaling of a module of the given rank: alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+        AdaLoRA's is alpha / (init_r + 1e-5), as PEFT computes it, without patterns.
+        """
+        if self.init_r is not None:
+            return (self.lora_alpha if self.lora_alpha > 0 else rank) / (self.init_r + 1e-5)
         key = _matching(self.alpha_pattern, module)
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
@@ -102,16 +110,24 @@ def read_config(path: Path, adapter: str) -> AdapterConfig:
 
 
 def parse_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
-    """Turn a config's JSON object into an `AdapterConfig`; refuses what is not plain LoRA."""
+    """Turn a config's JSON object into an `AdapterConfig`.
+
+    Raises:
+        AdapterError: If a field is wrong, or the delta is not scaling * B @ diag(gate) @ A.
+    """
     _refuse_variants(raw, adapter)
+    adaptive = _kind(raw) == "ADALORA"
     try:
         config = AdapterConfig(
             base_model=_text(raw.get("base_model_name_or_path")),
             revision=_text(raw.get("revision")),
-            r=int(raw.get("r", 8)),
+            r=None if adaptive else int(raw.get("r", 8)),
             lora_alpha=float(raw.get("lora_alpha", 8)),
             use_rslora=bool(raw.get("use_rslora", False)),
-            rank_pattern={str(k): int(v) for k, v in (raw.get("rank_pattern") or {}).items()},
+            # AdaLoRA's field of this name says which units were kept, not how many there are.
+            rank_pattern={}
+            if adaptive
+            else {str(k): int(v) for k, v in (raw.get("rank_pattern") or {}).items()},
             alpha_pattern={str(k): float(v) for k, v in (raw.get("alpha_pattern") or {}).items()},
             target_modules=_targets(raw.get("target_modules")),
             target_parameters=tuple(raw.get("target_parameters") or ()),
@@ -124,12 +140,14 @@ def parse_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
             partial=any(
                 raw.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules")
             ),
+            init_r=int(raw.get("init_r", 12)) if adaptive else None,
         )
     except (TypeError, ValueError, AttributeError) as error:
         raise AdapterError(
             f"{adapter}: adapter_config.json has a field of the wrong type: {error}", "repair it"
         ) from error
-    ranks = {"r": config.r, **config.rank_pattern}
+    default = {"init_r": config.init_r} if adaptive else {"r": config.r}
+    ranks = {**default, **config.rank_pattern}
     wrong = [f"{key} = {value}" for key, value in ranks.items() if value is None or value < 1]
     if wrong:
         raise AdapterError(
@@ -139,8 +157,7 @@ def parse_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
 
 
 def _refuse_variants(raw: Mapping[str, Any], adapter: str) -> None:
-    kind = str(raw.get("peft_type", "missing")).upper()
-    if kind != "LORA":
+    if _kind(raw) not in ("LORA", "ADALORA", "SORA"):
         raise AdapterError(
             f"{adapter}: peft_type is {raw.get('peft_type')!r}, not LORA",
             "convert it to LoRA first (peft: convert_to_lora), then merge the converted adapter",
@@ -164,6 +181,10 @@ def _refuse_variants(raw: Mapping[str, Any], adapter: str) -> None:
             "this initialisation changed",
             "save it again in PEFT with path_initial_model_for_weight_conversion",
         )
+
+
+def _kind(raw: Mapping[str, Any]) -> str:
+    return str(raw.get("peft_type", "missing")).upper()
 
 
 def _matching(pattern: Iterable[str], module: str) -> str | None:

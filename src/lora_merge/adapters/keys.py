@@ -8,18 +8,20 @@ from lora_merge.errors import AdapterError
 
 _PREFIX = "base_model.model."
 # `<module>.lora_A.weight`, `.lora_A.default.weight` (saved from a state dict with the adapter's
-# name left in) and `.lora_embedding_A` (a bare parameter).
+# name left in), `.lora_embedding_A` (a bare parameter) and `.lora_E` (AdaLoRA's gate).
 _FACTOR = re.compile(
-    r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])"
+    r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[ABE])"
     r"(?:\.(?P<adapter>[^.]+))??(?:\.(?P<leaf>weight|bias))?$"
 )
 _FOREIGN = (
     (re.compile(r"\.lora_(down|up)\.weight$|\.alpha$"), "kohya (lora_down / lora_up / alpha)"),
     (re.compile(r"\.hada_w|\.lokr_w|\.oft_"), "LyCORIS (LoHa, LoKr or OFT)"),
     (re.compile(r"lora_magnitude_vector"), "DoRA (lora_magnitude_vector)"),
-    (re.compile(r"\.lora_E$|\.ranknum$"), "AdaLoRA (lora_E)"),
     (re.compile(r"_lora\.(down|up)\.weight$"), "an old diffusers attention processor"),
 )
+_SLOTS = {"A": "a", "B": "b", "E": "gate"}
+# SoRA's trainer (OpenDelta) puts the factors into a child of the module, named "lora".
+_SORA_CHILD = ".lora"
 _LEGAL = re.compile(r"^[^\x00-\x1f/\\]+$")
 
 
@@ -32,12 +34,14 @@ class FactorKeys:
         a: Name of A.
         b: Name of B.
         bias: Name of B's bias.
+        gate: Name of the vector with one factor per unit: AdaLoRA's `lora_E`, SoRA's `gate`.
     """
 
     embedding: bool
     a: str | None = None
     b: str | None = None
     bias: str | None = None
+    gate: str | None = None
 
 
 @dataclass
@@ -80,6 +84,7 @@ def sort_keys(names: Iterable[str], adapter: str) -> KeyTable:
             f"{adapter}: the file holds several adapters ({', '.join(sorted(adapter_names))})",
             "save each with peft's save_pretrained(selected_adapters=[...])",
         )
+    _take_gates(table)
     _check_pairs(table, adapter)
     return table
 
@@ -97,9 +102,9 @@ def _put_factor(table: KeyTable, match: re.Match[str], name: str, adapter: str) 
     if not _LEGAL.match(module) or ".." in module:
         raise AdapterError(f"{adapter}: illegal module name {module!r}", "do not trust this file")
     keys = table.factors.setdefault(module, FactorKeys(embedding=bool(match["embedding"])))
-    slot = match["half"].lower()
+    slot = _SLOTS[match["half"]]
     if match["leaf"] == "bias":
-        if slot == "a":
+        if slot != "b":
             raise AdapterError(f"{adapter}: {module} has a bias on A, which no LoRA has", "")
         slot = "bias"
     if getattr(keys, slot) is not None or keys.embedding != bool(match["embedding"]):
@@ -115,12 +120,25 @@ def _put_extra(table: KeyTable, bare: str, name: str, adapter: str) -> None:
     """Everything else; the copies that a saved wrapper leaves behind are folded away."""
     if ".original_module." in bare:
         return  # the base model's own weights, kept by ModulesToSaveWrapper
+    if bare.endswith(".ranknum"):
+        return  # AdaLoRA's initial rank, which the config says too
     canonical = re.sub(r"\.modules_to_save(\.default)?\.", ".", bare)
     if canonical in table.extras and canonical != bare:
         return  # stored a second time under the wrapper's name
     table.extras[canonical] = name
     if not _LEGAL.match(canonical):
         raise AdapterError(f"{adapter}: illegal tensor name {name!r}", "do not trust this file")
+
+
+def _take_gates(table: KeyTable) -> None:
+    """A bare parameter `gate` beside A and B is SoRA's; the module is then their parent's."""
+    for module in list(table.factors):
+        gate = table.extras.pop(f"{module}.gate", None)
+        if gate is None:
+            continue
+        keys = table.factors.pop(module)
+        keys.gate = gate
+        table.factors[module.removesuffix(_SORA_CHILD)] = keys
 
 
 def _check_pairs(table: KeyTable, adapter: str) -> None:

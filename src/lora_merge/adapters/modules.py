@@ -35,6 +35,7 @@ class ModuleSpec:
         key_a: Tensor name of A in the file.
         key_b: Tensor name of B in the file.
         key_bias: Tensor name of B's bias (`lora_bias`), or None.
+        key_gate: Tensor name of the units' gate (AdaLoRA, SoRA), or None.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ModuleSpec:
     kernel: tuple[int, ...] = ()
     num_experts: int = 1
     key_bias: str | None = None
+    key_gate: str | None = None
 
     @property
     def geometry(self) -> tuple[Form, int, int, tuple[int, ...], int]:

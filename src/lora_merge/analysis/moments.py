@@ -75,6 +75,11 @@ def collect_moments(model: Any, path: Path, *, adapter_name: str = "default") ->
         pair = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
         if pair[0] is None or pair[1] is None or adapter_name not in pair[0]:
             continue
+        if not isinstance(pair[0][adapter_name], torch.nn.Module):
+            raise AdapterError(
+                f"{full_name}: its factors are bare parameters (AdaLoRA), which cannot be observed",
+                "resize it with --prune-gates first, and load the result",
+            )
         name = full_name.removeprefix("base_model.model.")
         forward, backward = record(name, float(layer.scaling[adapter_name]) or 1.0)
         hooks.append(pair[0][adapter_name].register_forward_hook(forward))

@@ -28,8 +28,9 @@ from lora_merge.adapters import (
 from lora_merge.adapters.card import short_card
 from lora_merge.adapters.modules import to_matrix
 from lora_merge.analysis.parallel import in_order
-from lora_merge.analysis.ranks import ModuleRank, RankPlan, RankRule
+from lora_merge.analysis.ranks import RankPlan
 from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum, require_finite
+from lora_merge.analysis.stored_units import keeps_stored_units, split_units
 from lora_merge.errors import MethodError
 from lora_merge.linalg import gram
 
@@ -145,27 +146,6 @@ def plan_resize(
     )
 
 
-def nested_plan(adapter: Adapter, spectra: AdapterSpectra, rank: int) -> RankPlan:
-    """Keep the first `rank` stored units of every module, as DyLoRA trains them to be cut.
-
-    (arXiv 2210.07558.) The energy is one minus the squared relative error; where the rest cancels
-    what is kept it would be negative, and 0 is said.
-
-    Args:
-        adapter: The adapter.
-        spectra: Its spectra.
-        rank: Units to keep; modules that have fewer keep them all.
-    """
-    modules = {}
-    for name, before in spectra.ranks.items():
-        kept = min(rank, before)
-        total = float(spectra.by_module[name].square().sum())
-        lost = sum(stack.inner(stack) for stack in _units(adapter, name, kept, before))
-        energy = max(1 - lost / total, 0.0) if total > 0 else 1.0
-        modules[name] = ModuleRank(before, kept, energy, spectra.costs[name], sqrt(total))
-    return RankPlan(RankRule("nested", rank), modules)
-
-
 def resize(
     adapter: Adapter,
     spectra: AdapterSpectra,
@@ -261,19 +241,19 @@ def _resize_module(
 ) -> ResizedModule:
     spec = experts[0].spec
     rank = plan.ranks[spec.name]
-    nested = plan.rule.kind == "nested"
     total = sum(float(m.values.square().sum()) for m in experts)
     lost = sum(float(m.values[rank:].square().sum()) for m in experts)
-    if nested:
-        lost = sum(stack.inner(stack) for stack in _units(adapter, spec.name, rank, spec.rank))
+    stacks: list[RankStack] = []
+    if keeps_stored_units(plan.rule):
+        stacks, dropped = split_units(adapter, spec.name, plan.rule, rank)
+        lost = sum(stack.inner(stack) for stack in dropped)
+    elif rank:
+        a, b = adapter.read(spec.name)
+        for index, module in enumerate(experts):
+            down, up = to_matrix(spec, a, b, index)
+            stacks.append(truncated(module, up, down, rank))
     cast = 0.0
     if rank:
-        stacks = _units(adapter, spec.name, 0, rank) if nested else []
-        if not nested:
-            a, b = adapter.read(spec.name)
-            for index, module in enumerate(experts):
-                down, up = to_matrix(spec, a, b, index)
-                stacks.append(truncated(module, up, down, rank))
         cast = sum(cast_error(stack, DTYPES[output.dtype]) ** 2 for stack in stacks)
         bias = None
         if spec.key_bias:
@@ -284,18 +264,6 @@ def _resize_module(
     )
     before = plan.modules[spec.name].before
     return ResizedModule(spec.name, before, rank, sqrt(total), sqrt(lost), sqrt(norm), sqrt(cast))
-
-
-def _units(adapter: Adapter, name: str, start: int, stop: int) -> list[RankStack]:
-    """Stored units start..stop of a module, one float32 stack per expert."""
-    spec = adapter.modules[name]
-    a, b = adapter.read(name)
-    stacks = []
-    for expert in range(spec.num_experts):
-        down, up = to_matrix(spec, a, b, expert)
-        part = (down[start:stop].float(), up[:, start:stop].float(), spec.scaling)
-        stacks.append(RankStack.of([part]))
-    return stacks
 
 
 def _relative(parts: Sequence[tuple[float, float]]) -> float:

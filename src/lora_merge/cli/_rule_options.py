@@ -43,14 +43,19 @@ _COMPAT = {
 }
 
 
-def take_rule(arguments: dict[str, Any]) -> str:
+def take_rule(arguments: dict[str, Any], *more: str) -> str:
     """Take the rule's options out of `arguments`; returns its text for `parse_rule`.
+
+    Args:
+        arguments: All options of the command, by name.
+        more: Flags that are rules of this command alone, by name.
 
     Raises:
         click.UsageError: If several rules are given, or the compatibility mode has no such rule.
     """
     compat = arguments.pop("compat")
-    given = {n: v for n in _NAMES if (v := arguments.pop(n)) not in (None, False)}
+    taken = {name: arguments.pop(name) for name in (*_NAMES, *more)}
+    given = {n.replace("_", "-"): v for n, v in taken.items() if v not in (None, False)}
     if len(given) > 1:
         raise click.UsageError(f"give one rank rule, not {' and '.join(f'--{n}' for n in given)}")
     name, value = next(iter(given.items()), ("energy", 0.95))

@@ -1,7 +1,7 @@
 """`lora-merge resize`: fewer ranks, chosen from the spectra."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -9,6 +9,12 @@ from lora_merge.cli._open import open_all, open_options
 from lora_merge.cli._options import json_option
 from lora_merge.cli._rule_options import rule_options, take_rule
 
+if TYPE_CHECKING:
+    from lora_merge.adapters import Adapter
+    from lora_merge.analysis.ranks import RankPlan
+    from lora_merge.analysis.spectra import AdapterSpectra
+
+_PRUNE = "prune-gates"
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -25,6 +31,7 @@ Examples:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory to make.")
 @rule_options
 @click.option("--nested", is_flag=True, help="With --rank: the first units as stored (DyLoRA).")
+@click.option("--prune-gates", is_flag=True, help="Drop units of gate zero (AdaLoRA, SoRA).")
 @click.option("--exact", is_flag=True, help="Spread a budget by dynamic programming.")
 @click.option(
     "--objective",
@@ -67,18 +74,35 @@ def command(adapter: str, **arguments: Any) -> None:
 
     Prints truncation and rounding error apart. Energy is a proxy: measure the task afterwards.
     """
-    rule = take_rule(arguments)
-    if arguments["nested"] and not rule.startswith("fixed:"):
-        raise click.UsageError("--nested needs --rank")
-    if arguments["nested"] and (arguments["bottleneck"] or arguments["fisher"]):
-        raise click.UsageError("--nested keeps units as they are: it takes no statistics")
-    if arguments["bottleneck"] and arguments["fisher"]:
-        raise click.UsageError("give --bottleneck or --fisher, not both")
-    if (arguments["objective"] == "base-relative") != (arguments["base"] is not None):
-        raise click.UsageError("--objective base-relative and --base belong together")
-    if arguments["out"] is None and not arguments["dry_run"]:
-        raise click.UsageError("missing option '-o' (or --dry-run)")
+    rule = take_rule(arguments, "prune_gates")
+    _refuse_combinations(rule, arguments)
     _run(adapter, rule, **arguments)
+
+
+def _refuse_combinations(rule: str, given: dict[str, Any]) -> None:
+    """Options that would be ignored beside others are refused."""
+    stored = "--nested" if given["nested"] else "--prune-gates" if rule == _PRUNE else None
+    if given["nested"] and not rule.startswith("fixed:"):
+        raise click.UsageError("--nested needs --rank")
+    if stored and (given["bottleneck"] or given["fisher"]):
+        raise click.UsageError(f"{stored} keeps units as they are: it takes no statistics")
+    if rule == _PRUNE and (given["max_rank"] or given["min_rank"] > 1 or given["round_to"] > 1):
+        raise click.UsageError(
+            "--prune-gates keeps every unit that adds something: it takes no --min-rank, "
+            "--max-rank or --round-to; resize its result"
+        )
+    if given["drop_empty"] and given["min_rank"] > 1:
+        raise click.UsageError("--drop-empty allows rank 0, --min-rank does not")
+    if given["exact"] and not rule.startswith("budget:"):
+        raise click.UsageError("--exact needs --budget")
+    if given["objective"] != "absolute" and not rule.startswith(("budget:", "match:")):
+        raise click.UsageError("--objective needs --budget or --match")
+    if given["bottleneck"] and given["fisher"]:
+        raise click.UsageError("give --bottleneck or --fisher, not both")
+    if (given["objective"] == "base-relative") != (given["base"] is not None):
+        raise click.UsageError("--objective base-relative and --base belong together")
+    if given["out"] is None and not given["dry_run"]:
+        raise click.UsageError("missing option '-o' (or --dry-run)")
 
 
 def _run(
@@ -86,16 +110,8 @@ def _run(
     rule: str,
     *,
     out: Path | None,
-    nested: bool,
-    exact: bool,
-    objective: str,
-    base: Path | None,
     bottleneck: Path | None,
     fisher: Path | None,
-    min_rank: int,
-    max_rank: int | None,
-    round_to: int,
-    drop_empty: bool,
     uniform: bool,
     dtype: str | None,
     force: bool,
@@ -106,14 +122,13 @@ def _run(
     rslora: bool,
     allow_pickle: bool,
     as_json: bool,
+    **limits: Any,
 ) -> None:
-    from lora_merge.analysis.ranks import choose_ranks, parse_rule
-    from lora_merge.analysis.resize import nested_plan, plan_resize, resize
+    from lora_merge.analysis.resize import plan_resize, resize
     from lora_merge.analysis.spectra import adapter_spectra, require_finite
     from lora_merge.cli._output import Output
 
     output = Output(as_json, width=width)
-    parsed = parse_rule(rule)
     opened = open_all([ref], alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
     if len(opened) != 1:
         raise click.UsageError(f"{ref} stands for {len(opened)} adapters; resize takes one")
@@ -126,27 +141,7 @@ def _run(
         from lora_merge.analysis.moments import read_moments, weigh_spectra
 
         spectra = weigh_spectra(adapter, spectra, read_moments(stats), fisher=fisher is not None)
-    weights = None
-    if objective == "relative":
-        weights = _weights(spectra.by_module)
-    elif base is not None:
-        from lora_merge.analysis.base import base_weights
-        from lora_merge.analysis.checkpoint import open_checkpoint
-
-        weights = base_weights(adapter, open_checkpoint(base))
-    plan = choose_ranks(
-        spectra.by_module,
-        spectra.costs,
-        parsed,
-        before=spectra.ranks,
-        min_rank=0 if drop_empty else min_rank,
-        max_rank=max_rank,
-        round_to=round_to,
-        weights=weights,
-        exact=exact,
-    )
-    if nested:
-        plan = nested_plan(adapter, spectra, int(parsed.value or 0))
+    plan = _plan(adapter, spectra, rule, **limits)
     target = plan_resize(
         adapter,
         spectra,
@@ -164,6 +159,48 @@ def _run(
     with output.progress("writing", len(plan.ranks)) as advance:
         report = resize(adapter, spectra, plan, target, out, force=force, on_module=advance)
     output.data(report.to_dict(), view.report_view(report, target))
+
+
+def _plan(
+    adapter: "Adapter",
+    spectra: "AdapterSpectra",
+    rule: str,
+    *,
+    nested: bool,
+    exact: bool,
+    objective: str,
+    base: Path | None,
+    min_rank: int,
+    max_rank: int | None,
+    round_to: int,
+    drop_empty: bool,
+) -> "RankPlan":
+    from lora_merge.analysis.ranks import choose_ranks
+    from lora_merge.analysis.stored_units import nested_plan, prune_plan
+
+    smallest = 0 if drop_empty else min_rank
+    if rule == _PRUNE:
+        return prune_plan(adapter, spectra, min_rank=smallest)
+    weights = None
+    if objective == "relative":
+        weights = _weights(spectra.by_module)
+    elif base is not None:
+        from lora_merge.analysis.base import base_weights
+        from lora_merge.analysis.checkpoint import open_checkpoint
+
+        weights = base_weights(adapter, open_checkpoint(base))
+    plan = choose_ranks(
+        spectra.by_module,
+        spectra.costs,
+        rule,
+        before=spectra.ranks,
+        min_rank=smallest,
+        max_rank=max_rank,
+        round_to=round_to,
+        weights=weights,
+        exact=exact,
+    )
+    return nested_plan(adapter, spectra, plan.ranks) if nested else plan
 
 
 def _weights(spectra: Any) -> dict[str, float]:

@@ -252,7 +252,7 @@ def _entry(expert: Expert, path: str, digest: str) -> dict[str, Any]:
         "name": expert.name,
         "path": path,
         "general": expert.general,
-        "r": config.r,
+        "r": max(expert.adapter.ranks()),
         "lora_alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
         "modules": len(expert.adapter.modules),
@@ -269,8 +269,8 @@ def _card(mixture: Mixture) -> str:
         head += [f"base_model: {base}", "base_model_relation: adapter"]
     head += ["tags:", "- lora", "- mixture-of-loras", f"- {spec.preset}", "---", ""]
     experts = [
-        f"- `{e.name}`{' (general, subtracted)' if e.general else ''}: rank {e.adapter.config.r}, "
-        f"{len(e.adapter.modules)} modules"
+        f"- `{e.name}`{' (general, subtracted)' if e.general else ''}: "
+        f"rank {max(e.adapter.ranks())}, {len(e.adapter.modules)} modules"
         for e in mixture.experts
     ]
     state = "" if spec.trained else "\nThe gate has its initial weights: train it before use.\n"
