@@ -1,19 +1,24 @@
 """`spectra`, `resize --budget` and `compare` against the least that must be done for them.
 
-    python benchmarks/analysis.py [--work DIR] [--rounds 5] [--many 32]
+    python benchmarks/analysis.py [--work DIR] [--rounds 5] [--many 32] [--out FILE.md]
 
 Whole processes on adapters of Llama-3-8B's shape: `spectra` of one r=64 adapter against importing
 torch and reading the file; `resize --budget` of one r=16 adapter against a bare load-and-save
-script; `compare` of many r=16 adapters against importing torch and reading them.
+script; `compare` of many r=16 adapters against importing torch and reading them. `--out` writes the
+table that stands in benchmarks/results/analysis.md.
 """
 
 import argparse
+import os
+import platform
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from llama_shapes import make_adapters
-from processes import compare
+from processes import Run, compare
 
 HERE = Path(__file__).parent
 COMMAND = [sys.executable, "-m", "lora_merge"]
@@ -27,6 +32,29 @@ READ = (
 )
 
 
+@dataclass(frozen=True)
+class Result:
+    """One command against its bare script."""
+
+    title: str
+    aim: float
+    ratio: float
+    ours: Run
+    bare: Run
+
+    @property
+    def cells(self) -> list[str]:
+        """A row of the table."""
+        return [
+            self.title,
+            f"{self.ratio:.2f}",
+            f"{self.aim:g}",
+            f"{self.ours.seconds:.1f} s over {self.bare.seconds:.1f} s",
+            f"{self.ours.cpu_seconds:.1f} s over {self.bare.cpu_seconds:.1f} s",
+            f"{self.ours.peak_bytes / 1e6:.0f} MB, bare {self.bare.peak_bytes / 1e6:.0f} MB",
+        ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -36,31 +64,55 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--many", type=int, default=32)
+    parser.add_argument("--out", type=Path, help="markdown file to write")
     arguments = parser.parse_args()
-    work: Path = arguments.work
-    wide = make_adapters(work / "adapters", 1, 64)
-    _report("spectra, one r=64", ["spectra", *wide, "--json"], _read(wide), 2, arguments.rounds)
-    one = make_adapters(work / "adapters", 1, 16)
-    out = work / "resized"
-    bare = [sys.executable, str(HERE / "bare.py"), str(work / "bare"), "1", *map(str, one)]
-    resize = ["resize", *one, "-o", out, "--budget", "x0.5", "--force"]
-    _report("resize --budget x0.5, one r=16", resize, bare, 3, arguments.rounds)
-    if arguments.many:
-        many = make_adapters(work / "adapters", arguments.many, 16)
-        title = f"compare, {arguments.many} of r=16"
-        _report(title, ["compare", *many, "--json"], _read(many), 4, arguments.rounds)
+    results = []
+    for title, aim, ours, bare in _tasks(arguments.work, arguments.many):
+        ratio, mine, theirs = compare([*COMMAND, *ours], bare, arguments.rounds)
+        results.append(Result(title, aim, ratio, mine, theirs))
+        print(" | ".join(results[-1].cells), flush=True)
+    if arguments.out:
+        arguments.out.write_text(_document(results, arguments.rounds), encoding="utf-8")
 
 
-def _read(folders: list[Path]) -> list[str]:
-    return [sys.executable, "-c", READ, *map(str, folders)]
+def _tasks(work: Path, many: int) -> list[tuple[str, float, list[str], list[str]]]:
+    """(title, aim, our arguments, bare command) of every comparison."""
+    wide = _texts(make_adapters(work / "adapters", 1, 64))
+    one = _texts(make_adapters(work / "adapters", 1, 16))
+    read = [sys.executable, "-c", READ]
+    copy = [sys.executable, str(HERE / "bare.py"), str(work / "bare"), "1", *one]
+    resize = ["resize", *one, "-o", str(work / "resized"), "--budget", "x0.5", "--force"]
+    tasks = [
+        ("`spectra`, one adapter of r=64", 2.0, ["spectra", *wide, "--json"], [*read, *wide]),
+        ("`resize --budget x0.5`, one of r=16", 3.0, resize, copy),
+    ]
+    if many:
+        folders = _texts(make_adapters(work / "adapters", many, 16))
+        title = f"`compare`, {many} of r=16"
+        tasks.append((title, 4.0, ["compare", *folders, "--json"], [*read, *folders]))
+    return tasks
 
 
-def _report(title: str, ours: list[object], bare: list[str], aim: float, rounds: int) -> None:
-    ratio, mine, theirs = compare([*COMMAND, *map(str, ours)], bare, rounds)
-    print(
-        f"{title}: {mine.seconds:.2f} s, bare {theirs.seconds:.2f} s, ratio {ratio:.2f} "
-        f"(aim {aim:g}); peak {mine.peak_bytes / 1e6:.0f} MB, bare {theirs.peak_bytes / 1e6:.0f} MB"
-    )
+def _texts(folders: Sequence[Path]) -> list[str]:
+    return [str(folder) for folder in folders]
+
+
+def _document(results: Sequence[Result], rounds: int) -> str:
+    import torch
+
+    heads = ["command", "ratio", "aim", "wall time", "CPU time", "peak memory"]
+    rows = [heads, ["-"] * len(heads), *(result.cells for result in results)]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"""# Speed of the analyses
+
+`python benchmarks/analysis.py --rounds {rounds}`: adapters of Llama-3-8B's shape in bfloat16, whole
+processes. `spectra` and `compare` stand beside importing torch and reading the same files, `resize`
+beside a script that loads and saves. Ratios are medians over rounds taken turn by turn.
+{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__.partition("+")[0]}, load
+average {os.getloadavg()[2]:.1f} over the last 15 minutes.
+
+{table}
+"""
 
 
 if __name__ == "__main__":

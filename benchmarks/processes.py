@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Run:
-    """One finished process: wall seconds and peak resident bytes."""
+    """One finished process: wall seconds, CPU seconds of all threads, peak resident bytes."""
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
 
 
@@ -27,7 +28,7 @@ def run(command: Sequence[str]) -> Run:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{output.decode()}")
-    return Run(seconds, usage.ru_maxrss * 1024)
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def compare(first: Sequence[str], second: Sequence[str], rounds: int) -> tuple[float, Run, Run]:
@@ -45,5 +46,6 @@ def compare(first: Sequence[str], second: Sequence[str], rounds: int) -> tuple[f
 def _median(runs: Sequence[Run]) -> Run:
     return Run(
         statistics.median(r.seconds for r in runs),
+        statistics.median(r.cpu_seconds for r in runs),
         int(statistics.median(r.peak_bytes for r in runs)),
     )

@@ -56,6 +56,10 @@ def test_tables_are_those_of_the_dense_deltas(ranks, seed, d_out, d_in):
                 phi = float(cosines.square().sum()) / small
                 assert float(overlap_[i, j]) == pytest.approx(min(phi, 1), abs=1e-7)
                 assert float(cosine[i, j]) == pytest.approx(min(float(cosines[0]), 1), abs=1e-7)
+                assert int(got.dimensions[i, j]) == small
+                every = (got.angles_out if theirs is other_u else got.angles_in)[i, j]
+                torch.testing.assert_close(every[:small], cosines.clamp(0, 1), rtol=0, atol=1e-7)
+                assert not bool(every[small:].any())
                 largest = max(mine.shape[1], theirs.shape[1])
                 assert float(chance[i, j]) == pytest.approx(min(largest / d, 1))
             if i != j:
@@ -117,6 +121,9 @@ def test_many_units_take_the_fast_grams_with_the_same_result(monkeypatch):
     assert float(difference.abs().max()) < 1e-6
     torch.testing.assert_close(fast.overlap_out, exact.overlap_out, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(fast.interference, exact.interference, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fast.angles_out, exact.angles_out, rtol=0, atol=1e-5)
+    torch.testing.assert_close(fast.angles_in, exact.angles_in, rtol=0, atol=1e-5)
+    assert fast.total_interference == pytest.approx(exact.total_interference, rel=1e-4)
 
 
 def test_bfloat16_adapters_are_compared_without_losing_digits(monkeypatch):
@@ -296,3 +303,33 @@ def test_tree_joins_the_closest_first():
     off = cosine - 2 * torch.eye(9, dtype=torch.float64)
     assert tree.heights[0] == pytest.approx(1 - float(off.max()))
     assert all(a % 3 == b % 3 for a, b in tree.merges[:3])
+
+
+def test_angles_are_kept_for_chosen_modules_of_many_adapters():
+    many = [adapter(str(i), seed=i, r=2 + i % 3) for i in range(10)]
+    chosen = compare(many, modules=["0.*.up_proj"], angles=True)
+    assert list(chosen.tables) == ["model.layers.0.mlp.up_proj"]
+    document = json.loads(json.dumps(chosen.to_dict(per_module=True), allow_nan=False))
+    (module,) = document["modules"]
+    stack = RankStack.of([factors(a, module["label"]) for a in many])
+    for i in range(10):
+        for j in range(10):
+            expected = torch.linalg.svdvals(bases(stack, i)[0].mT @ bases(stack, j)[0])
+            assert module["angles_out"][i][j] == pytest.approx(expected.tolist(), abs=1e-6)
+            mean = sum(c**2 for c in module["angles_in"][i][j]) / len(expected)
+            assert module["overlap_in"][i][j] == pytest.approx(mean, abs=1e-6)
+    assert "angles_out" not in compare(many).to_dict(per_module=True)["modules"][0]
+    with pytest.raises(MethodError, match="no module matches"):
+        compare(many, modules=["nothing"])
+
+
+def test_interference_of_the_whole_set_is_said_for_any_number():
+    twins = [adapter(str(i), seed=0) for i in range(9)]
+    assert compare(twins).total.set_interference == pytest.approx(1)
+    apart = [adapter(str(i), seed=i) for i in range(9)]
+    assert compare(apart).total.set_interference < 0.5
+
+
+def factors(one: Adapter, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+    a, b = one.read(name)
+    return a.double(), b.double(), one.modules[name].scaling

@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from builders import save_adapter
+from builders import SHAPES, save_adapter
 from lora_merge.cli.app import cli
 
 
@@ -54,3 +54,25 @@ def test_checkpoints_of_one_run_are_alike(shared):
     assert {v["kind"] for v in document["verdicts"]} == {"same", "agree"}
     tasks = json.loads(run(shared / "arena" / "adapters" / "*", "--json"))
     assert {v["kind"] for v in tasks["verdicts"]} == {"independent"}
+
+
+@pytest.mark.parametrize(("count", "width"), [(2, 80), (2, 60), (5, 80), (12, 60)])
+def test_chosen_modules_show_their_principal_angles(tmp_path, count, width):
+    paths = folders(tmp_path, count)
+    text = run(*paths, "--module", "1.*", "--width", width)
+    assert max(map(len, text.splitlines())) <= width
+    assert text.count("principal angles of model.layers.1.") == 2
+    assert ("random spaces" in text) == (count == 2)
+    document = json.loads(run(*paths, "--module", "1.*", "--json"))
+    assert [len(m["angles_in"]) for m in document["modules"]] == [count, count]
+
+
+def test_adapters_that_share_no_module_have_no_angles(tmp_path):
+    names = list(SHAPES)
+    one, two = (
+        save_adapter(tmp_path / n, shapes={name: SHAPES[name]})
+        for n, name in (("one", names[0]), ("two", names[2]))
+    )
+    text = run(one, two, "--module", "*")
+    assert text.count("no two adapters have a space there") == 2
+    assert "put together, they do not touch" in " ".join(text.split())

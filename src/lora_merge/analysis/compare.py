@@ -22,13 +22,12 @@ from lora_merge.adapters.modules import to_matrix
 from lora_merge.analysis.overlap import PairTables, pair_tables
 from lora_merge.analysis.parallel import in_order
 from lora_merge.analysis.places import labels, place_of
+from lora_merge.analysis.spectra import select_names
 from lora_merge.errors import AdapterError, MethodError
 
 # Total samples for sign conflicts: a standard error below 0.2 % for every pair.
 _SAMPLES = 65_536
-# Largest principal cosines take one small SVD per pair, side and module.
-_MOST_ANGLES = 8
-_TABLES = [f.name for f in fields(PairTables) if not f.name.startswith("total")]
+_TABLES = [f.name for f in fields(PairTables) if not f.name.startswith(("total", "angles"))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +44,8 @@ class PairMatrices:
         overlap_in: The same of input spaces.
         chance_out: What random subspaces would show.
         chance_in: The same for inputs.
-        cosine_out: Largest principal cosine of output spaces, averaged; None for many adapters.
+        dimensions: Principal angles per module, on average.
+        cosine_out: Largest principal cosine of output spaces, averaged.
         cosine_in: The same of input spaces.
         interference: Singular task interference over the sum of nuclear norms.
         chance_interference: What random subspaces with the same spectra would show.
@@ -57,8 +57,10 @@ class PairMatrices:
         unit_match: Mean best match of the units of i among those of j; for i = j, in itself.
         cancellation: |D_i + D_j| / (|D_i| + |D_j|): 1 if they add up, 0 if they cancel.
         set_cancellation: The same of all adapters together.
-        set_interference: Interference of all, over (N - 1)^2 and the sum of nuclear norms; None
-            for many adapters.
+        set_interference: Interference of all, over (N - 1)^2 and the sum of nuclear norms.
+        angles_out: All principal cosines of the output spaces of one module, descending, shape
+            (N, N, K), zero beyond `dimensions`; None where not asked for.
+        angles_in: The same of the input spaces.
     """
 
     label: str
@@ -70,8 +72,9 @@ class PairMatrices:
     overlap_in: Tensor
     chance_out: Tensor
     chance_in: Tensor
-    cosine_out: Tensor | None
-    cosine_in: Tensor | None
+    dimensions: Tensor
+    cosine_out: Tensor
+    cosine_in: Tensor
     interference: Tensor
     chance_interference: Tensor
     conflict: Tensor
@@ -82,14 +85,24 @@ class PairMatrices:
     unit_match: Tensor
     cancellation: Tensor
     set_cancellation: float
-    set_interference: float | None
+    set_interference: float
+    angles_out: Tensor | None = None
+    angles_in: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
+        """JSON-ready; principal cosines only where they were asked for."""
+        document = {
             name: value.tolist() if isinstance(value, Tensor) else value
             for name, value in self.__dict__.items()
+            if value is not None
         }
+        sizes = self.dimensions.long().tolist()
+        for name in {"angles_out", "angles_in"} & document.keys():
+            document[name] = [
+                [cosines[:size] for cosines, size in zip(*rows, strict=True)]
+                for rows in zip(document[name], sizes, strict=True)
+            ]
+        return document
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +140,11 @@ class Comparison:
         """Module by module."""
         return tuple(_matrices(name, [tables]) for name, tables in self.tables.items())
 
+    @property
+    def has_angles(self) -> bool:
+        """Whether all principal cosines of every module were kept."""
+        return all(tables.angles_out is not None for tables in self.tables.values())
+
     def merged_norm(self, weights: Sequence[float]) -> float:
         """Frobenius norm of sum_i w_i D_i, from the inner products."""
         products = torch.stack([t.products for t in self.tables.values()]).sum(0)
@@ -150,6 +168,8 @@ class Comparison:
 def compare(
     adapters: Sequence[Adapter],
     *,
+    modules: Sequence[str] = (),
+    angles: bool = False,
     force: bool = False,
     seed: int = 0,
     jobs: int | None = None,
@@ -159,28 +179,34 @@ def compare(
 
     Args:
         adapters: At least two, of one base model.
+        modules: Shell patterns; only modules that match one. Default: all.
+        angles: Keep every module's principal cosines, not only the largest.
         force: Accept different base model names.
         seed: Of the sampled sign conflicts.
         jobs: Worker threads.
         on_module: Called after each module.
 
     Raises:
-        MethodError: If there are fewer than two adapters.
+        MethodError: If there are fewer than two adapters, or the patterns match no module.
         AlignmentError: If they do not fit together.
         AdapterError: If a tensor is not finite; names adapter and module.
     """
     if len(adapters) < 2:
         raise MethodError("a comparison needs at least two adapters", "name another one")
     alignment = align(adapters, force=force)
+    if modules:
+        chosen = set(select_names([m.name for m in alignment.modules], modules, "the adapters"))
+        kept = tuple(m for m in alignment.modules if m.name in chosen)
+        alignment = replace(alignment, modules=kept)
     samples = min(max(_SAMPLES // len(alignment.modules), 256), 8192)
-    angles = len(adapters) <= _MOST_ANGLES
 
     def one(index: int) -> list[tuple[str, PairTables]]:
         return _compare_module(alignment, index, samples, seed, angles)
 
     tables: dict[str, PairTables] = {}
-    stored = {spec.dtype for module in alignment.modules for spec in module.specs.values()}
-    with _bfloat16_products(stored == {"BF16"}):
+    specs = [spec for module in alignment.modules for spec in module.specs.values()]
+    sixteen_bit = all(spec.dtype == "BF16" and spec.key_gate is None for spec in specs)
+    with _bfloat16_products(sixteen_bit):
         for results in in_order(one, range(len(alignment.modules)), jobs=jobs):
             tables.update(results)
             if on_module:
@@ -247,7 +273,6 @@ def _matrices(label: str, tables: Sequence[PairTables]) -> PairMatrices:
     present, samples = total["present"], total["samples"]
     conflict = _divide(total["conflicts"], samples)
     added = (products.diagonal()[:, None] + products.diagonal() + 2 * products).clamp_min(0).sqrt()
-    has_angles = bool(total["cosine_out"].any())
     nuclear = sum(t.total_nuclear for t in tables) * (count - 1) ** 2
     both = norms[:, None] * norms
     return PairMatrices(
@@ -260,8 +285,9 @@ def _matrices(label: str, tables: Sequence[PairTables]) -> PairMatrices:
         overlap_in=_divide(total["overlap_in"], present),
         chance_out=_divide(total["chance_out"], present),
         chance_in=_divide(total["chance_in"], present),
-        cosine_out=_divide(total["cosine_out"], present) if has_angles else None,
-        cosine_in=_divide(total["cosine_in"], present) if has_angles else None,
+        dimensions=_divide(total["dimensions"], present),
+        cosine_out=_divide(total["cosine_out"], present),
+        cosine_in=_divide(total["cosine_in"], present),
         interference=_divide(total["interference"], total["nuclear"]),
         chance_interference=_divide(total["chance_interference"], total["nuclear"]),
         conflict=conflict,
@@ -272,9 +298,9 @@ def _matrices(label: str, tables: Sequence[PairTables]) -> PairMatrices:
         unit_match=_divide(total["unit_match"], present),
         cancellation=_divide(added, norms[:, None] + norms),
         set_cancellation=_ratio(math.sqrt(max(float(products.sum()), 0.0)), float(norms.sum())),
-        set_interference=_ratio(sum(t.total_interference for t in tables), nuclear)
-        if has_angles
-        else None,
+        set_interference=_ratio(sum(t.total_interference for t in tables), nuclear),
+        angles_out=tables[0].angles_out if len(tables) == 1 else None,
+        angles_in=tables[0].angles_in if len(tables) == 1 else None,
     )
 
 

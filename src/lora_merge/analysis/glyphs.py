@@ -59,6 +59,15 @@ def sparkline(profile: Sequence[float], floor: float, *, ascii_only: bool = Fals
     )
 
 
+def share_line(shares: Sequence[float], width: int, *, ascii_only: bool = False) -> str:
+    """Numbers from 0 to 1 as blocks, at most `width` of them, evenly picked."""
+    levels = _ASCII_LEVELS if ascii_only else _LEVELS
+    last = len(shares) - 1
+    if last >= width:
+        shares = [shares[round(i * last / (width - 1))] for i in range(width)]
+    return "".join(levels[round((len(levels) - 1) * share)] for share in shares)
+
+
 def common_floor(profiles: Sequence[Sequence[float]]) -> float:
     """A lower limit for all profiles, in decades: the lowest value, by halves, at most -4."""
     lowest = min((v for p in profiles for v in p if v > -math.inf), default=0.0)

@@ -14,8 +14,9 @@ from torch import Tensor
 from lora_merge.adapters import RankStack
 from lora_merge.linalg import gram
 
-# Up to so many units, Grams are exact (float64); beyond, products are float32 in chunks that are
-# summed in float64, and directions below 1e-3 of an adapter's largest are left out of subspaces.
+# Up to so many units, everything is float64; beyond, products are float32 (those of Grams in chunks
+# that are summed in float64), and directions below 1e-3 of an adapter's largest are left out of
+# subspaces.
 _EXACT_UNITS = 256
 _CHUNK = 4096
 _BLOCK = 256
@@ -31,7 +32,8 @@ class PairTables:
         overlap_in: The same of the input directions V.
         chance_out: What random subspaces of these sizes would show: max(k_i, k_j) / d_out.
         chance_in: The same for d_in.
-        cosine_out: Largest principal cosine of the output spaces (0 where it was not asked for).
+        dimensions: min(k_i, k_j), how many principal angles there are.
+        cosine_out: Largest principal cosine of the output spaces.
         cosine_in: Largest principal cosine of the input spaces.
         interference: Singular task interference of the pair, ||(U^T U - I) S (V^T V - I)||_1.
         chance_interference: What random subspaces with these spectra would show.
@@ -44,8 +46,11 @@ class PairTables:
         factor_b: <B_i, B_j>.
         unit_match: Mean over units of i of the best |cos(a, a') cos(b, b')| among units of j.
         present: 1 where both adapters have the module.
-        total_interference: The interference of all adapters together (0 where not asked for).
+        total_interference: The interference of all adapters together.
         total_nuclear: Sum of all nuclear norms.
+        angles_out: All principal cosines of the output spaces, descending, shape (N, N, K), zero
+            beyond `dimensions`; None where not asked for.
+        angles_in: The same of the input spaces.
     """
 
     products: Tensor
@@ -53,6 +58,7 @@ class PairTables:
     overlap_in: Tensor
     chance_out: Tensor
     chance_in: Tensor
+    dimensions: Tensor
     cosine_out: Tensor
     cosine_in: Tensor
     interference: Tensor
@@ -68,10 +74,12 @@ class PairTables:
     present: Tensor
     total_interference: float
     total_nuclear: float
+    angles_out: Tensor | None = None
+    angles_in: Tensor | None = None
 
 
 def pair_tables(
-    stack: RankStack, count: int, *, samples: int, seed: int, angles: bool
+    stack: RankStack, count: int, *, samples: int, seed: int, angles: bool = False
 ) -> PairTables:
     """Compare all adapters of a stack.
 
@@ -80,8 +88,7 @@ def pair_tables(
         count: N; adapters that own no unit are absent.
         samples: Entries of the deltas to sample for signs.
         seed: Of the sampling.
-        angles: Compute the largest principal cosines (one small SVD per pair) and the
-            interference of all together (products of R x R matrices).
+        angles: Keep all principal cosines, not only the largest.
 
     Raises:
         FloatingPointError: If the factors hold NaN or infinity.
@@ -96,41 +103,38 @@ def pair_tables(
     if not bool(torch.isfinite(squares)):
         raise FloatingPointError("the factors are not finite")
     scale = torch.stack([stack.scale[p[0]] for p in positions])
-    products = torch.einsum("iajb,iajb->ij", gram_up, gram_down) * scale[:, None] * scale
+    products = (gram_up * gram_down).sum((1, 3)) * scale[:, None] * scale
     values, to_up, to_down = _cores(gram_up, gram_down, scale)
     keep = values > (1e-7 if exact else 1e-3) * values[:, :1]
-    to_up, to_down = to_up * keep[:, None, :], to_down * keep[:, None, :]
-    cross_up = torch.einsum("iak,iajb,jbl->ijkl", to_up, gram_up, to_up)
-    cross_down = torch.einsum("iak,iajb,jbl->ijkl", to_down, gram_down, to_down)
+    precise = torch.float64 if exact else torch.float32
+    cross_up = _cross((to_up * keep[:, None, :]).to(precise), gram_up.to(precise))
+    cross_down = _cross((to_down * keep[:, None, :]).to(precise), gram_down.to(precise))
     kept = keep.sum(1)
-    smaller = torch.minimum(kept[:, None], kept).clamp_min(1)
+    smaller = torch.minimum(kept[:, None], kept)
     larger = torch.maximum(kept[:, None], kept)
     values = values * keep
     signs = _signs(stack, positions, mask, samples, seed)
-    total = _total_interference(cross_up, cross_down, values) if angles else 0.0
+    # A mean of squared cosines, over at least one.
+    fewest = smaller.clamp_min(1)
+    cosines_up, cosines_down = _principal_cosines(cross_up), _principal_cosines(cross_down)
 
     def spread(table: Tensor) -> Tensor:
-        full = torch.zeros(count, count, dtype=torch.float64)
+        full = torch.zeros(count, count, *table.shape[2:], dtype=torch.float64)
         index = torch.tensor(owners)
         full[index[:, None], index] = table.to(torch.float64)
         return full
 
-    def cosines(cross: Tensor) -> Tensor:
-        table = torch.zeros(len(owners), len(owners), dtype=torch.float64)
-        if angles:
-            table = torch.linalg.svdvals(cross)[..., 0].clamp(0, 1)
-        return table
-
     nuclear = values.sum(1)
     return PairTables(
         products=spread(products),
-        overlap_out=spread((cross_up.square().sum((2, 3)) / smaller).clamp(0, 1)),
-        overlap_in=spread((cross_down.square().sum((2, 3)) / smaller).clamp(0, 1)),
+        overlap_out=spread((cross_up.square().sum((2, 3)) / fewest).clamp(0, 1)),
+        overlap_in=spread((cross_down.square().sum((2, 3)) / fewest).clamp(0, 1)),
         chance_out=spread((larger / stack.d_out).clamp(max=1)),
         chance_in=spread((larger / stack.d_in).clamp(max=1)),
-        cosine_out=spread(cosines(cross_up)),
-        cosine_in=spread(cosines(cross_down)),
-        interference=spread(_interference(cross_up, cross_down, values)),
+        dimensions=spread(smaller),
+        cosine_out=spread(cosines_up[..., 0]),
+        cosine_in=spread(cosines_down[..., 0]),
+        interference=spread(_interference(cross_up, cross_down, values.to(precise))),
         chance_interference=spread(_chance_interference(kept, values, stack.d_out * stack.d_in)),
         nuclear=spread(nuclear[:, None] + nuclear),
         conflicts=spread(signs[0]),
@@ -141,8 +145,10 @@ def pair_tables(
         factor_b=spread(_factor_products(gram_up, mask)),
         unit_match=spread(_unit_match(gram_up, gram_down, mask)),
         present=spread(torch.ones(len(owners), len(owners))),
-        total_interference=total,
+        total_interference=_total_interference(cross_up, cross_down, values.to(precise)),
         total_nuclear=float(nuclear.sum()),
+        angles_out=spread(cosines_up) if angles else None,
+        angles_in=spread(cosines_down) if angles else None,
     )
 
 
@@ -201,10 +207,26 @@ def _square_root(matrix: Tensor) -> Tensor:
     return root
 
 
+def _cross(to_basis: Tensor, blocks: Tensor) -> Tensor:
+    """U_i^T U_j of all pairs, shape (N, N, r, r), from factors' Grams and what makes U of them."""
+    count, width = to_basis.shape[:2]
+    left = to_basis.mT @ blocks.reshape(count, width, count * width)
+    return left.reshape(count, width, count, width).transpose(1, 2) @ to_basis
+
+
+def _principal_cosines(cross: Tensor) -> Tensor:
+    """Cosines of the principal angles of all pairs, descending, shape (N, N, r)."""
+    count, _, width, _ = cross.shape
+    i, j = torch.triu_indices(count, count)
+    cosines = cross.new_zeros(count, count, width)
+    cosines[i, j] = cosines[j, i] = torch.linalg.svdvals(cross[i, j]).clamp(0, 1)
+    return cosines
+
+
 def _interference(cross_up: Tensor, cross_down: Tensor, values: Tensor) -> Tensor:
     """Pairwise: block [i, i] of the pair's matrix is (U_i^T U_j) S_j (V_j^T V_i)."""
     there = (cross_up * values[None, :, None, :]) @ cross_down.mT
-    sums = there.abs().sum((2, 3))
+    sums = there.abs().sum((2, 3), dtype=torch.float64)
     sums = sums + sums.mT
     return sums - torch.diag(sums.diagonal())
 
@@ -220,11 +242,11 @@ def _total_interference(cross_up: Tensor, cross_down: Tensor, values: Tensor) ->
     count, width = values.shape
     size = count * width
     # Blocks of one adapter with itself are the identity exactly.
-    others = 1 - torch.eye(count, dtype=torch.float64)[:, None, :, None]
+    others = 1 - torch.eye(count, dtype=values.dtype)[:, None, :, None]
     scaled = cross_up * values[None, :, None, :]
     up = (scaled.permute(0, 2, 1, 3) * others).reshape(size, size)
     down = (cross_down.permute(0, 2, 1, 3) * others).reshape(size, size)
-    return float((up @ down).abs().sum())
+    return float((up @ down).abs().sum(dtype=torch.float64))
 
 
 def _signs(
@@ -237,12 +259,15 @@ def _signs(
     precise = torch.promote_types(stack.up.dtype, torch.float32)
     up, down = stack.up[rows].to(precise), stack.down[:, columns].mT.to(precise)
     units = up * down * stack.scale.to(precise)
-    entries = torch.stack([units[:, index].sum(1) for index in positions])
+    count, width = mask.shape
+    if bool(mask.all()):  # the units of an adapter stand together
+        entries = units.reshape(samples, count, width).sum(2).mT.contiguous()
+    else:
+        entries = torch.stack([units[:, index].sum(1) for index in positions])
     sign, size = entries.sign(), entries.abs()
     both = sign.abs() @ sign.abs().mT  # whole numbers: exact in any float
     agree = sign @ sign.mT
     conflicts = (both - agree) / 2
-    count = len(positions)
     conflict_mass, mass = torch.zeros(count, count), torch.zeros(count, count)
     for i in range(count):
         smaller = torch.minimum(size[i], size)

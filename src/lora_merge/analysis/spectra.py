@@ -169,7 +169,7 @@ def adapter_spectra(
         MethodError: If the patterns match no module.
         AdapterError: If the file cannot be read.
     """
-    names = select_modules(adapter, modules)
+    names = select_names(list(adapter.modules), modules, adapter.name)
     found: list[ModuleSpectrum] = []
     for spectra in in_order(lambda name: _spectra_of(adapter, name, keep_cores), names, jobs=jobs):
         found.extend(spectra)
@@ -178,17 +178,21 @@ def adapter_spectra(
     return AdapterSpectra(adapter.name, adapter.config.base_model, tuple(found))
 
 
-def select_modules(adapter: Adapter, patterns: Sequence[str]) -> list[str]:
+def select_names(names: Sequence[str], patterns: Sequence[str], owner: str) -> list[str]:
     """Names of the modules that match one of the shell patterns, all if there are none.
 
     A pattern may leave out what comes before: `3.*.q_proj` finds `model.layers.3.self_attn.q_proj`.
 
+    Args:
+        names: Module names.
+        patterns: Shell patterns.
+        owner: Whose modules they are, for the message.
+
     Raises:
         MethodError: If none matches.
     """
-    names = list(adapter.modules)
     if not patterns:
-        return names
+        return list(names)
     chosen = [
         name
         for name in names
@@ -196,7 +200,7 @@ def select_modules(adapter: Adapter, patterns: Sequence[str]) -> list[str]:
     ]
     if not chosen:
         raise MethodError(
-            f"{adapter.name}: no module matches {' or '.join(map(repr, patterns))}",
+            f"{owner}: no module matches {' or '.join(map(repr, patterns))}",
             f"its modules are named like {names[0]}",
         )
     return chosen

@@ -11,6 +11,7 @@ from lora_merge.analysis.cluster import Tree
 from lora_merge.analysis.compare import Comparison, PairMatrices
 from lora_merge.analysis.glyphs import RAMP
 from lora_merge.analysis.verdicts import MEANING, Kind, Verdict
+from lora_merge.cli._angles_view import angles_view, degrees
 from lora_merge.cli._dendrogram import dendrogram
 from lora_merge.cli._format import number, short_names, shorten
 from lora_merge.cli._grid import grid
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 _MOST_PAIRS = 10
 _MOST_COLUMNS = 10
 _LEGEND = (
-    "cos: cosine of the deltas; in, out: overlap of input and output spaces, times what random "
-    "ones of the size show; interf: singular task interference, times chance; signs: entries of "
-    "opposite sign (standard error {error:.1f} %), mass: the same weighted by size; "
-    "sum: |D1 + D2| / (|D1| + |D2|)"
+    "cos: cosine of the deltas; in, out: overlap of input and output spaces (mean squared cosine "
+    "of the principal angles), times what random ones of the size show, and the smallest angle; "
+    "interf: singular task interference, times chance; signs: entries of opposite sign (standard "
+    "error {error:.1f} %), mass: the same weighted by size; sum: |D1 + D2| / (|D1| + |D2|)"
 )
 
 
@@ -46,6 +47,9 @@ def comparison_view(
         parts.append(Text(f"{len(shown)} of {len(verdicts)} pairs; --json has all", style="dim"))
     error = 100 * float(total.conflict_error.max())
     parts += [Text(_LEGEND.format(error=error), style="dim"), Text("")]
+    if comparison.has_angles:
+        pairs = [(v.first, v.second) for v in verdicts]
+        parts.append(angles_view(comparison.modules, pairs, names, width=width, plain=plain))
     if len(comparison.kinds) > 1:
         parts += [_kinds(comparison, width, plain), Text("")]
     if tree:
@@ -113,19 +117,27 @@ def advice_view(
             f"norms (unrelated adapters of equal norm: {100 / count**0.5:.0f} %)"
         )
     )
+    if count > 2:
+        parts.append(
+            _indent(
+                f"- singular task interference of all {count} together: "
+                f"{number(total.set_interference)} (0: apart, 1: all the same)"
+            )
+        )
     return Group(*parts)
 
 
 def _norms(total: PairMatrices, names: Sequence[str]) -> RenderableType:
     norms = ", ".join(f"{n} {number(float(v))}" for n, v in zip(names, total.norms, strict=True))
-    text = Text(f"{len(names)} adapters, {total.modules} modules", style="bold")
+    modules = "1 module" if total.modules == 1 else f"{total.modules} modules"
+    text = Text(f"{len(names)} adapters, {modules}", style="bold")
     return text.append(f"\nFrobenius norms: {norms}\n", style="not bold")
 
 
 def _pairs(
     total: PairMatrices, verdicts: Sequence[Verdict], names: Sequence[str], width: int, plain: bool
 ) -> RenderableType:
-    label = min(max(len(_pair(v, names)) for v in verdicts), max(16, width - 57))
+    label = min(max(len(_pair(v, names)) for v in verdicts), max(15, width - 65))
     rows = []
     for v in verdicts:
         at = (v.first, v.second)
@@ -133,8 +145,8 @@ def _pairs(
             [
                 _pair(v, names, label),
                 _cosine(v.cosine),
-                _times(total.overlap_in[at], total.chance_in[at]),
-                _times(total.overlap_out[at], total.chance_out[at]),
+                _meeting(total.overlap_in[at], total.chance_in[at], total.cosine_in[at], plain),
+                _meeting(total.overlap_out[at], total.chance_out[at], total.cosine_out[at], plain),
                 _times(total.interference[at], total.chance_interference[at]),
                 f"{100 * float(total.conflict[at]):.0f} %",
                 f"{100 * float(total.conflict_mass[at]):.0f} %",
@@ -176,6 +188,13 @@ def _upper(count: int) -> tuple[list[int], list[int]]:
 
 def _cosine(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}"  # adding 0 turns -0 into 0
+
+
+def _meeting(overlap: "Tensor", chance: "Tensor", cosine: "Tensor", plain: bool) -> str:
+    """How far two spaces overlap, beside chance, and their smallest angle."""
+    if not float(chance) > 0:
+        return "-"
+    return f"{_times(overlap, chance)} {degrees(cosine, plain):>3}"
 
 
 def _times(value: "Tensor", chance: "Tensor") -> str:

@@ -12,6 +12,7 @@ from lora_merge.cli._options import adapters_argument, json_option
     epilog="""\b
 Examples:
   lora-merge compare math code chat
+  lora-merge compare math code --module '*.5.*'
   lora-merge compare 'runs/*' --cluster auto
   lora-merge compare 'runs/*' --cluster 4 --algorithm spectral --json
 """,
@@ -26,6 +27,13 @@ Examples:
     show_default=True,
     help="How to group them.",
 )
+@click.option(
+    "--module",
+    "modules",
+    multiple=True,
+    metavar="GLOB",
+    help="Only these modules, with all principal angles. Repeatable.",
+)
 @click.option("--per-module", is_flag=True, help="Every module's matrices in --json.")
 @click.option("--force", is_flag=True, help="Accept different base model names.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampled signs.")
@@ -36,6 +44,7 @@ def command(
     adapters: tuple[str, ...],
     cluster: str | None,
     algorithm: Literal["agglomerative", "spectral"],
+    modules: tuple[str, ...],
     per_module: bool,
     force: bool,
     seed: int,
@@ -50,20 +59,24 @@ def command(
     Ends in advice: which can be averaged, which conflict, and in which modules.
     """
     groups = _groups(cluster)
-    from rich.console import Group
-
     from lora_merge.analysis.compare import compare
     from lora_merge.analysis.verdicts import judge
-    from lora_merge.cli._compare_view import comparison_view
     from lora_merge.cli._output import Output
 
     output = Output(as_json, width=width)
     opened = open_all(adapters, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
     names = {name for adapter in opened for name in adapter.modules}
     with output.progress("comparing", len(names)) as advance:
-        comparison = compare(opened, force=force, seed=seed, on_module=advance)
+        comparison = compare(
+            opened,
+            modules=modules,
+            angles=bool(modules),
+            force=force,
+            seed=seed,
+            on_module=advance,
+        )
     verdicts = judge(comparison)
-    document: dict[str, Any] = comparison.to_dict(per_module=per_module)
+    document: dict[str, Any] = comparison.to_dict(per_module=per_module or bool(modules))
     document["verdicts"] = [verdict.to_dict() for verdict in verdicts]
     tree = None
     if len(opened) > 2:
@@ -71,14 +84,19 @@ def command(
 
         tree = tree_of(comparison.total.cosine)
         document["tree"] = tree.to_dict()
-    shown = [comparison_view(comparison, verdicts, tree, width=output.width, plain=output.plain)]
+    found = None
     if cluster is not None:
         from lora_merge.analysis.cluster import cluster_adapters
 
         found = cluster_adapters(comparison.total.cosine, groups, algorithm=algorithm)
         document["clusters"] = found
-        shown.append(Group(*_cluster_lines(found, comparison.adapters)))
-    output.data(document, *shown)
+    if as_json:
+        output.data(document)
+        return
+    from lora_merge.cli._compare_view import comparison_view
+
+    view = comparison_view(comparison, verdicts, tree, width=output.width, plain=output.plain)
+    output.data(document, view, *(_cluster_lines(found, comparison.adapters) if found else []))
 
 
 def _groups(text: str | None) -> int | None:
