@@ -108,8 +108,7 @@ def _chosen_ranks(plan: MergePlan, spool: Spool) -> dict[str, int]:
         name: (m.first.d_in + m.first.d_out) * m.first.num_experts for name, m in modules.items()
     }
     spectra = {name: spool.spectrum(name) for name in modules}
-    before = {name: m.num_units for name, m in modules.items()}
-    return choose_ranks(spectra, costs, plan.rule, before=before, max_rank=None).ranks
+    return choose_ranks(spectra, costs, plan.rule, before=plan.ranks, max_rank=None).ranks
 
 
 def _workers(jobs: int | None, device: torch.device) -> int:
