@@ -216,6 +216,10 @@ def test_places_and_labels():
     )
     assert place_of("lm_head").layer is None
     assert place_of("h.3.attn").stack == "h"
+    assert place_of("model.layers.12.self_attn.q_proj").part == "self_attn.q_proj"
+    assert place_of("model.layers.1.mlp.experts.7.up_proj").part == "up_proj"
+    assert place_of("unet.down_blocks.1.attentions.0.to_q").part == "to_q"
+    assert place_of("lm_head").part == "lm_head"
     kinds = ["attention.self.query", "attention.output.dense", "output.dense", "intermediate.dense"]
     names = labels(Place("l", 0, k) for k in kinds)
     assert set(names.values()) == {

@@ -23,7 +23,7 @@ from lora_merge.merge.recipe import (
     read_recipe,
     resolved_recipe,
 )
-from lora_merge.merge.report import GroupReport, MergeReport, ModuleReport, kind_of
+from lora_merge.merge.report import GroupReport, MergeReport, ModuleReport
 from lora_merge.merge.save import save_merge
 
 SUM = {"reweight_output": "sum"}
@@ -305,19 +305,6 @@ def test_reports_have_no_nan_for_zero_modules() -> None:
     assert GroupReport.of("all", [silent]).relative_error == 0.0
     assert GroupReport.of("all", [odd]).relative_error is None
     json.dumps(MergeReport((silent, odd), (), None, 0).to_dict(), allow_nan=False)
-
-
-@pytest.mark.parametrize(
-    ("module", "kind"),
-    [
-        ("model.layers.12.self_attn.q_proj", "self_attn.q_proj"),
-        ("transformer.h.0.attn.c_attn", "attn.c_attn"),
-        ("unet.down_blocks.1.attentions.0.to_q", "to_q"),
-        ("lm_head", "lm_head"),
-    ],
-)
-def test_kinds_are_paths_without_their_layer(module: str, kind: str) -> None:
-    assert kind_of(module) == kind
 
 
 def test_a_full_disk_is_our_error_and_leaves_nothing(

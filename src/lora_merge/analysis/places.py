@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+_NUMBERS = re.compile(r"(?:^|\.)\d+\.")
 _LAYER = re.compile(r"^(?P<stack>.*?)(?:^|\.)(?P<layer>\d+)\.(?P<kind>.+)$")
 
 
@@ -20,6 +21,11 @@ class Place:
     stack: str
     layer: int | None
     kind: str
+
+    @property
+    def part(self) -> str:
+        """What stands after the last number: one name for a projection of all experts."""
+        return _NUMBERS.split(self.kind)[-1] or self.kind
 
 
 def place_of(module: str) -> Place:

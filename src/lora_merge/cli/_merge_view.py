@@ -6,9 +6,10 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.text import Text
 
+from lora_merge.analysis.places import place_of
 from lora_merge.cli._output import percent, size, span, table
 from lora_merge.merge.plan import MergePlan
-from lora_merge.merge.report import GroupReport, MergeReport, kind_of
+from lora_merge.merge.report import GroupReport, MergeReport
 
 
 def plan_data(plan: MergePlan, jobs: int) -> dict[str, Any]:
@@ -22,10 +23,11 @@ def plan_data(plan: MergePlan, jobs: int) -> dict[str, Any]:
             {
                 "adapter": a.name,
                 "weight": w.to_data(),
+                "parameters": {name: value.to_data() for name, value in own.items()},
                 "ranks": sorted(a.ranks()),
                 "modules": len(a.modules),
             }
-            for a, w in zip(plan.alignment.adapters, plan.weights, strict=True)
+            for a, w, own in zip(plan.alignment.adapters, plan.weights, plan.own, strict=True)
         ],
         "modules": [
             {
@@ -47,7 +49,8 @@ def plan_data(plan: MergePlan, jobs: int) -> dict[str, Any]:
 def plan_view(plan: MergePlan, jobs: int) -> list[RenderableType]:
     """A plan for a terminal."""
     sources = table("adapter", "weight", "modules", "rank")
-    for adapter, weight in zip(plan.alignment.adapters, plan.weights, strict=True):
+    for index in plan.by_name:
+        adapter, weight = plan.alignment.adapters[index], plan.weights[index]
         ranks = sorted(adapter.ranks())
         sources.add_row(
             Text(adapter.name), str(weight), str(len(adapter.modules)), span(ranks[0], ranks[-1])
@@ -56,7 +59,7 @@ def plan_view(plan: MergePlan, jobs: int) -> list[RenderableType]:
     for module in plan.alignment.modules:
         shape = f"{module.first.d_out} x {module.first.d_in}"
         entry = (module.num_units, plan.ranks[module.name], shape)
-        kinds.setdefault(kind_of(module.name), []).append(entry)
+        kinds.setdefault(place_of(module.name).part, []).append(entry)
     kinds_table = table("kind", "modules", "shape", "units in", "rank out")
     for kind, entries in kinds.items():
         units, ranks = [e[0] for e in entries], [e[1] for e in entries]

@@ -3,28 +3,26 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import click
-
-from lora_merge.cli._options import pickle_option, together
-
 if TYPE_CHECKING:
     from lora_merge.adapters import Adapter
-
-open_options = together(
-    click.option("--alpha", type=float, help="lora_alpha of .safetensors files without a config."),
-    click.option("--rslora", is_flag=True, help="Those files' scaling is alpha / sqrt(r)."),
-    pickle_option,
-)
 
 
 def open_all(
     refs: Sequence[str], *, alpha: float | None, rslora: bool, allow_pickle: bool
 ) -> "list[Adapter]":
     """Open every reference; patterns stand for what they match."""
-    from lora_merge.adapters import AdapterConfig, expand, open_adapter, resolve
+    from lora_merge.adapters import expand
+
+    return [
+        open_one(ref, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle) for ref in expand(refs)
+    ]
+
+
+def open_one(ref: str, *, alpha: float | None, rslora: bool, allow_pickle: bool) -> "Adapter":
+    """Open one reference; `open_options` takes what else there is to say of it."""
+    from lora_merge.adapters import AdapterConfig, open_adapter, resolve
 
     fallback = None
     if alpha is not None:
         fallback = AdapterConfig(r=None, lora_alpha=alpha, use_rslora=rslora)
-    sources = [resolve(ref, allow_pickle=allow_pickle) for ref in expand(refs)]
-    return [open_adapter(source, fallback=fallback) for source in sources]
+    return open_adapter(resolve(ref, allow_pickle=allow_pickle), fallback=fallback)

@@ -52,21 +52,13 @@ def together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-input_options = together(
-    click.option(
-        "-w",
-        "--weight",
-        "weights",
-        type=WeightType(),
-        multiple=True,
-        help="Weight of an adapter; repeat it, in the adapters' order. May be negative.",
-    ),
+open_options = together(
     click.option("--alpha", type=float, help="lora_alpha of .safetensors files without a config."),
     click.option("--rslora", is_flag=True, help="Those files' scaling is alpha / sqrt(r)."),
     pickle_option,
 )
 
-result_options = together(
+_result_options = together(
     click.option(
         "--dtype",
         type=click.Choice(["float32", "float16", "bfloat16", "float64"]),
@@ -107,6 +99,21 @@ run_options = together(
     click.option("--jobs", type=click.IntRange(min=1), help="Worker threads.  [default: CPUs]"),
     click.option("--dry-run", is_flag=True, help="Plan from the headers, write nothing."),
     json_option,
+)
+
+
+merging_options = together(
+    click.option(
+        "-w",
+        "--weight",
+        "weights",
+        type=WeightType(),
+        multiple=True,
+        help="Weight of an adapter; repeat it, in the adapters' order. May be negative.",
+    ),
+    open_options,
+    _result_options,
+    run_options,
 )
 
 

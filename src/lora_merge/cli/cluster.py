@@ -6,10 +6,8 @@ import click
 
 from lora_merge.cli._options import (
     adapters_argument,
-    input_options,
-    result_options,
+    merging_options,
     run_merge,
-    run_options,
     together,
 )
 
@@ -78,9 +76,7 @@ Examples:
 @adapters_argument
 @click.option("--rank", type=click.IntRange(min=1), required=True, help="Rank of the result (k).")
 @_method_options
-@input_options
-@result_options
-@run_options
+@merging_options
 def command(**arguments: Any) -> None:
     """Cluster the rank-wise units of all ADAPTERs into one adapter of rank K.
 

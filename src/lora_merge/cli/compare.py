@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 import click
 
-from lora_merge.cli._open import open_all, open_options
-from lora_merge.cli._options import adapters_argument, json_option
+from lora_merge.cli._open import open_all
+from lora_merge.cli._options import adapters_argument, json_option, open_options
 
 
 @click.command(

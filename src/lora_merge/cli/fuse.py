@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_merge.cli._options import json_option, pickle_option
+from lora_merge.cli._options import json_option, open_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,10 +34,8 @@ Examples:
 @click.option(
     "-w", "--weight", type=float, default=1.0, show_default=True, help="Scales the delta."
 )
-@click.option("--alpha", type=float, help="lora_alpha of a .safetensors file without a config.")
-@click.option("--rslora", is_flag=True, help="That file's scaling is alpha / sqrt(r).")
 @click.option("--force", is_flag=True, help="Replace a model or adapter directory that is there.")
-@pickle_option
+@open_options
 @json_option
 def command(
     adapter: str,
@@ -55,15 +53,12 @@ def command(
     Memory stays within one band of a tensor, whatever the model's size. Tokenizer and configuration
     are copied; the result loads like the base and needs no PEFT.
     """
-    from lora_merge.adapters import AdapterConfig, open_adapter, resolve
+    from lora_merge.cli._open import open_one
     from lora_merge.cli._output import Output
     from lora_merge.merge.fuse import fuse
 
     output = Output(as_json)
-    fallback = None
-    if alpha is not None:
-        fallback = AdapterConfig(r=None, lora_alpha=alpha, use_rslora=rslora)
-    opened = open_adapter(resolve(adapter, allow_pickle=allow_pickle), fallback=fallback)
+    opened = open_one(adapter, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
     with output.progress("fusing", len(opened.modules)) as advance:
         report = fuse(opened, base, out, weight=weight, force=force, on_module=advance)
     for note in report.notes:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_merge.cli._options import json_option, pickle_option
+from lora_merge.cli._options import json_option, open_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -15,31 +15,26 @@ if TYPE_CHECKING:
 
 @click.command(short_help="What an adapter is: modules, ranks, norms, oddities.")
 @click.argument("adapter")
-@click.option("--alpha", type=float, help="lora_alpha of a .safetensors file without a config.")
-@click.option("--rslora", is_flag=True, help="That file's scaling is alpha / sqrt(r).")
-@pickle_option
+@open_options
 @json_option
 def command(
     adapter: str, alpha: float | None, rslora: bool, allow_pickle: bool, as_json: bool
 ) -> None:
     """Show what an ADAPTER is: base model, modules, ranks, norms, and what is odd about it."""
-    from lora_merge.adapters import AdapterConfig, open_adapter, resolve
     from lora_merge.analysis.describe import describe
+    from lora_merge.cli._open import open_one
     from lora_merge.cli._output import Output
 
     output = Output(as_json)
-    fallback = None
-    if alpha is not None:
-        fallback = AdapterConfig(r=None, lora_alpha=alpha, use_rslora=rslora)
-    opened = open_adapter(resolve(adapter, allow_pickle=allow_pickle), fallback=fallback)
+    opened = open_one(adapter, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
     with output.progress("reading", len(opened.modules)) as advance:
         info = describe(opened, on_module=advance)
     output.data(info.to_dict(), *_view(info))
 
 
 def _view(info: "AdapterInfo") -> "list[RenderableType]":
+    from lora_merge.analysis.places import place_of
     from lora_merge.cli._output import size, span, table
-    from lora_merge.merge.report import kind_of
 
     lines = [
         f"[bold]{_safe(info.name)}[/bold]",
@@ -52,7 +47,7 @@ def _view(info: "AdapterInfo") -> "list[RenderableType]":
         lines.insert(1, f"revision    {info.revision}")
     kinds: dict[str, list[ModuleInfo]] = {}
     for module in info.modules:
-        kinds.setdefault(kind_of(module.name), []).append(module)
+        kinds.setdefault(place_of(module.name).part, []).append(module)
     grid = table("kind", "modules", "shape", "rank", "scaling", "norm: mean", "max")
     for kind, modules in kinds.items():
         ranks = [m.rank for m in modules]

@@ -7,10 +7,8 @@ import click
 from lora_merge.cli._options import (
     WeightType,
     adapters_argument,
-    input_options,
-    result_options,
+    merging_options,
     run_merge,
-    run_options,
     together,
 )
 
@@ -103,9 +101,7 @@ Examples:
 @adapters_argument
 @_method_options
 @_shared_options
-@input_options
-@result_options
-@run_options
+@merging_options
 def command(parameters: tuple[str, ...], **arguments: Any) -> None:
     """Merge ADAPTERs into one.
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_merge.cli._open import open_all, open_options
-from lora_merge.cli._options import json_option
+from lora_merge.cli._open import open_all
+from lora_merge.cli._options import json_option, open_options
 from lora_merge.cli._rule_options import rule_options, take_rule
 
 if TYPE_CHECKING:

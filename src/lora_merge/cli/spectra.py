@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_merge.cli._open import open_all, open_options
-from lora_merge.cli._options import json_option
+from lora_merge.cli._open import open_all
+from lora_merge.cli._options import json_option, open_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,11 +20,13 @@ from lora_merge.adapters import (
     plan_output,
 )
 from lora_merge.analysis import RankRule, parse_rule
-from lora_merge.errors import AlignmentError, MethodError
+from lora_merge.errors import MethodError
 from lora_merge.merge.auto import choose
 from lora_merge.merge.by_module import ByModule, count_layers
+from lora_merge.merge.extras import ExtrasPolicy, plan_extras
 from lora_merge.merge.identity import fingerprints
 from lora_merge.merge.options import parse_options
+from lora_merge.merge.own import check_own, own_values, split_parameters
 from lora_merge.merge.pipeline import Semantics
 from lora_merge.merge.registry import Method, find_method
 from lora_merge.merge.statistics import Statistics
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 
 # Rank rules under which a result may keep every direction it has.
 _FREE_RANKS = ("full",)
-ExtrasPolicy = Literal["average", "first", "drop", "error"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ class MergePlan:
         """Parameters that each adapter has for itself in a module; empty if none has any."""
         if not any(self.own):
             return ()
-        return tuple(_own_values(own, module, self.num_layers) for own in self.own)
+        return tuple(own_values(own, module, self.num_layers) for own in self.own)
 
     @property
     def by_name(self) -> list[int]:
@@ -185,7 +186,7 @@ def plan_merge(
         choice = choose(align(as_given, force=force), free_rank=str(rank or "") in _FREE_RANKS)
         method, reason = choice.method, f"auto chose {choice.method}: {choice.reason}"
     chosen = find_method(method)
-    shared_parameters, own = _split_parameters(chosen, parameters or {}, own_parameters, adapters)
+    shared_parameters, own = split_parameters(chosen, parameters or {}, own_parameters, adapters)
     options = chosen.parse(shared_parameters)
     shared = parse_options(Semantics, semantics or {}, "a merge")
     _check_space(chosen, shared)
@@ -202,9 +203,9 @@ def plan_merge(
         align([adapters[i] for i in present], force=force), chosen_weights
     )
     chosen_own = [own[i] for i in present]
-    _check_own(chosen, shared_parameters, chosen_own, alignment)
+    check_own(chosen, shared_parameters, chosen_own, alignment)
     rule, ranks, notes = _ranks(alignment, chosen, rank, shared.space or chosen.space)
-    kept, extra_notes = _plan_extras(as_given if extras == "first" else alignment.adapters, extras)
+    kept, extra_notes = plan_extras(as_given if extras == "first" else alignment.adapters, extras)
     output = plan_output(
         alignment.adapters,
         alignment.modules,
@@ -250,69 +251,6 @@ def _check_weights(
             "give one -w per adapter, in their order",
         )
     return tuple(ByModule.of(w) for w in weights)
-
-
-def _split_parameters(
-    method: Method,
-    parameters: Mapping[str, Any],
-    own: Sequence[Mapping[str, Any]] | None,
-    adapters: Sequence[Adapter],
-) -> tuple[dict[str, Any], list[dict[str, ByModule]]]:
-    """The method's plain parameters, and what each adapter has for itself.
-
-    A list among the method's parameters is every adapter's that does not say otherwise.
-    """
-    if own is None:
-        own = [{}] * len(adapters)
-    if len(own) != len(adapters):
-        raise MethodError(
-            f"parameters of {len(own)} adapters for {len(adapters)} adapters",
-            "give one mapping per adapter, in their order",
-        )
-    varying = {
-        name: value
-        for name, value in parameters.items()
-        if name in method.per_adapter and isinstance(value, list | tuple)
-    }
-    plain = {name: value for name, value in parameters.items() if name not in varying}
-    found = []
-    for adapter, given in zip(adapters, own, strict=True):
-        foreign = [name for name in given if name not in method.per_adapter]
-        if foreign:
-            known = ", ".join(method.per_adapter) or "none"
-            raise MethodError(
-                f"{adapter.name}: method {method.name} takes no {foreign[0]!r} for single adapters",
-                f"give it once, under parameters (for single adapters it takes: {known})",
-            )
-        found.append({n: ByModule.of(v, n) for n, v in {**varying, **given}.items()})
-    return plain, found
-
-
-def _own_values(own: Mapping[str, ByModule], module: str, layers: int) -> dict[str, float]:
-    """An adapter's own parameters in a module; those that no filter gives it are left out."""
-    values = {name: value.at(module, layers) for name, value in own.items()}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _check_own(
-    method: Method,
-    parameters: Mapping[str, Any],
-    own: Sequence[Mapping[str, ByModule]],
-    alignment: Alignment,
-) -> None:
-    """Refuse what an adapter has for itself if it does not fit, somewhere, before any work."""
-    layers = count_layers([m.name for m in alignment.modules])
-    for adapter, values in zip(alignment.adapters, own, strict=True):
-        cases = {
-            tuple(_own_values(values, module.name, layers).items())
-            for module in alignment.modules
-            if values
-        }
-        for case in sorted(cases):
-            try:
-                method.parse({**parameters, **dict(case)})
-            except MethodError as error:
-                raise MethodError(f"{adapter.name}: {error}", error.remedy) from error
 
 
 def _statistics(method: Method, path: str | Path | None) -> Statistics | None:
@@ -428,48 +366,3 @@ def _output_dtype(alignment: Alignment, dtype: str | None) -> str:
     for other in others:
         widest = torch.promote_types(widest, other)
     return codes[widest]
-
-
-def _plan_extras(
-    adapters: Sequence[Adapter], policy: ExtrasPolicy
-) -> tuple[dict[str, tuple[Adapter, ...]], list[str]]:
-    """Which tensors that are not factors are kept, from which adapters, and what to say of it."""
-    owners: dict[str, list[Adapter]] = {}
-    for adapter in adapters:
-        for name in adapter.extras:
-            owners.setdefault(name, []).append(adapter)
-    if not owners:
-        return {}, []
-    what = f"{len(owners)} tensors that are not low-rank factors ({_some(list(owners))})"
-    if policy == "error":
-        raise AlignmentError([f"there are {what}"], "choose --extras average, first or drop")
-    if policy == "drop":
-        return {}, [f"dropped {what}"]
-    if policy == "first":
-        chosen = {name: holders[:1] for name, holders in owners.items()}
-    else:
-        chosen = dict(owners)
-    mismatches = [m for name, holders in chosen.items() if (m := _extra_mismatch(name, holders))]
-    if mismatches:
-        raise AlignmentError(
-            mismatches, "these tensors cannot be averaged; choose --extras first or --extras drop"
-        )
-    verb = "averaged" if policy == "average" else "kept the first adapter's"
-    return {name: tuple(chosen[name]) for name in sorted(chosen)}, [f"{verb} {what}"]
-
-
-def _extra_mismatch(name: str, holders: Sequence[Adapter]) -> str | None:
-    """Why the holders' tensors of this name have no average, or None."""
-    kinds: dict[str, str] = {}
-    for holder in holders:
-        spec = holder.extras[name]
-        if spec.dtype not in DTYPES:
-            return f"{name}: dtype {spec.dtype} ({holder.name})"
-        kinds.setdefault(str(list(spec.shape)), holder.name)
-    if len(kinds) == 1:
-        return None
-    return f"{name}: " + ", ".join(f"{shape} ({who})" for shape, who in kinds.items())
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")

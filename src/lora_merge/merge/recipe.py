@@ -22,9 +22,10 @@ from lora_merge.analysis import parse_rule
 from lora_merge.errors import LoraMergeError, MethodError
 from lora_merge.merge.by_module import ByModule
 from lora_merge.merge.calibrate import RestoreNorm
+from lora_merge.merge.extras import ExtrasPolicy
 from lora_merge.merge.method import Normalize, Space
 from lora_merge.merge.pipeline import Semantics
-from lora_merge.merge.plan import ExtrasPolicy, MergePlan, plan_merge
+from lora_merge.merge.plan import MergePlan, plan_merge
 from lora_merge.merge.spaces import Anchor
 from lora_merge.merge.words import translate
 

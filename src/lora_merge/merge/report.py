@@ -1,10 +1,11 @@
 """What a merge did to each module, measured from Grams; plain data, nothing printed."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import sqrt
 from typing import Any
+
+from lora_merge.analysis.places import place_of
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class MergeReport:
         """The modules by kind, in order of first appearance."""
         kinds: dict[str, list[ModuleReport]] = {}
         for module in self.modules:
-            kinds.setdefault(kind_of(module.name), []).append(module)
+            kinds.setdefault(place_of(module.name).part, []).append(module)
         return [GroupReport.of(kind, members) for kind, members in kinds.items()]
 
     def total(self) -> GroupReport:
@@ -134,12 +135,6 @@ def _retained(modules: Sequence[ModuleReport]) -> float:
     kept = sum(m.norm**2 for m in modules)
     before = sum((m.norm if m.full_norm is None else m.full_norm) ** 2 for m in modules)
     return min(kept / before, 1.0) if before > 0 else 1.0
-
-
-def kind_of(module: str) -> str:
-    """A module's kind: its path after the last layer number ("self_attn.q_proj")."""
-    tail = re.split(r"(?:^|\.)\d+\.", module)[-1]
-    return tail or module
 
 
 def ratio(part: float, whole: float) -> float | None:
