@@ -79,6 +79,25 @@ def test_norms_are_remembered_by_content(tmp_path, monkeypatch):
     )
 
 
+def test_intruders_are_remembered_by_content_of_weight_and_delta(tmp_path, monkeypatch):
+    base_weights(folder=tmp_path / "base")
+    adapter, other = make_adapter(alpha=4000), make_adapter(alpha=4001)
+    base, cache = open_checkpoint(tmp_path / "base"), tmp_path / "norms.json"
+
+    def run(one):
+        spectra = adapter_spectra(one, keep_cores=True)
+        return relate_to_base(one, spectra, base, intruders=True, cache=cache)
+
+    first = run(adapter)
+    assert any(relation.intruders for relation in first.relations)
+    calls = []
+    monkeypatch.setattr(
+        "lora_merge.analysis.base.count_intruders", lambda *a, **k: calls.append(a) or 7
+    )
+    assert run(adapter) == first and not calls
+    assert {r.intruders for r in run(other).relations} == {7} and len(calls) == len(SHAPES)
+
+
 def test_transposed_weights_are_turned(tmp_path):
     base_weights(transposed=True, folder=tmp_path / "base")
     adapter = make_adapter(fan_in_fan_out=True)

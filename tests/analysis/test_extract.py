@@ -1,7 +1,5 @@
 """Adapters extracted from checkpoints that differ by a known low-rank change."""
 
-import json
-
 import pytest
 import torch
 from click.testing import CliRunner
@@ -11,7 +9,7 @@ from test_resize import Tiny, peft_deltas
 from builders import SHAPES
 from lora_merge.adapters import Adapter
 from lora_merge.analysis.checkpoint import open_checkpoint
-from lora_merge.analysis.extract import extract, noise_threshold
+from lora_merge.analysis.extract import extract
 from lora_merge.cli.app import cli
 from lora_merge.errors import MethodError, OutputError
 
@@ -97,11 +95,6 @@ def test_rounding_noise_is_cut_at_the_threshold(tmp_path):
     assert list(noisy.plan.ranks.values()) == [40]
 
 
-def test_noise_threshold_reference_values():
-    for beta, omega in ((1, 2.86), (0.5, 2.1725), (0.25, 1.834375)):
-        assert noise_threshold(1.0, int(400 * beta), 400) == pytest.approx(omega)
-
-
 def test_refusals(models, tmp_path):
     base, tuned, _ = models
     same = open_checkpoint(base)
@@ -109,10 +102,38 @@ def test_refusals(models, tmp_path):
         extract(same, same, tmp_path / "out")
     with pytest.raises(OutputError):
         extract(same, open_checkpoint(tuned), base)
-    (base / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(MethodError, match="Conv1D"):
-        run(models, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_gpt2s_transposed_weights_are_extracted_as_peft_reads_them(tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=8, vocab_size=20)
+    base, tuned = (transformers.GPT2LMHeadModel(config) for _ in range(2))
+    tuned.load_state_dict(base.state_dict())
+    changes = {}
+    with torch.no_grad():
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            weight = tuned.get_submodule(f"transformer.h.0.{name}").weight  # (in, out)
+            change = torch.randn(len(weight), 2) @ torch.randn(2, weight.shape[1]) * 0.1
+            changes[f"transformer.h.0.{name}"] = change
+            weight += change
+    for model, folder in ((base, "base"), (tuned, "tuned")):
+        model.save_pretrained(tmp_path / folder)
+    opened = [open_checkpoint(tmp_path / folder) for folder in ("base", "tuned")]
+    report = extract(*opened, tmp_path / "out", "energy:0.9999", denoise=False)
+    assert set(report.plan.ranks.values()) == {2}
+    assert Adapter.from_pretrained(tmp_path / "out").config.fan_in_fan_out
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "out")
+    layers = dict(loaded.base_model.model.named_modules())
+    for name, change in changes.items():
+        found = layers[name].get_delta_weight("default")
+        torch.testing.assert_close(found, change, rtol=0, atol=1e-5)
+    ids = torch.arange(6)[None]
+    expected = tuned.eval()(ids).logits
+    torch.testing.assert_close(loaded.eval()(ids).logits, expected, rtol=0, atol=1e-4)
 
 
 def test_not_finite_tensors_are_named(models, tmp_path):

@@ -87,7 +87,7 @@ def relate_to_base(
         spectra: Its spectra with cores kept.
         checkpoint: The base model.
         intruders: Look for intruder dimensions.
-        cache: File that remembers spectral norms by the weights' content.
+        cache: File that remembers spectral norms and intruders by the tensors' content.
         jobs: Worker threads.
         on_module: Called after each module.
 
@@ -145,7 +145,10 @@ def _relate(
     adapter: Adapter, module: ModuleSpectrum, weight: Tensor, known: dict[str, float], deep: bool
 ) -> BaseRelation:
     base_frobenius = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-    base_spectral = _spectral(weight, known)
+    content = _content(weight)
+    if content not in known:
+        known[content] = float(leading_svd(weight, 1).s[0])
+    base_spectral = known[content]
     a, b = adapter.read(module.module)
     down, up = to_matrix(module.spec, a, b, module.expert or 0)
     measures = module.measures
@@ -160,8 +163,11 @@ def _relate(
         inside = torch.linalg.matrix_norm(u.float().mT @ weight @ vh.float().mT)
         amplification = measures.frobenius / float(inside) if float(inside) > 0 else None
         if deep:
-            delta = module.spec.scaling * (up.float() @ down.float())
-            intruders = count_intruders(weight, delta)
+            key = f"{content} intruders {_content(down, up)} {module.spec.scaling!r}"
+            if key not in known:
+                delta = module.spec.scaling * (up.float() @ down.float())
+                known[key] = count_intruders(weight, delta)
+            intruders = int(known[key])
     return BaseRelation(
         module.name,
         base_frobenius,
@@ -200,16 +206,15 @@ def count_intruders(
 
 
 def default_cache() -> Path:
-    """Where spectral norms of base models are remembered."""
+    """Where spectral norms of base models, and intruders beside them, are remembered."""
     return derived_data("base-norms") / "norms.json"
 
 
-def _spectral(weight: Tensor, known: dict[str, float]) -> float:
-    data = weight.contiguous().view(torch.uint8).numpy().data
-    key = hashlib.sha256(data).hexdigest()
-    if key not in known:
-        known[key] = float(leading_svd(weight, 1).s[0])
-    return known[key]
+def _content(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _load(cache: Path | None) -> dict[str, float]:

@@ -32,12 +32,14 @@ from lora_merge.adapters import (
 )
 from lora_merge.adapters.card import short_card
 from lora_merge.analysis.checkpoint import Checkpoint
+from lora_merge.analysis.noise import noise_rank
 from lora_merge.analysis.parallel import in_order
 from lora_merge.analysis.ranks import RankPlan, RankRule, choose_ranks
 from lora_merge.errors import MethodError
 from lora_merge.linalg import leading_svd
 
-_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -182,7 +184,7 @@ def extract(
     """
     inputs = [file.path for c in (base, tuned) for file in c.files.values()]
     check_target(out, force=force, inputs=inputs)
-    _refuse_transposed(base)
+    transposed = _transposed(base)
     names, others = survey(base, tuned, include=include, exclude=exclude)
     if not names:
         raise MethodError(
@@ -192,7 +194,7 @@ def extract(
     parts: dict[str, Difference] = {}
 
     def one(name: str) -> Difference | Coverage:
-        return _difference(base, tuned, name, max_rank, denoise, seed)
+        return _difference(base, tuned, name, max_rank, denoise, seed, transposed=transposed(name))
 
     for name, found in zip(names, in_order(one, names, jobs=jobs), strict=True):
         if isinstance(found, Coverage):
@@ -207,7 +209,12 @@ def extract(
         raise MethodError("no weight differs between the checkpoints", "check both directories")
     plan, capped = _choose(parts, rule, denoise)
     codes = [tuned.entries[f"{n}.weight"][0] for n in parts]
-    config = AdapterConfig(base_model=base_model, r=None, target_modules=tuple(sorted(parts)))
+    config = AdapterConfig(
+        base_model=base_model,
+        r=None,
+        target_modules=tuple(sorted(parts)),
+        fan_in_fan_out=any(transposed(f"{name}.weight") for name in parts),
+    )
     source = Adapter("extracted", config, {n: p.spec for n, p in parts.items()}, {}, TensorDict({}))
     output = plan_output(
         [source],
@@ -220,17 +227,6 @@ def extract(
     _write(parts, plan, output, out)
     ordered = tuple(sorted(coverage, key=lambda c: c.name))
     return ExtractReport(plan, ordered, capped, str(out), output.num_bytes)
-
-
-def noise_threshold(values_median: float, rows: int, columns: int) -> float:
-    """Gavish-Donoho threshold for unknown noise: omega(beta) times the median singular value.
-
-    Uses their cubic for omega, beta = min / max of the sides; the median is over all min(m, n)
-    values.
-    """
-    beta = min(rows, columns) / max(rows, columns)
-    omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
-    return omega * values_median
 
 
 def _choose(
@@ -266,20 +262,24 @@ def _choose(
 
 
 def _difference(
-    base: Checkpoint, tuned: Checkpoint, name: str, max_rank: int, denoise: bool, seed: int
+    base: Checkpoint,
+    tuned: Checkpoint,
+    name: str,
+    max_rank: int,
+    denoise: bool,
+    seed: int,
+    *,
+    transposed: bool,
 ) -> Difference | Coverage:
     before, after = base.read(name).float(), tuned.read(name).float()
-    delta = after - before
+    delta = (after - before).mT if transposed else after - before
     norm = _norm(delta)
     if not math.isfinite(norm):
         return Coverage(name, "not finite", None)
     if norm == 0:
         return Coverage(name, "unchanged", 0.0)
     leading = leading_svd(delta, min(max_rank, *delta.shape), seed=seed)
-    cap = len(leading.s)
-    if denoise:
-        threshold = noise_threshold(_median_value(delta), *delta.shape)
-        cap = int((leading.s > threshold).sum())
+    cap = noise_rank(delta, leading.s, leading.residual) if denoise else len(leading.s)
     spec = ModuleSpec(
         name=name.removesuffix(".weight"),
         form="linear",
@@ -294,14 +294,6 @@ def _difference(
     return Difference(
         spec, leading.u, leading.s, leading.vh, norm, math.sqrt(leading.residual), cap
     )
-
-
-def _median_value(delta: Tensor) -> float:
-    """Median singular value, from the float64 Gram of the smaller side (error 1e-8 of the top)."""
-    small = delta if delta.shape[0] <= delta.shape[1] else delta.mT
-    small = small.double()
-    values = torch.linalg.eigvalsh(small @ small.mT).clamp_min(0).sqrt()
-    return float(values.median())
 
 
 def _measured(base: Checkpoint, tuned: Checkpoint, one: Coverage) -> Coverage:
@@ -333,17 +325,15 @@ def _write(parts: Mapping[str, Difference], plan: RankPlan, output: OutputPlan, 
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _refuse_transposed(base: Checkpoint) -> None:
-    """GPT-2's Conv1D stores (in, out); a factor pair for it would be the wrong way round."""
+def _transposed(base: Checkpoint) -> Callable[[str], bool]:
+    """Tells which weights a model stores as (in, out): those of GPT-2's Conv1D."""
     config = base.path / "config.json"
-    if not config.is_file():
-        return
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    if kind in _TRANSPOSED:
-        raise MethodError(
-            f"{base.path} is a {kind} model, whose weights are stored transposed (Conv1D)",
-            "extract with peft instead; this is not supported yet",
-        )
+    kind = None
+    if config.is_file():
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if kind not in _CONV1D_MODELS:
+        return lambda name: False
+    return lambda name: name.removesuffix(".weight").rpartition(".")[2] in _CONV1D_MODULES
 
 
 def _wanted(
