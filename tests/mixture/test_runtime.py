@@ -390,7 +390,7 @@ def test_moving_and_copying_keeps_gate_and_experts_together() -> None:
     assert torch.equal(copy.deepcopy(model)(ids).logits, expected)
     torch.testing.assert_close(model.double()(ids).logits.float(), expected, rtol=1e-4, atol=1e-4)
     group = model.mixture.groups[0]
-    assert group.down.dtype == torch.float64 and group._is_packed()
+    assert group.down.dtype == torch.float64 and group.is_packed()
 
 
 def test_shapes_of_llama_cover_seven_projections() -> None:

@@ -10,23 +10,26 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lora_merge.errors import MethodError
 from lora_merge.mixture.companion import companion_of
+from lora_merge.mixture.context import Context
 from lora_merge.mixture.gate import GateSpec
-from lora_merge.mixture.group import Context, Group
+from lora_merge.mixture.group import Group
+from lora_merge.mixture.hooks import REGISTRY, body_of, forgive, hide, last_tokens, module_hook
+from lora_merge.mixture.joined import join_groups
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.overhead import Overhead, overhead
 from lora_merge.mixture.prepare import group_members, make_members
 from lora_merge.mixture.usage import Usage
 from lora_merge.mixture.xlora import HiddenGate, TwoPass
 
-_REGISTRY = "lora_mixtures"
 _SHORTCUT = "mixture"
+Layout = Literal["stack", "concat"]
 
 
 def load_mixture(
@@ -35,6 +38,7 @@ def load_mixture(
     *,
     name: str = "default",
     dtype: torch.dtype | None = None,
+    layout: Layout = "stack",
 ) -> "AttachedMixture":
     """Attach a mixture to a model; afterwards the model runs and generates as always.
 
@@ -43,15 +47,19 @@ def load_mixture(
         source: A mixture, its directory, or a Hub id.
         name: To tell several mixtures of one model apart; the one attached last is active.
         dtype: Of the experts; default: that of the module each belongs to.
+        layout: "stack" adds the experts to what each module returns. "concat" puts the weights of
+            plain `nn.Linear` modules and their experts into one matrix, which saves products and
+            calls where no gradient is wanted; results differ by rounding alone.
 
     Returns:
         The handle, also reachable as `model.mixture`.
 
     Raises:
-        MethodError: If the model has not the modules, or a mixture of that name already.
+        MethodError: If the model has not the modules, has a mixture of that name already, or has
+            weights that "concat" cannot move (tied, quantised, offloaded).
     """
     mixture = source if isinstance(source, Mixture) else Mixture.from_pretrained(source)
-    return AttachedMixture(model, mixture, name=name, dtype=dtype)
+    return AttachedMixture(model, mixture, name=name, dtype=dtype, layout=layout)
 
 
 class AttachedMixture(nn.Module):
@@ -62,6 +70,7 @@ class AttachedMixture(nn.Module):
         mixture: The mixture.
         name: Its name among the model's mixtures.
         dtype: Of the experts.
+        layout: "stack" or "concat".
 
     Attributes:
         mixture: What was attached; `current()` has what training made of it.
@@ -77,10 +86,11 @@ class AttachedMixture(nn.Module):
         *,
         name: str = "default",
         dtype: torch.dtype | None = None,
+        layout: Layout = "stack",
     ) -> None:
         super().__init__()
         self.name, self.mixture = name, mixture
-        others = getattr(model, _REGISTRY, {})
+        others = getattr(model, REGISTRY, {})
         if not re.fullmatch(r"[\w-]+", name):
             raise MethodError(f"a mixture cannot be called {name!r}", "letters, digits, - and _")
         self._key = f"mixture_{name}"  # apart from ModuleDict's own attributes
@@ -112,6 +122,7 @@ class AttachedMixture(nn.Module):
         self._watched: Usage | None = None
         self._model = (model,)  # in a tuple: a plain reference, not a submodule
         self.train(model.training)
+        self._joined = join_groups(model, self.parts, targets) if layout == "concat" else []
         self._hook(model, targets)
         self._register(model)
         self.set_gate()
@@ -121,13 +132,21 @@ class AttachedMixture(nn.Module):
         """The groups of wrapped modules."""
         return [group for group in self.groups if isinstance(group, Group)]
 
+    @property
+    def matrices(self) -> list[Tensor]:
+        """What holds base weights together with experts, in the layout "concat"."""
+        return [joined.bordered.matrix for joined in self._joined]
+
     # -- life ------------------------------------------------------------------------------------
 
     def _hook(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+        joined = {id(each.group) for each in self._joined}
         for group in self.parts:
+            if id(group) in joined:
+                continue
             for index, module_name in enumerate(group.names):
                 target = targets[module_name]
-                hook = _hook_of(group, index, in_place=type(target) is nn.Linear)
+                hook = module_hook(group, index, in_place=type(target) is nn.Linear)
                 self._handles.append(target.register_forward_hook(hook, with_kwargs=True))
         body = body_of(model)
         self._handles.append(body.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -135,15 +154,22 @@ class AttachedMixture(nn.Module):
             body.register_forward_hook(self._after, with_kwargs=True, always_call=True)
         )
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "AttachedMixture":
+        """Join again what `.to` and the like moved apart; the model's own modules come before."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for joined in self._joined:
+            joined.bordered = joined.join()
+        return self
+
     def _register(self, model: nn.Module) -> None:
         """Become a submodule, so that `.to` moves the experts; the state dict does not show it."""
-        registry = getattr(model, _REGISTRY, None)
+        registry = getattr(model, REGISTRY, None)
         if registry is None:
             registry = nn.ModuleDict()
-            model.add_module(_REGISTRY, registry)
+            model.add_module(REGISTRY, registry)
             registry.hooks = (  # type: ignore[assignment]
-                model.register_state_dict_post_hook(_hide),
-                model.register_load_state_dict_post_hook(_forgive),
+                model.register_state_dict_post_hook(hide),
+                model.register_load_state_dict_post_hook(forgive),
             )
         registry[self._key] = self
         self.activate()
@@ -151,7 +177,7 @@ class AttachedMixture(nn.Module):
     def activate(self) -> None:
         """Be the model's one active mixture."""
         model = self._model[0]
-        for other in getattr(model, _REGISTRY).values():
+        for other in getattr(model, REGISTRY).values():
             other.context.active = other is self
         object.__setattr__(model, _SHORTCUT, self)
 
@@ -161,7 +187,10 @@ class AttachedMixture(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        registry = getattr(model, _REGISTRY, None)
+        for joined in self._joined:
+            joined.part()
+        self._joined = []
+        registry = getattr(model, REGISTRY, None)
         if registry is None or registry._modules.get(self._key) is not self:
             return
         del registry[self._key]
@@ -171,7 +200,7 @@ class AttachedMixture(nn.Module):
             return
         for hook in registry.hooks:
             hook.remove()
-        delattr(model, _REGISTRY)
+        delattr(model, REGISTRY)
         model.__dict__.pop(_SHORTCUT, None)
 
     @contextlib.contextmanager
@@ -343,7 +372,7 @@ class AttachedMixture(nn.Module):
         if context.spec.sequence or context.observe is not None:
             mask = kwargs.get("attention_mask")
             usable = isinstance(mask, Tensor) and mask.dim() == 2
-            context.mask = _last_tokens(mask.bool(), args, kwargs) if usable else None  # type: ignore[union-attr]
+            context.mask = last_tokens(mask.bool(), args, kwargs) if usable else None  # type: ignore[union-attr]
         if context.spec.sequence:
             cache = kwargs.get("past_key_values")
             context.store = None
@@ -362,44 +391,6 @@ class AttachedMixture(nn.Module):
             group.release()
 
 
-def body_of(model: nn.Module) -> nn.Module:
-    """The transformer without its head: where a pass begins."""
-    body = getattr(model, "base_model", model)
-    return body if isinstance(body, nn.Module) else model
-
-
-def _hook_of(group: Group, index: int, *, in_place: bool) -> Any:
-    context = group.context
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        if not context.active or context.bypass:
-            return None
-        x = args[0] if args else next(iter(kwargs.values()))
-        # Another hook may have kept the base's output: then it is not ours to write into.
-        mine = in_place and len(module._forward_hooks) == 1
-        return group.add(index, x, out, in_place=mine and not torch.is_grad_enabled())
-
-    return hook
-
-
 def _gate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Gates of half-precision models compute in float32: rounding would flip the top-k."""
     return dtype if dtype == torch.float64 else torch.float32
-
-
-def _last_tokens(mask: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The part of an attention mask that covers this call's tokens."""
-    ids = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
-    return mask if ids is None else mask[:, -ids.shape[1] :]
-
-
-def _hide(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Keep the mixtures out of the base model's state dict; they save themselves."""
-    for key in [key for key in state if key.startswith(f"{prefix}{_REGISTRY}.")]:
-        del state[key]
-
-
-def _forgive(module: nn.Module, keys: Any) -> None:
-    """The same for loading: the base's file has no mixture in it, and need not."""
-    missing = keys.missing_keys
-    missing[:] = [key for key in missing if f"{_REGISTRY}." not in key]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_merge.errors import MethodError
+from lora_merge.kernels.gated_stack.concat import Bordered
 from lora_merge.kernels.gated_stack.eager import (
     expand,
     gate_units,
@@ -18,43 +19,20 @@ from lora_merge.kernels.gated_stack.eager import (
     shrink_embedding,
     shrink_linear,
 )
-from lora_merge.mixture.gate import GateSpec, activate
+from lora_merge.mixture.context import Context
+from lora_merge.mixture.gate import activate
 from lora_merge.mixture.member import Member
 
 
 @dataclass(eq=False)
-class Context:
-    """What a forward pass of the model tells its wrapped modules.
-
-    Attributes:
-        spec: The gate in force.
-        active: Whether this mixture runs at all.
-        bypass: True during the first pass of a two-pass gate.
-        weights: Weights that do not depend on the module's input, shape (T', columns).
-        mask: Which tokens count, bool, shape (B, S), or None.
-        only: Expert that alone may act in each batch row, int64, shape (B,), or None.
-        store: Decisions of this sequence (`sequence` gates); lives as long as its KV cache.
-        observe: Called with (group, start, stop, weights (T', M, E), scores) of every gate.
-    """
-
-    spec: GateSpec
-    active: bool = True
-    bypass: bool = False
-    weights: Tensor | None = None
-    mask: Tensor | None = None
-    only: Tensor | None = None
-    store: dict[Any, Tensor] | None = None
-    observe: Callable[["Group", int, int, Tensor, Tensor | None], None] | None = None
-
-
-@dataclass(eq=False)
 class _Waiting:
-    """Gated units that siblings have not fetched yet.
+    """What was computed for siblings that have not fetched it yet.
 
     Not on the module itself: setting a module's attribute costs as much as a small kernel.
     """
 
     x: Tensor | None = None
+    compute: object = None
     parts: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -139,16 +117,31 @@ class Group(nn.Module):
 
     # -- storage ---------------------------------------------------------------------------------
 
+    def factors(self) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """Every up, down, and the gate's rows if they ride along in the shrink (of one dtype)."""
+        ups, down, weight = [up.data for up in self._ups], self.down.data, self.weight
+        rides = weight is not None and weight.dtype == down.dtype
+        return ups, down, weight.data if weight is not None and rides else None
+
+    def adopt(self, bordered: Bordered) -> None:
+        """Take the place of experts and gate in a matrix that holds the base weights too."""
+        for up, view in zip(self._ups, bordered.ups, strict=True):
+            up.data = view
+        self.down.data = bordered.down
+        if self.weight is not None and bordered.scores:
+            self.weight.data = bordered.gate
+            self._packed = bordered.rows[bordered.outputs[-1] :]
+
     def _pack(self) -> None:
         """Make `down` and `weight` views of one matrix (same dtype only: half gates stay apart)."""
         # Plain references: looking a parameter up by name is slow, and there are many per token.
         self._ups = [getattr(self, f"up{index}") for index in range(len(self.names))]
         self._packed = None
-        if self.weight is None or self.weight.dtype != self.down.dtype:
-            return
-        packed = torch.cat([self.down.data, self.weight.data])
-        self.down.data, self.weight.data = packed.split([len(self.down), len(self.weight)])
-        self._packed = packed
+        _, down, weight = self.factors()
+        if self.weight is not None and weight is not None:
+            packed = torch.cat([down, weight])
+            self.down.data, self.weight.data = packed.split([len(down), len(weight)])
+            self._packed = packed
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Group":
         """Keep the views after `.to`, `.half` and the like, which convert them one by one."""
@@ -156,12 +149,12 @@ class Group(nn.Module):
         self._pack()
         return self
 
-    def _is_packed(self) -> bool:
+    def is_packed(self) -> bool:
         """Whether the packed matrix is what the parameters hold (a deep copy separates them)."""
         if self._packed is None or self.weight is None:
             return False
         start = self._packed.data_ptr()
-        step = self._packed.shape[1] * self._packed.element_size()
+        step = self._packed.stride(0) * self._packed.element_size()
         return (
             self.down.data_ptr() == start
             and self.weight.data_ptr() == start + len(self.down) * step
@@ -179,23 +172,25 @@ class Group(nn.Module):
             in_place: Whether `y` may be overwritten.
         """
         up: Tensor = self._ups[index]
-        z = self._gated(index, x)
+        z = self.share(index, x, self.gated)
         if self.output_scales[index] != 1.0:
             z = z * self.output_scales[index]
         if self.form == "conv":
             return expand(y.movedim(1, -1), z, up).movedim(-1, 1)
         return expand(y, z, up, in_place=in_place)
 
-    def _gated(self, index: int, x: Tensor) -> Tensor:
-        """Gated units of one member; the siblings' are computed at once and wait for their call.
+    def share(
+        self, index: int, x: Tensor, compute: Callable[[Tensor, int, int], Sequence[Tensor]]
+    ) -> Tensor:
+        """What `compute(x, start, stop)` gives for one member; the siblings' parts wait for them.
 
         That siblings read the same tensor is checked by identity, never assumed: a cross-attention,
         whose k and v read another tensor than q, is separated at its first call.
         """
         if not self.shared or torch.compiler.is_compiling():
-            return self._compute(x, index, index + 1)[0]
+            return compute(x, index, index + 1)[0]
         waiting = self._waiting
-        if index in waiting.parts:
+        if index in waiting.parts and waiting.compute == compute:
             if waiting.x is x:
                 part = waiting.parts.pop(index)
                 if not waiting.parts:
@@ -203,9 +198,9 @@ class Group(nn.Module):
                 return part
             self.shared = False
             self.release()
-            return self._compute(x, index, index + 1)[0]
-        parts = self._compute(x, 0, len(self.names))
-        waiting.x = x
+            return compute(x, index, index + 1)[0]
+        parts = compute(x, 0, len(self.names))
+        waiting.x, waiting.compute = x, compute
         waiting.parts = {i: part for i, part in enumerate(parts) if i != index}
         return parts[index]
 
@@ -213,29 +208,42 @@ class Group(nn.Module):
         """Drop activations that wait for a sibling that was not called."""
         self._waiting.x, self._waiting.parts = None, {}
 
-    def _compute(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
+    def gated(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
         """Gated units of members start..stop, each of shape (T, R_m)."""
         if x.is_floating_point() and x.dtype != self.down.dtype:
             x = x.to(self.down.dtype)
         first, last = self.units[start], self.units[stop]
-        everything = stop - start == len(self.names)
-        scores: Tensor | None = None
-        packed = self._fused() if everything else None
+        packed = self._fused() if stop - start == len(self.names) else None
         if packed is not None:
             both = self._shrink(x, packed)
             u, scores = both[:, : len(self.down)], both[:, len(self.down) :]
-        else:
-            u = self._shrink(x, self.down[first:last])
-            if self.weight is not None:
-                rows = self.weight[self.scores[start] : self.scores[stop]]
-                gate_x = (
-                    x if x.dtype == rows.dtype or not x.is_floating_point() else x.to(rows.dtype)
-                )
-                scores = self._shrink(gate_x, rows)
-        if start == 0 and stop > 1 and not self.uniform:
+            return self.gate_parts(x, u, scores, start, stop)
+        u = self._shrink(x, self.down[first:last])
+        return self.gate_parts(x, u, None, start, stop)
+
+    def gate_parts(
+        self, x: Tensor, u: Tensor, scores: Tensor | None, start: int, stop: int
+    ) -> Sequence[Tensor]:
+        """Gate the units of members start..stop.
+
+        Args:
+            x: Input of the modules.
+            u: Units, shape (T, R) of these members.
+            scores: Products with the gate's rows, shape (T, n) of these members, if they are there.
+            start: First member.
+            stop: After the last.
+
+        Returns:
+            Gated units of each, shape (T, R_m).
+        """
+        if scores is None and self.weight is not None:
+            rows = self.weight[self.scores[start] : self.scores[stop]]
+            cast = x.is_floating_point() and x.dtype != rows.dtype
+            scores = self._shrink(x.to(rows.dtype) if cast else x, rows)
+        if stop - start > 1 and not self.uniform:
             bounds = self.scores if self.weight is not None else [0] * (stop + 1)
             pieces = []
-            for m in range(stop):
+            for m in range(start, stop):
                 one = u[:, self.units[m] : self.units[m + 1]]
                 part = None if scores is None else scores[:, bounds[m] : bounds[m + 1]]
                 pieces.append(self._gate(x, one, part, m, m + 1))
@@ -252,7 +260,7 @@ class Group(nn.Module):
         )
         if training or torch.compiler.is_compiling():
             return None
-        return self._packed if self._is_packed() else None
+        return self._packed if self.is_packed() else None
 
     def _gate(self, x: Tensor, u: Tensor, raw: Tensor | None, start: int, stop: int) -> Tensor:
         """Gate members start..stop, which are alike (or one)."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lora_merge.errors import MethodError
 from lora_merge.mixture.companion import Companion, companion_of
+from lora_merge.mixture.context import Context
 from lora_merge.mixture.gate import GateSpec, activate
-from lora_merge.mixture.group import Context
 
 _WEIGHTS, _HIDDEN = "weights", "hidden"
 

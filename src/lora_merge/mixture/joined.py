@@ -1,0 +1,156 @@
+"""Base weights and experts of a group in one bordered matrix: an option for plain linear layers.
+
+The weights stay parameters of their modules, with the same values, as views of the matrix; taking
+the experts off copies them back to memory of their own.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_merge.errors import MethodError
+from lora_merge.kernels.gated_stack import concat
+from lora_merge.kernels.gated_stack.concat import Bordered, border
+from lora_merge.kernels.gated_stack.eager import expand
+from lora_merge.mixture.group import Group
+
+
+class Joined:
+    """A group whose modules run as one product, whenever no gradient is wanted.
+
+    Args:
+        group: Linear modules with one input.
+        linears: The modules, in the group's order.
+    """
+
+    def __init__(self, group: Group, linears: Sequence[nn.Linear]) -> None:
+        self.group, self.context = group, group.context
+        self.linears = list(linears)
+        self.bordered = self.join()
+        for index, linear in enumerate(self.linears):
+            linear.forward = partial(self.run, index)  # type: ignore[method-assign]
+
+    def join(self) -> Bordered:
+        """Move weights and experts into a matrix of their own."""
+        weights = [linear.weight.data for linear in self.linears]
+        bordered = border(weights, *self.group.factors())
+        for linear, view in zip(self.linears, bordered.weights, strict=True):
+            linear.weight.data = view
+        self.group.adopt(bordered)
+        held: list[tuple[nn.Module, str]] = [(linear, "weight") for linear in self.linears]
+        held += [(self.group, name) for name in self.group._parameters]
+        self._places = [
+            (module, name, parameter, parameter.data_ptr())
+            for module, name in held
+            if (parameter := module._parameters[name]) is not None
+        ]
+        return bordered
+
+    def part(self) -> None:
+        """Give the modules their own forward and memory back."""
+        for linear in self.linears:
+            linear.__dict__.pop("forward", None)
+            linear.weight.data = linear.weight.data.clone(memory_format=torch.contiguous_format)
+
+    def is_whole(self) -> bool:
+        """Whether the matrix is what the modules hold; not after a copy, a move, another weight."""
+        for module, name, parameter, address in self._places:
+            if module._parameters[name] is not parameter or parameter.data_ptr() != address:
+                return False
+        return True
+
+    def run(self, index: int, input: Tensor) -> Tensor:
+        """Forward of module `index`."""
+        context, linear = self.context, self.linears[index]
+        if not context.active or not self._may_join(input):
+            y = functional.linear(input, linear.weight, linear.bias)
+            if not context.active or context.bypass:
+                return y
+            return self.group.add(index, input, y, in_place=not torch.is_grad_enabled())
+        y = self.group.share(index, input, self._base if context.bypass else self._mixed)
+        if linear.bias is not None:
+            y = y + linear.bias
+        return y.view(*input.shape[:-1], y.shape[-1])
+
+    def _may_join(self, x: Tensor) -> bool:
+        """Whether one product may stand for many: no gradient, no graph, no other dtype."""
+        return not (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or x.dtype != self.bordered.matrix.dtype
+            or torch.is_autocast_enabled(x.device.type)
+            or not self.is_whole()
+        )
+
+    def _mixed(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
+        """Outputs of members start..stop, shape (T, d_out), without bias."""
+        tokens, bordered = x.reshape(-1, x.shape[-1]), self.bordered
+        if stop - start != len(self.linears):  # the siblings read something else
+            y = functional.linear(tokens, self.linears[start].weight)
+            return (expand(y, self.group.gated(x, start, stop)[0], bordered.ups[start]),)
+        if len(tokens) > concat.FEW_TOKENS:
+            u, scores = concat.shrink_alone(tokens, bordered)
+            zs = self._gated(x, u, scores)
+            return concat.expand_with_base(tokens, zs, bordered)
+        ys, u, scores = concat.shrink_with_base(tokens, bordered)
+        return concat.expand_after(ys, self._gated(x, u, scores), bordered)
+
+    def _gated(self, x: Tensor, u: Tensor, scores: Tensor) -> Sequence[Tensor]:
+        """Gated units of all members; without rows in the matrix the gate makes its own scores."""
+        given = scores if self.bordered.scores else None
+        return self.group.gate_parts(x, u, given, 0, len(self.linears))
+
+    def _base(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
+        """The same without the experts."""
+        tokens, bordered = x.reshape(-1, x.shape[-1]), self.bordered
+        if stop - start != len(self.linears) or len(tokens) > concat.FEW_TOKENS:
+            return [functional.linear(tokens, w) for w in bordered.weights[start:stop]]
+        both = functional.linear(tokens, bordered.rows[: bordered.outputs[-1]])
+        return [y.contiguous() for y in both.split_with_sizes(bordered.splits[:-2], dim=1)]
+
+
+def join_groups(
+    model: nn.Module, groups: Iterable[Group], targets: Mapping[str, nn.Module]
+) -> list[Joined]:
+    """Join every group of linear modules; embeddings and convolutions stay apart.
+
+    Args:
+        model: The model.
+        groups: The wrapped modules.
+        targets: The model's modules by the experts' names for them.
+
+    Raises:
+        MethodError: Naming the first module whose weight is not its own plain float matrix. Nothing
+            has been moved then.
+    """
+    linear = [group for group in groups if group.form == "linear"]
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter.data_ptr(), []).append(name)
+    found = []
+    for group in linear:
+        modules = []
+        for name in group.names:
+            module = targets[name]
+            reason = _refusal(module, group.down.dtype, owners)
+            if reason or not isinstance(module, nn.Linear):
+                raise MethodError(f"layout concat: {name} {reason}", "leave layout at 'stack'")
+            modules.append(module)
+        found.append((group, modules))
+    return [Joined(group, modules) for group, modules in found]
+
+
+def _refusal(module: nn.Module, dtype: torch.dtype, owners: Mapping[int, list[str]]) -> str:
+    """Why a module cannot be joined; empty if it can."""
+    if type(module) is not nn.Linear:
+        return f"is a {type(module).__name__}, not a plain nn.Linear"
+    weight = module.weight
+    if weight.dtype != dtype or weight.device.type == "meta":
+        return f"is {weight.dtype} on {weight.device.type}, its experts {dtype}"
+    if "forward" in module.__dict__:
+        return "runs through a forward that something else put there"
+    names = owners.get(weight.data_ptr(), [])
+    return "" if len(names) == 1 else f"shares its weight: {', '.join(names) or 'a wrapper'}"
