@@ -67,7 +67,7 @@ def test_every_form_equals_merge_and_unload(form, shards, tmp_path, monkeypatch)
         torch.testing.assert_close(fused[name], tensor, msg=lambda text, n=name: f"{n}: {text}")
     assert len(changed) >= report.modules > 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {path.name for path in base.iterdir()}
+    assert names == {path.name for path in base.iterdir()} | {"README.md"}
 
 
 def _language_model(kind: str, tie: bool) -> nn.Module:
@@ -232,6 +232,71 @@ def test_a_base_that_does_not_fit_is_refused_and_nothing_written(tensors, messag
     with pytest.raises(AdapterError, match=message):
         fuse(adapter, base, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"a", "base"}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "tensors", "config", "words"),
+    [
+        ({"proj": (6, 4)}, {"proj.qweight": (6, 4)}, {"quant_method": "gptq"}, "quantised .gptq"),
+        ({"proj": (6, 4)}, {"proj.weight": (6, 4)}, {"load_in_4bit": True}, "is quantised"),
+        (
+            {"mlp.experts": (6, 4)},
+            {"mlp.experts.0.up_proj.weight": (6, 4), "mlp.experts.1.up_proj.weight": (6, 4)},
+            None,
+            "stores them apart",
+        ),
+        (
+            {"mlp.experts.0.up_proj": (6, 4)},
+            {"mlp.experts.up_proj": (2, 4, 6)},
+            None,
+            "in one tensor",
+        ),
+    ],
+    ids=["gptq", "bnb", "split-base", "fused-base"],
+)
+def test_bases_in_another_form_are_refused_with_the_reason(
+    shapes, tensors, config, words, tmp_path
+):
+    folder = save_adapter(tmp_path / "a", shapes=shapes)
+    base = base_of(
+        tmp_path / "base",
+        {name: torch.zeros(shape) for name, shape in tensors.items()},
+        config={"quantization_config": config} if config else None,
+    )
+    with pytest.raises(AdapterError, match=words) as caught:
+        fuse(Adapter.from_pretrained(folder), base, tmp_path / "out")
+    assert "fuse into" in caught.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resized_vocabulary_is_refused_with_what_to_do(tmp_path):
+    config, tensors = adapter_parts(shapes={"proj": (6, 4)}, modules_to_save=["embed_tokens"])
+    tensors["base_model.model.embed_tokens.weight"] = torch.zeros(12, 4)
+    adapter = Adapter.from_pretrained(save_parts(tmp_path / "a", config, tensors))
+    base = {"proj.weight": torch.zeros(6, 4), "embed_tokens.weight": torch.zeros(10, 4)}
+    with pytest.raises(AdapterError, match=r"\[12, 4\], the base's \[10, 4\]") as caught:
+        fuse(adapter, base_of(tmp_path / "base", base), tmp_path / "out")
+    assert "resize_token_embeddings(12)" in caught.value.remedy
+
+
+def test_the_card_and_the_adapters_tokenizer(tmp_path):
+    import yaml
+
+    folder = save_adapter(tmp_path / "a", shapes={"proj": (6, 4)})
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "theirs"}')
+    base = base_of(tmp_path / "base", {"proj.weight": torch.zeros(6, 4)})
+    (base / "README.md").write_text("---\nlicense: mit\n---\n\n# The base\n")
+    (base / "tokenizer_config.json").write_text("{}")
+    report = fuse(Adapter.from_pretrained(folder), base, tmp_path / "out", weight=0.5)
+    out = tmp_path / "out"
+    assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert "theirs" in (out / "tokenizer_config.json").read_text()
+    assert any("tokenizer_config.json" in note for note in report.notes)
+    card = (out / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert (head["base_model"], head["license"]) == ("tiny-base", "mit")
+    assert head["base_model_relation"] == "finetune"
+    assert str(folder) in card and "0.5" in card and "The base\n" not in card
 
 
 def test_overflow_and_full_targets_leave_nothing_behind(tmp_path):

@@ -54,3 +54,22 @@ def short_card(title: str, base_model: str | None, text: str) -> str:
         base_model_relation="adapter" if base_model else None,
     )
     return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n"
+
+
+def fused_card(title: str, base_model: str | None, text: str, licence: str | None) -> str:
+    """Text of `README.md` of a whole model: metadata, a heading, a paragraph.
+
+    Args:
+        title: Heading.
+        base_model: Name of the model that the adapter was added to, if known.
+        text: What it is.
+        licence: The base's, as the Hub names it, if it says.
+    """
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="transformers",
+        license=licence,
+        tags=["merge", "lora-merge"],
+        base_model_relation="finetune" if base_model else None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n"

@@ -51,7 +51,8 @@ def command(
     """Write the base model with the ADAPTER in it, shard by shard, in the base's dtype.
 
     Memory stays within one band of a tensor, whatever the model's size. Tokenizer and configuration
-    are copied; the result loads like the base and needs no PEFT.
+    are copied (the adapter's own tokenizer, if it brings one), a model card is written; the result
+    loads like the base and needs no PEFT.
     """
     from lora_merge.cli._open import open_one
     from lora_merge.cli._output import Output

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Mapping
@@ -55,6 +56,15 @@ class Checkpoint:
         path = self.folder / "config.json"
         loaded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return loaded if isinstance(loaded, dict) else {}
+
+    @cached_property
+    def licence(self) -> str | None:
+        """The licence that its model card names."""
+        card = self.folder / "README.md"
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        head = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
+        found = re.search(r"^license:\s*(\S+)\s*$", head, re.MULTILINE)
+        return found[1] if found else None
 
     def other_files(self) -> list[Path]:
         """Relative paths of everything that is not weights: tokenizer, configs, code, licence."""

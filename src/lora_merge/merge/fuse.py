@@ -2,13 +2,14 @@
 
 Each shard is copied as bytes, and the tensors the adapter changes are rewritten where they lie, in
 bands: memory is one band and one module's factors. Everything else of the directory (tokenizer,
-configuration, index, tied tensors that are stored once) stays what it was.
+configuration, index, tied tensors that are stored once) stays what it was, but for the model card,
+and the tokenizer where the adapter brings its own.
 """
 
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod, sqrt
 from pathlib import Path
@@ -26,6 +27,7 @@ from lora_merge.adapters import (
     check_target,
     read_stacks,
 )
+from lora_merge.adapters.card import fused_card
 from lora_merge.errors import AdapterError
 from lora_merge.merge.checkpoint import (
     Checkpoint,
@@ -36,6 +38,18 @@ from lora_merge.merge.checkpoint import (
 )
 from lora_merge.merge.match import Match, Target, match_adapter
 
+# What a trainer saves beside an adapter when it changed the tokenizer or the chat format.
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
 # Entries of a tensor that are in memory at once, with their delta: 1 MB each, which stays in cache.
 _BAND_ENTRIES = 1 << 18
 
@@ -109,6 +123,8 @@ def fuse(
             _write_whole_tensors(adapter, match, editors)
             change = _add_deltas(adapter, match, editors, weight, on_module)
         _write_json(checkpoint, match, places, folder)
+        notes = (*match.notes, *_copy_tokenizer(adapter, folder))
+        (folder / "README.md").write_text(_card(adapter, checkpoint, weight, notes), "utf-8")
         num_bytes = sum((folder / shard).stat().st_size for shard in checkpoint.shards)
     return FuseReport(
         out=str(out),
@@ -118,8 +134,29 @@ def fuse(
         untied=tuple(sorted(match.untied)),
         relative_change=change,
         num_bytes=num_bytes,
-        notes=match.notes,
+        notes=notes,
     )
+
+
+def _copy_tokenizer(adapter: Adapter, folder: Path) -> list[str]:
+    """An adapter's own tokenizer and chat template replace the base's: it was trained with them."""
+    if adapter.source is None:
+        return []
+    beside = adapter.source.weights.parent
+    names = [name for name in _TOKENIZER if (beside / name).is_file()]
+    for name in names:
+        shutil.copyfile(beside / name, folder / name)
+    return [f"{', '.join(names)}: the adapter's, not the base's"] if names else []
+
+
+def _card(adapter: Adapter, base: Checkpoint, weight: float, notes: Sequence[str]) -> str:
+    name = adapter.config.base_model
+    text = (
+        f"{f'`{name}`' if name else 'The base model'} with the LoRA adapter `{adapter.name}` added "
+        f"to its weights, times {weight:g}. It loads as the base does and needs no PEFT.\n\n"
+        + "".join(f"- {note}\n" for note in notes)
+    )
+    return fused_card("A model with an adapter in it", name, text.rstrip(), base.licence)
 
 
 def _copy_shards(checkpoint: Checkpoint, match: Match, folder: Path) -> dict[str, TensorPlace]:

@@ -1,5 +1,6 @@
 """Which tensor of a base checkpoint each part of an adapter changes, and how it lies there."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -17,6 +18,8 @@ _HEAD = "lm_head.weight"
 # Models whose projections are GPT-2's Conv1D, stored (in, out); told apart by shape unless square.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt-sw3")
 _CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+# One expert in a module's path.
+_EXPERT = re.compile(r"(?<=experts)\.\d+(?=\.)")
 # Models whose experts are stored (experts, in, out); told apart by shape unless square.
 _TRANSPOSED_EXPERTS = ("gpt_oss", "llama4_text", "llama4")
 
@@ -69,6 +72,7 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Match:
     Raises:
         AdapterError: If a module has no tensor in the base, or one of another shape or dtype.
     """
+    _refuse_quantised(adapter, base)
     modules = align([adapter]).modules
     naming = _find_naming(adapter, modules, base)
     new: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -101,6 +105,18 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Match:
     return Match(
         tuple(targets), whole, new, untied, prefix, unties, _notes(base, whole, new, untied)
     )
+
+
+def _refuse_quantised(adapter: Adapter, base: Checkpoint) -> None:
+    """A quantised base says so in its config, whatever its tensors are called."""
+    quantised = base.config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+        raise AdapterError(
+            f"{adapter.name}: {base.folder} is quantised ({method or 'see its config.json'}), and "
+            "no delta can be added to quantised weights",
+            "fuse into the unquantised base model, then quantise the result",
+        )
 
 
 @dataclass(frozen=True)
@@ -139,12 +155,33 @@ def _find_naming(adapter: Adapter, modules: Iterable[AlignedModule], base: Check
     best = min([_Naming(), *candidates], key=lambda naming: len(missing(naming)))
     lost = missing(best)
     if lost:
+        _refuse_other_experts(adapter, lost[0], best.base_name(lost[0]), base)
         raise AdapterError(
             f"{adapter.name}: {len(lost)} of {len(names)} modules have no tensor in "
             f"{base.folder} ({lost[0]})",
             "is this the base model the adapter was trained on?",
         )
     return best
+
+
+def _refuse_other_experts(adapter: Adapter, module: str, stem: str, base: Checkpoint) -> None:
+    """Name the reason where the base stores its experts apart and the adapter does not, or so."""
+    apart = [name for name in base.tensors if name.startswith(f"{stem}.0.")]
+    together = [
+        name
+        for name in base.tensors
+        if _EXPERT.search(module) and name.startswith(_EXPERT.split(stem)[0] + ".")
+    ]
+    found = [*apart, *together]
+    if not found:
+        return
+    ours, theirs = ("one tensor for all", "apart") if apart else ("apart", "in one tensor")
+    raise AdapterError(
+        f"{adapter.name}: {module} was trained with its experts {ours}, {base.folder} stores them "
+        f"{theirs} ({found[0]})",
+        "load the base with the transformers version that trained the adapter, save_pretrained it, "
+        "and fuse into that",
+    )
 
 
 def _prefixes(names: Iterable[str]) -> set[str]:
@@ -207,7 +244,7 @@ def _layout(
         raise AdapterError(
             f"{adapter.name}: {module.name} is {spec.d_out} x {spec.d_in}, the base's tensor "
             f"{' x '.join(map(str, shape))}",
-            "is this the base model the adapter was trained on (vocabulary resized, perhaps)?",
+            _resize_remedy(f"{_unwrapped(module.name)}.weight", max(spec.d_out, spec.d_in)),
         )
     if spec.form == "conv":
         return "plain"
@@ -248,10 +285,19 @@ def _whole_tensors(
             raise AdapterError(
                 f"{adapter.name}: {extra.name} is {list(extra.shape)}, the base's "
                 f"{list(place.shape)}",
-                "resize the base model first (a vocabulary that grew?), then fuse",
+                _resize_remedy(name, extra.shape[0] if extra.shape else 0),
             )
         whole[extra.name] = name
     return whole
+
+
+def _resize_remedy(name: str, rows: int) -> str:
+    if name == _HEAD or _is_embedding(name):
+        return (
+            f"the vocabulary was resized: load the base, model.resize_token_embeddings({rows}), "
+            "save_pretrained, and fuse into that"
+        )
+    return "is this the base model the adapter was trained on?"
 
 
 def _untie_head(

@@ -256,7 +256,8 @@ def _check_weights(
 def _statistics(method: Method, path: str | Path | None) -> Statistics | None:
     if method.needs and path is None:
         raise MethodError(
-            f"method {method.name} needs {method.needs}", "give the file as statistics"
+            f"method {method.name} needs {method.needs}",
+            "collect them with lora_merge.collect_statistics and give the file: --statistics FILE",
         )
     return None if path is None else Statistics.open(path)
 

@@ -17,6 +17,9 @@ from lora_merge.merge.report import MergeReport, ModuleReport
 # Below this share of energy kept, the result is not what the method made.
 _LITTLE_ENERGY = 0.5
 
+# Below this share of the mean, Model Stock has erased what it was to merge.
+_SHRUNK = 0.1
+
 
 def save_merge(
     plan: MergePlan,
@@ -94,7 +97,14 @@ def finish_report(
             raise MethodError(share, remedy)
         notes.append(f"{share}; {remedy}")
     if plan.spool is not None:
-        notes.append(f"{plan.rule} gave {_ranks_text(plan)}")
+        rule = "the exact result" if plan.rule.kind == "units" else str(plan.rule)
+        notes.append(f"{rule} has {_ranks_text(plan)}")
+    shrinks = [m.details["shrink"] for m in modules if "shrink" in m.details]
+    if shrinks and sum(shrinks) / len(shrinks) < _SHRUNK:
+        notes.append(
+            f"{plan.method.name} left {sum(shrinks) / len(shrinks):.2f} of the mean: it is for "
+            "adapters of one task, and takes different ones for noise"
+        )
     return replace(report, notes=tuple(notes))
 
 
