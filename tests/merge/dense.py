@@ -116,6 +116,24 @@ def wudi_loss(x: Tensor, deltas: Deltas, side: str) -> Tensor:
     return loss
 
 
+def wudi_output(
+    deltas: Deltas, weights: Sequence[float], ridge: float, beta: float, rank: int | None = None
+) -> Tensor:
+    """The normal equations on the outputs, cut in their metric, singular values flattened."""
+    parts = weighted(deltas, weights)
+    metrics = [d @ d.mT / d.square().sum() for d in parts]
+    size = int(torch.linalg.matrix_rank(torch.cat(parts, dim=1)))
+    pull = ridge * float(sum(h.trace() for h in metrics)) / size * torch.eye(len(parts[0])).double()
+    wanted = torch.stack([(h + pull) @ d for h, d in zip(metrics, parts, strict=True)]).sum(dim=0)
+    values, vectors = torch.linalg.eigh(torch.stack(metrics).sum(dim=0) + pull)
+    root = vectors @ values.sqrt().diag() @ vectors.mT
+    x = torch.linalg.solve(root, truncated(torch.linalg.solve(root, wanted), rank or size))
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    keep = s > 1e-9 * s[0]
+    flat = s[keep] ** (1 - beta)
+    return (u[:, keep] * (flat * s.norm() / flat.norm())) @ vh[keep]
+
+
 def pico(ups: Sequence[Tensor]) -> list[Tensor]:
     """Scaled B_i after the calibration."""
     u, s, _ = torch.linalg.svd(torch.cat(list(ups), dim=1), full_matrices=False)

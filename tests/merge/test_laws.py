@@ -26,6 +26,7 @@ LOSSLESS: dict[str, dict[str, Any]] = {
     "core-iso": {"beta": 0.0},
     "iso-cts": {"beta": 0.0, "common": 1.0},
     "wudi": {"ridge": 1e-6},
+    "wudi-iso": {"ridge": 1e-6, "beta": 0.0},
     **{
         name: {"density": 1.0, "scope": "tensor"} for name in ("magnitude", "ties", "dare", "della")
     },

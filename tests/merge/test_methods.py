@@ -14,6 +14,7 @@ from dense import (
     truncated,
     tsv,
     wudi_loss,
+    wudi_output,
 )
 from dense import pico as dense_pico
 from dense import svc as dense_svc
@@ -150,6 +151,29 @@ def test_wudi_cut_beats_the_plain_cut_in_its_own_error(side) -> None:
         for compress in ("metric", "frobenius")
     ]
     assert losses[0] < 0.95 * losses[1]
+
+
+@pytest.mark.parametrize("shape", [(14, 11), (30, 40)], ids=["R-above-d", "R-below-d"])
+@pytest.mark.parametrize("rank", [None, 5])
+def test_wudi_iso_agrees_with_dense_code(shape, rank) -> None:
+    stack = random_stack((4, 6, 5), *shape)
+    found = merge_one(stack, "wudi-iso", rank=rank, weights=WEIGHTS)
+    close(found, wudi_output(deltas_of(stack), WEIGHTS, ridge=0.01, beta=0.25, rank=rank))
+
+
+@pytest.mark.parametrize("side", ["input", "output", "both"])
+def test_wudi_flattens_the_spectrum_and_keeps_the_norm(side) -> None:
+    stack = random_stack((4, 6, 5), 30, 40)
+    steep, half, flat = (
+        merge_one(stack, "wudi", rank=6, parameters={"side": side, "beta": beta})
+        for beta in (0.0, 0.5, 1.0)
+    )
+    values = torch.linalg.svdvals(steep)[:6]
+    for merged, power in ((half, 0.5), (flat, 0.0)):
+        found = torch.linalg.svdvals(merged)
+        ratio = found[:6] / values**power
+        assert float(found[6]) < 1e-9 and float(ratio.max() / ratio.min()) == pytest.approx(1)
+        assert float(merged.norm()) == pytest.approx(float(steep.norm()))
 
 
 def test_ctm_holds_more_energy_than_any_other_subspaces() -> None:

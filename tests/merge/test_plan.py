@@ -300,8 +300,8 @@ def test_federated_adapters_keep_their_rank(tmp_path: Path) -> None:
 def test_auto_says_what_it_chose() -> None:
     different = [make_adapter(f"adapter-{i}", r=4, seed=i) for i in range(3)]
     for adapters, rank, method in (
-        (different, 4, "ctm"),
-        (different, "full", "core-tsv"),
+        (different, 4, "wudi-iso"),
+        (different, "full", "wudi-iso"),
         (different[:2], 4, "svd"),
         (different[:1], 4, "svd"),
     ):

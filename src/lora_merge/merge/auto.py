@@ -27,12 +27,11 @@ class Choice:
     reason: str
 
 
-def choose(alignment: Alignment, *, free_rank: bool) -> Choice:
+def choose(alignment: Alignment) -> Choice:
     """Choose a method. Reads a few modules; all else of a plan is from headers.
 
     Args:
         alignment: The adapters.
-        free_rank: The result may have any rank.
     """
     count = len(alignment.adapters)
     if count == 1:
@@ -46,9 +45,7 @@ def choose(alignment: Alignment, *, free_rank: bool) -> Choice:
     if count == 2:
         return Choice("svd", f"two adapters of different tasks (cosine {cosine:.2f}): their sum")
     tasks = f"{count} adapters of different tasks (mean cosine {cosine:.2f})"
-    if free_rank:
-        return Choice("core-tsv", f"{tasks} and a free rank: tasks made orthogonal")
-    return Choice("ctm", f"{tasks} and a fixed rank: subspaces chosen for all of them")
+    return Choice("wudi-iso", f"{tasks}: least squares, kept from disturbing each other's outputs")
 
 
 def _spread(modules: Sequence[AlignedModule]) -> list[AlignedModule]:

@@ -7,7 +7,7 @@ i's inputs, and, with sides exchanged, D_i D_i^T for that of its output gradient
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_merge.adapters import RankStack
 from lora_merge.merge.method import Job, Outcome, single
 from lora_merge.merge.options import option
-from lora_merge.merge.spectral import share_of_energy, triplets, truncated_svd
+from lora_merge.merge.spectral import flatten, share_of_energy, triplets, truncated_svd
 from lora_merge.merge.statistics import needed
 
 
@@ -36,6 +36,12 @@ class WudiOptions:
     compress: Literal["metric", "frobenius"] = option(
         "metric", "error that the cut to a rank minimises: the method's own, or the plain one"
     )
+    beta: float = option(
+        0.0,
+        "0 leaves the singular values of the result, 1 makes them equal (norm kept, not published)",
+        low=0,
+        high=1,
+    )
 
 
 def wudi(stack: RankStack, job: Job, options: WudiOptions) -> Outcome:
@@ -51,13 +57,17 @@ def wudi(stack: RankStack, job: Job, options: WudiOptions) -> Outcome:
     energy.index_add_(0, parts.owner, parts.scale.square())
     share = parts.scale.square() / energy[parts.owner]
     if options.side == "both":
-        return _both_sides(parts, share, job.rank, options.ridge)
-    if options.side == "output":
-        return _one_side(parts, share, job.rank, options)
-    turned = RankStack(parts.up.mT, parts.down.mT, parts.scale, parts.owner)
-    outcome = _one_side(turned, share, job.rank, options)
-    result = outcome.stack
-    return Outcome(single(result.down.mT, result.up.mT, result.scale), energy=outcome.energy)
+        outcome = _both_sides(parts, share, job.rank, options.ridge)
+    elif options.side == "output":
+        outcome = _one_side(parts, share, job.rank, options)
+    else:
+        turned = RankStack(parts.up.mT, parts.down.mT, parts.scale, parts.owner)
+        outcome = _one_side(turned, share, job.rank, options)
+        result = outcome.stack
+        outcome = replace(outcome, stack=single(result.down.mT, result.up.mT, result.scale))
+    if options.beta == 0:
+        return outcome
+    return replace(outcome, stack=_flattened(outcome.stack, options.beta))
 
 
 def _one_side(parts: RankStack, share: Tensor, rank: int | None, options: WudiOptions) -> Outcome:
@@ -92,6 +102,13 @@ def _both_sides(parts: RankStack, share: Tensor, rank: int | None, ridge: float)
     solved = h_vectors.mT @ wanted @ g_vectors / weight.clamp_min(1e-300)
     u, s, vh = truncated_svd(h_vectors @ solved @ g_vectors.mT, None)
     return Outcome(single(u[:, :rank], vh[:rank], s[:rank]), energy=share_of_energy(s[:rank], s))
+
+
+def _flattened(result: RankStack, beta: float) -> RankStack:
+    """The same directions and norm with a flatter spectrum, as Iso-C's."""
+    u, s, vh = truncated_svd(result.delta(), None)
+    values = flatten(s, beta)
+    return single(u, vh, values * (s.norm() / values.norm()) if len(s) else values)
 
 
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:

@@ -34,9 +34,6 @@ from lora_merge.merge.statistics import Statistics
 if TYPE_CHECKING:
     from lora_merge.merge.spool import Spool
 
-# Rank rules under which a result may keep every direction it has.
-_FREE_RANKS = ("full",)
-
 
 @dataclass(frozen=True, eq=False)
 class MergePlan:
@@ -183,7 +180,7 @@ def plan_merge(
     as_given = [adapters[i] for i in present]
     reason = None
     if method == "auto":
-        choice = choose(align(as_given, force=force), free_rank=str(rank or "") in _FREE_RANKS)
+        choice = choose(align(as_given, force=force))
         method, reason = choice.method, f"auto chose {choice.method}: {choice.reason}"
     chosen = find_method(method)
     shared_parameters, own = split_parameters(chosen, parameters or {}, own_parameters, adapters)

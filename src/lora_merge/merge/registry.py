@@ -277,6 +277,15 @@ _TABLE = (
         makes_rank=True,
     ),
     Method(
+        name="wudi-iso",
+        summary="wudi on the output side, spectrum flattened in part (our variation, data-free)",
+        paper="wudi (arXiv 2503.08099) and iso-c (arXiv 2502.04959) combined",
+        combine=least_squares.wudi,
+        options=least_squares.WudiOptions,
+        presets={"side": "output", "ridge": 0.01, "beta": 0.25},
+        makes_rank=True,
+    ),
+    Method(
         name="regmean",
         summary="least squares over collected inputs: act like each adapter on its own",
         paper="Jin et al., ICLR 2023, arXiv 2212.09849",

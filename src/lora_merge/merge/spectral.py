@@ -64,7 +64,7 @@ def iso_c(stack: RankStack, job: Job, options: IsoOptions) -> Outcome:
     """Iso-C (Marczak et al., ICML 2025, arXiv 2502.04959): the sum with a flat spectrum."""
     u, s, vh = truncated_svd(stack.weighted(job.weights).delta(), None)
     kept = s[: job.rank]
-    result = single(u[:, : len(kept)], vh[: len(kept)], _flatten(kept, options.beta))
+    result = single(u[:, : len(kept)], vh[: len(kept)], flatten(kept, options.beta))
     return Outcome(result, energy=share_of_energy(kept, s))
 
 
@@ -86,7 +86,7 @@ def iso_cts(stack: RankStack, job: Job, options: IsoCtsOptions) -> Outcome:
     left = polar(torch.cat([u[:, :common], tasks.up], dim=1))
     right = polar(torch.cat([vh[:common], tasks.down]))
     values = torch.cat([s[:common], tasks.scale])
-    return Outcome(single(left, right, _flatten(values, options.beta)))
+    return Outcome(single(left, right, flatten(values, options.beta)))
 
 
 def svc(result: RankStack, stack: RankStack, weights: Tensor, alpha: float = 0.1) -> RankStack:
@@ -171,5 +171,6 @@ def share_of_energy(kept: Tensor, values: Tensor) -> float:
     return float(kept.square().sum()) / total if total > 0 else 1.0
 
 
-def _flatten(values: Tensor, beta: float) -> Tensor:
+def flatten(values: Tensor, beta: float) -> Tensor:
+    """Singular values moved towards their mean: geometric between them (0) and it (1)."""
     return values ** (1 - beta) * values.mean() ** beta if values.numel() else values
