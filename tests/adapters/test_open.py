@@ -53,6 +53,8 @@ def test_a_directory_with_one_oddly_named_file_is_enough(tmp_path: Path) -> None
         (lambda t: t.update({KEY + "A.default.weight": torch.zeros(4, 16)}), ["both name"]),
         (lambda t: t.update({"x.lora_magnitude_vector": torch.zeros(4)}), ["DoRA"]),
         (lambda t: t.update({"x.lora_down.weight": torch.zeros(4, 4)}), ["kohya"]),
+        (lambda t: t.update({"lora_unet_x.hada_w1_a": torch.zeros(4, 4)}), ["LyCORIS (LoHa"]),
+        (lambda t: t.update({"lora_unet_x.lokr_w2": torch.zeros(4, 4)}), ["LyCORIS (LoHa, LoKr"]),
         (lambda t: t.update({"../x.lora_A.weight": torch.zeros(4, 4)}), ["illegal"]),
         (lambda t: t.clear() or t.update(w_a_000=torch.zeros(2)), ["no LoRA module", "w_a_000"]),
     ],

@@ -126,6 +126,19 @@ def test_many_units_take_the_fast_grams_with_the_same_result(monkeypatch):
     assert fast.total_interference == pytest.approx(exact.total_interference, rel=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])
+def test_fast_grams_do_not_depend_on_an_adapters_size(monkeypatch, scale):
+    monkeypatch.setattr(overlap, "_EXACT_UNITS", 1)
+    stack = random_stack([3, 4, 2], 30, 20, seed=1)
+    first = stack.owner == 0
+    changed = RankStack(
+        stack.down, torch.where(first, stack.up * scale, stack.up), stack.scale, stack.owner
+    )
+    one, two = tables(stack), tables(changed)
+    for name in ("overlap_in", "cosine_in", "overlap_out", "cosine_out"):
+        torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=0, atol=1e-5)
+
+
 def test_bfloat16_adapters_are_compared_without_losing_digits(monkeypatch):
     opened = [adapter(str(i), seed=i // 2, r=4, dtype=torch.bfloat16) for i in range(4)]
     exact = compare(opened).total.cosine
@@ -205,6 +218,22 @@ def test_cosine_laws(seed, factor, r):
     assert comparison.merged_norm([factor, -1, 0, 0]) < 1e-5 * float(total.norms[1])
     kinds = {(v.first, v.second): v.kind for v in judge(comparison)}
     assert kinds[0, 1] == "same" and kinds[0, 2] == "opposite"
+
+
+@given(ranks=ranks, seed=st.integers(0, 1000), d_out=st.integers(2, 30), d_in=st.integers(2, 30))
+def test_inner_products_are_those_of_core_spaces_cores(ranks, seed, d_out, d_in):
+    stack = random_stack(ranks, d_out, d_in, seed=seed)
+    left = torch.linalg.qr(stack.up.double()).Q
+    right = torch.linalg.qr(stack.down.double().mT).Q
+    cores = torch.stack([left.mT @ dense(stack, i) @ right for i in range(len(ranks))]).flatten(1)
+    got = tables(stack).products
+    torch.testing.assert_close(got, cores @ cores.mT, rtol=1e-9, atol=1e-9)
+    weights = torch.randn(
+        len(ranks), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    merged = sum(float(w) * dense(stack, i) for i, w in enumerate(weights))
+    square = float(torch.linalg.matrix_norm(merged)) ** 2
+    assert float(weights @ got @ weights) == pytest.approx(square, rel=1e-8, abs=1e-8)
 
 
 def test_absent_modules_count_as_zero_and_nothing_is_nan():

@@ -103,6 +103,12 @@ def test_energy_rank_is_minimal_and_monotone(values, one, two):
     assert rank_at_energy(values, low) <= rank_at_energy(values, high)
 
 
+def test_slopes_of_exponential_and_power_law_decay():
+    i = torch.arange(1, 13, dtype=torch.float64)
+    assert measure(torch.exp(-0.7 * i), SHAPE).decay == pytest.approx(-0.7)
+    assert measure(i**-1.5, SHAPE).power == pytest.approx(-1.5)
+
+
 def test_random_factors_are_a_plateau_and_signal_is_not():
     generator = torch.Generator().manual_seed(0)
     up = torch.randn(512, 16, generator=generator, dtype=torch.float64)

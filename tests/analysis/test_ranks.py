@@ -30,6 +30,7 @@ def rank_of(rule: str, *values: float, **options: int) -> int:
         ("99", 4),
         ("full", 4),
         ("energy:0.9", 3),
+        ("energy:0.81", 2),  # sd-scripts' sv_fro 0.9 without its one more
         ("peft:0.9", 3),
         ("energy:1", 4),
         ("nuclear:0.65", 2),
@@ -165,6 +166,15 @@ def test_density_greedy_counter_example():
     assert greedy.certificate.loss == pytest.approx(3.0)
     assert best.certificate.loss == pytest.approx(2.1)
     assert greedy.certificate.lower_bound <= 2.1
+
+
+def test_squared_errors_are_not_the_sum_of_errors():
+    """Water-filling minimises sum of squares: 1.90 of unsquared error where 1.353 is possible."""
+    spectra = {"a": spectrum(1, 1), "b": spectrum(1.01, 0.9)}
+    plan = choose_ranks(spectra, {"a": 1, "b": 1}, "budget:2", min_rank=0)
+    assert plan.ranks == {"a": 1, "b": 1}
+    errors = [float(v[plan.ranks[n] :].square().sum().sqrt()) for n, v in spectra.items()]
+    assert sum(errors) == pytest.approx(1.90)
 
 
 def test_the_dynamic_programme_needs_no_convexity():

@@ -188,6 +188,23 @@ def test_jobs_do_not_change_a_bit():
         assert a.module == b.module and torch.equal(a.values, b.values)
 
 
+def test_llama_3_8b_at_rank_16_has_so_many_parameters():
+    shapes = {
+        "self_attn.q_proj": (4096, 4096),
+        "self_attn.k_proj": (1024, 4096),
+        "self_attn.v_proj": (1024, 4096),
+        "self_attn.o_proj": (4096, 4096),
+        "mlp.gate_proj": (14336, 4096),
+        "mlp.up_proj": (14336, 4096),
+        "mlp.down_proj": (4096, 14336),
+    }
+    layer = {f"model.layers.0.{name}": shape for name, shape in shapes.items()}
+    adapter = make_adapter(r=16, shapes=layer, dtype=torch.bfloat16)
+    spectra = adapter_spectra(adapter)
+    assert sum(spectra.costs.values()) == 81_920
+    assert 32 * adapter.num_parameters == 41_943_040
+
+
 def test_groups_cover_all_modules_once():
     shapes = {f"model.layers.{n}.{k}": (8, 8) for n in range(9) for k in ("q", "mlp.up", "v")}
     spectra = adapter_spectra(make_adapter(shapes=shapes, r=2))

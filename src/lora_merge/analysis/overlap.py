@@ -19,6 +19,7 @@ from lora_merge.linalg import gram
 # subspaces.
 _EXACT_UNITS = 256
 _CHUNK = 4096
+_SHORTEST_SQUARE = 1e-24
 _BLOCK = 256
 
 
@@ -107,8 +108,8 @@ def pair_tables(
     values, to_up, to_down = _cores(gram_up, gram_down, scale)
     keep = values > (1e-7 if exact else 1e-3) * values[:, :1]
     precise = torch.float64 if exact else torch.float32
-    cross_up = _cross((to_up * keep[:, None, :]).to(precise), gram_up.to(precise))
-    cross_down = _cross((to_down * keep[:, None, :]).to(precise), gram_down.to(precise))
+    cross_up = _cross(to_up * keep[:, None, :], gram_up, precise)
+    cross_down = _cross(to_down * keep[:, None, :], gram_down, precise)
     kept = keep.sum(1)
     smaller = torch.minimum(kept[:, None], kept)
     larger = torch.maximum(kept[:, None], kept)
@@ -175,7 +176,10 @@ def _blocks(matrix: Tensor, positions: list[Tensor], mask: Tensor) -> Tensor:
 
 
 def _fast_gram(x: Tensor) -> Tensor:
-    """Gram of many rows: float32 products of the upper triangle, summed in float64."""
+    """Gram of many rows: float32 products of the upper triangle, summed in float64.
+
+    Rows so short that float32 would lose their squares are a reason to take float64 throughout.
+    """
     rows, width = x.shape
     total = torch.zeros(rows, rows, dtype=torch.float64)
     for start in range(0, width, _CHUNK):
@@ -185,7 +189,8 @@ def _fast_gram(x: Tensor) -> Tensor:
     for row in range(0, rows, _BLOCK):
         below = row + _BLOCK
         total[below:, row:below] = total[row:below, below:].mT
-    return total
+    short = total.diagonal() < _SHORTEST_SQUARE
+    return gram(x) if bool(x[short].any()) else total
 
 
 def _cores(gram_up: Tensor, gram_down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,9 +212,13 @@ def _square_root(matrix: Tensor) -> Tensor:
     return root
 
 
-def _cross(to_basis: Tensor, blocks: Tensor) -> Tensor:
+def _cross(to_basis: Tensor, blocks: Tensor, precise: torch.dtype) -> Tensor:
     """U_i^T U_j of all pairs, shape (N, N, r, r), from factors' Grams and what makes U of them."""
     count, width = to_basis.shape[:2]
+    # Factors of length one: neither half then leaves the range of float32.
+    size = torch.einsum("iaia->ia", blocks).amax(1).clamp_min(1e-300).sqrt()
+    to_basis = (to_basis * size[:, None, None]).to(precise)
+    blocks = (blocks / (size[:, None] * size)[:, None, :, None]).to(precise)
     left = to_basis.mT @ blocks.reshape(count, width, count * width)
     return left.reshape(count, width, count, width).transpose(1, 2) @ to_basis
 
