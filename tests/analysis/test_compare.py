@@ -124,6 +124,10 @@ def test_many_units_take_the_fast_grams_with_the_same_result(monkeypatch):
     torch.testing.assert_close(fast.angles_out, exact.angles_out, rtol=0, atol=1e-5)
     torch.testing.assert_close(fast.angles_in, exact.angles_in, rtol=0, atol=1e-5)
     assert fast.total_interference == pytest.approx(exact.total_interference, rel=1e-4)
+    brief = pair_tables(stack, 4, samples=500, seed=0)
+    torch.testing.assert_close(brief.cosine_out, exact.cosine_out, rtol=2e-4, atol=1e-5)
+    torch.testing.assert_close(brief.cosine_in, exact.cosine_in, rtol=2e-4, atol=1e-5)
+    assert brief.angles_out is None
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])
