@@ -1,4 +1,4 @@
-"""Both products of a bordered matrix against the weights and experts it was made of, in float64."""
+"""Both products of a joined matrix against the weights and experts it was made of, in float64."""
 
 import pytest
 import torch
@@ -30,34 +30,47 @@ def test_both_ways_are_base_plus_experts(
 ) -> None:
     outputs, units = [o for o, _ in shapes], [r for _, r in shapes]
     weights, ups, down, gate = make(d_in, outputs, units, scores, torch.float64)
-    bordered = concat.border(weights, ups, down, gate)
+    joined = concat.join(weights, ups, down, gate, border=True)
+    narrow = concat.join(weights, ups, down, gate, border=False)
     x = torch.randn(tokens, d_in, dtype=torch.float64)
     zs = [torch.randn(tokens, r, dtype=torch.float64) for r in units]
     expected = [x @ w.T + z @ up for w, z, up in zip(weights, zs, ups, strict=True)]
-    ys, u, s = concat.shrink_with_base(x, bordered)
-    for units_and_scores in ((u, s), concat.shrink_alone(x, bordered)):
+    ys, u, s = concat.shrink_with_base(x, joined)
+    for units_and_scores in ((u, s), concat.shrink_alone(x, joined)):
         torch.testing.assert_close(units_and_scores[0], x @ down.T)
         wanted = x @ gate.T if gate is not None else x.new_zeros(tokens, 0)
         torch.testing.assert_close(units_and_scores[1], wanted)
-    for outs in (concat.expand_after(ys, zs, bordered), concat.expand_with_base(x, zs, bordered)):
+    narrow_ys = concat.shrink_with_base(x, narrow)[0]
+    for outs in (
+        concat.expand_after(ys, zs, joined),
+        concat.expand_after(narrow_ys, zs, narrow),
+        concat.expand_with_base(x, zs, joined),
+    ):
         assert all(out.is_contiguous() for out in outs)
         torch.testing.assert_close(outs, expected)
 
 
+@pytest.mark.parametrize("border", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_everything_put_in_is_there_bit_for_bit(dtype: torch.dtype) -> None:
+def test_everything_put_in_is_there_bit_for_bit(dtype: torch.dtype, border: bool) -> None:
     weights, ups, down, gate = make(13, [8, 5], [3, 6], 4, dtype)
-    bordered = concat.border(weights, ups, down, gate)
-    held = [*bordered.weights, *bordered.ups, bordered.down, bordered.gate]
+    joined = concat.join(weights, ups, down, gate, border=border)
+    held = [*joined.weights, *joined.ups, joined.down, joined.gate]
     assert all(torch.equal(a, b) for a, b in zip(held, [*weights, *ups, down, gate], strict=True))
-    storage = bordered.matrix.untyped_storage()
-    assert all(t.untyped_storage().data_ptr() == storage.data_ptr() for t in held)
-    assert bordered.matrix.stride(0) * bordered.matrix.element_size() % 64 == 0
+    storage = joined.matrix.untyped_storage()
+    inside = [t for t in held if t.untyped_storage().data_ptr() == storage.data_ptr()]
+    assert len(inside) == (6 if border else 4)
+    if border:
+        assert joined.matrix.stride(0) * joined.matrix.element_size() % 64 == 0
+    else:
+        assert all(weight.is_contiguous() for weight in joined.weights)
 
 
 def test_the_corner_is_all_that_is_held_twice() -> None:
     """Four experts of rank 16 on q, k and v of width 512."""
     weights, ups, down, gate = make(512, [512] * 3, [64] * 3, 12, torch.float32)
-    matrix = concat.border(weights, ups, down, gate).matrix
     parts = sum(t.numel() for t in (*weights, *ups, down, gate))
+    matrix = concat.join(weights, ups, down, gate, border=True).matrix
     assert matrix.numel() - parts == (192 + 12) * 64
+    matrix = concat.join(weights, ups, down, gate, border=False).matrix
+    assert matrix.numel() == parts - sum(up.numel() for up in ups)

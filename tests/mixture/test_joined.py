@@ -1,4 +1,4 @@
-"""Layout "concat": the same mixture within rounding, and the model as it was afterwards."""
+"""Layouts "rows" and "border": the same mixture within rounding, and no trace afterwards."""
 
 import copy
 from pathlib import Path
@@ -23,12 +23,14 @@ def mixture_of(model: torch.nn.Module, preset: str) -> Mixture:
     return mixture
 
 
-def pair(preset: str, dtype: torch.dtype = torch.float32, **config: object):
+def pair(
+    preset: str, layout: str = "border", dtype: torch.dtype = torch.float32, **config: object
+) -> tuple[torch.nn.Module, torch.nn.Module]:
     """(model in the plain layout, the same model joined)."""
     stacked, joined = llama(dtype=dtype, **config), llama(dtype=dtype, **config)
     mixture = mixture_of(stacked, preset)
     load_mixture(stacked, mixture)
-    load_mixture(joined, mixture, layout="concat")
+    load_mixture(joined, mixture, layout=layout)
     if preset == "request":
         for model in (stacked, joined):
             model.mixture.set_gate(requests=["expert0", "expert2"])
@@ -51,23 +53,26 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layout", ["rows", "border"])
 @pytest.mark.parametrize("preset", list(PRESETS))
-def test_it_is_the_same_mixture(preset: str, products: list[str]) -> None:
-    stacked, joined = pair(preset, torch.float64, attention_bias=True)
+def test_it_is_the_same_mixture(preset: str, layout: str, products: list[str]) -> None:
+    stacked, joined = pair(preset, layout, torch.float64, attention_bias=True)
     few, many = tokens(2, 5), tokens(2, 15)
-    for ids, product in ((few, "shrink_with_base"), (many, "expand_with_base")):
+    prefill = ["expand_with_base"] if layout == "border" else []
+    for ids, product in ((few, ["shrink_with_base"]), (many, prefill)):
         products.clear()
         got = joined(ids).logits
-        assert products == [product] * 8  # q with k and v, o, gate with up, down, twice
+        assert products == product * 8  # q with k and v, o, gate with up, down, twice
         torch.testing.assert_close(got, stacked(ids).logits, rtol=1e-9, atol=1e-9)
     options = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(joined.generate(many, **options), stacked.generate(many, **options))
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layout", ["rows", "border"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_with_its_float32_gate(dtype: torch.dtype) -> None:
-    stacked, joined = pair("meteora", dtype)
+def test_half_precision_with_its_float32_gate(dtype: torch.dtype, layout: str) -> None:
+    stacked, joined = pair("meteora", layout, dtype)
     target = "model.layers.0.mlp.up_proj"
     x = torch.randn(3, 32).to(dtype)
     got, expected = (m.get_submodule(target)(x) for m in (joined, stacked))
@@ -102,11 +107,12 @@ def test_a_trained_gate_is_what_runs_next() -> None:
 
 
 @torch.no_grad()
-def test_detached_it_is_the_base_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["rows", "border"])
+def test_detached_it_is_the_base_bit_for_bit(layout: str, tmp_path: Path) -> None:
     model = llama()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     base = model(tokens()).logits
-    handle = load_mixture(model, mixture_of(model, "arrow"), layout="concat")
+    handle = load_mixture(model, mixture_of(model, "arrow"), layout=layout)
     assert not torch.equal(model(tokens()).logits, base)
     with handle.disabled():
         torch.testing.assert_close(model(tokens()).logits, base, rtol=1e-6, atol=1e-6)
@@ -169,7 +175,7 @@ def test_compiles_as_one_graph() -> None:
 
 def test_what_cannot_be_moved_is_refused_before_anything_is() -> None:
     def attach(model: torch.nn.Module, **options: object) -> None:
-        load_mixture(model, Mixture(experts_for(llama()), "arrow"), layout="concat", **options)
+        load_mixture(model, Mixture(experts_for(llama()), "arrow"), layout="rows", **options)
 
     tied = llama()
     tied.model.layers[1].mlp.up_proj.weight = tied.model.layers[1].mlp.gate_proj.weight
@@ -179,7 +185,7 @@ def test_what_cannot_be_moved_is_refused_before_anything_is() -> None:
     subclass.model.layers[1].mlp.up_proj.__class__ = type("Linear4bit", (torch.nn.Linear,), {})
     for model, message in (
         (tied, r"layers\.1\.mlp\.gate_proj shares its weight: .*up_proj"),
-        (other, "another library|something else"),
+        (other, "something else"),
         (subclass, "is a Linear4bit"),
     ):
         with pytest.raises(MethodError, match=message):
@@ -196,13 +202,13 @@ def test_several_mixtures_of_which_one_is_joined() -> None:
     model = llama()
     first = load_mixture(model, mixture_of(model, "arrow"), name="first")
     one = model(tokens()).logits
-    second = load_mixture(model, mixture_of(model, "meteora"), name="second", layout="concat")
+    second = load_mixture(model, mixture_of(model, "meteora"), name="second", layout="rows")
     two = model(tokens()).logits
     first.activate()
     torch.testing.assert_close(model(tokens()).logits, one)
     second.activate()
     assert torch.equal(model(tokens()).logits, two)
     with pytest.raises(MethodError, match="something else"):
-        load_mixture(model, mixture_of(model, "arrow"), name="third", layout="concat")
+        load_mixture(model, mixture_of(model, "arrow"), name="third", layout="rows")
     second.detach()
     assert torch.equal(model(tokens()).logits, one)

@@ -29,7 +29,7 @@ from lora_merge.mixture.usage import Usage
 from lora_merge.mixture.xlora import HiddenGate, TwoPass
 
 _SHORTCUT = "mixture"
-Layout = Literal["stack", "concat"]
+Layout = Literal["stack", "rows", "border"]
 
 
 def load_mixture(
@@ -47,16 +47,17 @@ def load_mixture(
         source: A mixture, its directory, or a Hub id.
         name: To tell several mixtures of one model apart; the one attached last is active.
         dtype: Of the experts; default: that of the module each belongs to.
-        layout: "stack" adds the experts to what each module returns. "concat" puts the weights of
-            plain `nn.Linear` modules and their experts into one matrix, which saves products and
-            calls where no gradient is wanted; results differ by rounding alone.
+        layout: "stack" adds the experts to what each module returns. "rows" and "border" put the
+            weights of plain `nn.Linear` modules and their experts into one matrix, for fewer
+            products where no gradient is wanted: "rows" for few tokens (decoding), "border" for
+            many as well (prefill). The results differ by rounding alone.
 
     Returns:
         The handle, also reachable as `model.mixture`.
 
     Raises:
         MethodError: If the model has not the modules, has a mixture of that name already, or has
-            weights that "concat" cannot move (tied, quantised, offloaded).
+            weights that cannot be moved (tied, quantised, offloaded).
     """
     mixture = source if isinstance(source, Mixture) else Mixture.from_pretrained(source)
     return AttachedMixture(model, mixture, name=name, dtype=dtype, layout=layout)
@@ -70,7 +71,7 @@ class AttachedMixture(nn.Module):
         mixture: The mixture.
         name: Its name among the model's mixtures.
         dtype: Of the experts.
-        layout: "stack" or "concat".
+        layout: "stack", "rows" or "border".
 
     Attributes:
         mixture: What was attached; `current()` has what training made of it.
@@ -122,7 +123,10 @@ class AttachedMixture(nn.Module):
         self._watched: Usage | None = None
         self._model = (model,)  # in a tuple: a plain reference, not a submodule
         self.train(model.training)
-        self._joined = join_groups(model, self.parts, targets) if layout == "concat" else []
+        self._joined = []
+        if layout != "stack":
+            border = layout == "border"
+            self._joined = join_groups(model, self.parts, targets, border=border)
         self._hook(model, targets)
         self._register(model)
         self.set_gate()
@@ -134,8 +138,8 @@ class AttachedMixture(nn.Module):
 
     @property
     def matrices(self) -> list[Tensor]:
-        """What holds base weights together with experts, in the layout "concat"."""
-        return [joined.bordered.matrix for joined in self._joined]
+        """What holds base weights together with experts, in the layouts "rows" and "border"."""
+        return [joined.joined.matrix for joined in self._joined]
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -158,7 +162,7 @@ class AttachedMixture(nn.Module):
         """Join again what `.to` and the like moved apart; the model's own modules come before."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for joined in self._joined:
-            joined.bordered = joined.join()
+            joined.join()
         return self
 
     def _register(self, model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_merge.errors import MethodError
-from lora_merge.kernels.gated_stack.concat import Bordered
+from lora_merge.kernels.gated_stack.concat import Joined
 from lora_merge.kernels.gated_stack.eager import (
     expand,
     gate_units,
@@ -123,25 +123,31 @@ class Group(nn.Module):
         rides = weight is not None and weight.dtype == down.dtype
         return ups, down, weight.data if weight is not None and rides else None
 
-    def adopt(self, bordered: Bordered) -> None:
+    def adopt(self, joined: Joined) -> None:
         """Take the place of experts and gate in a matrix that holds the base weights too."""
-        for up, view in zip(self._ups, bordered.ups, strict=True):
+        for up, view in zip(self._ups, joined.ups, strict=True):
             up.data = view
-        self.down.data = bordered.down
-        if self.weight is not None and bordered.scores:
-            self.weight.data = bordered.gate
-            self._packed = bordered.rows[bordered.outputs[-1] :]
+        self.down.data = joined.down
+        if self.weight is not None and joined.scores:
+            self.weight.data = joined.gate
+            self._remember(joined.rows[joined.outputs[-1] :])
 
     def _pack(self) -> None:
         """Make `down` and `weight` views of one matrix (same dtype only: half gates stay apart)."""
         # Plain references: looking a parameter up by name is slow, and there are many per token.
         self._ups = [getattr(self, f"up{index}") for index in range(len(self.names))]
+        self._rows = (self.down, self.weight)
         self._packed = None
         _, down, weight = self.factors()
         if self.weight is not None and weight is not None:
             packed = torch.cat([down, weight])
             self.down.data, self.weight.data = packed.split([len(down), len(weight)])
-            self._packed = packed
+            self._remember(packed)
+
+    def _remember(self, packed: Tensor) -> None:
+        """Keep the matrix whose rows `down` and `weight` are."""
+        self._packed = packed
+        self._addresses = [rows.data_ptr() for rows in self._rows if rows is not None]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Group":
         """Keep the views after `.to`, `.half` and the like, which convert them one by one."""
@@ -151,14 +157,10 @@ class Group(nn.Module):
 
     def is_packed(self) -> bool:
         """Whether the packed matrix is what the parameters hold (a deep copy separates them)."""
-        if self._packed is None or self.weight is None:
+        down, weight = self._rows
+        if self._packed is None or weight is None:
             return False
-        start = self._packed.data_ptr()
-        step = self._packed.stride(0) * self._packed.element_size()
-        return (
-            self.down.data_ptr() == start
-            and self.weight.data_ptr() == start + len(self.down) * step
-        )
+        return [down.data_ptr(), weight.data_ptr()] == self._addresses
 
     # -- forward ---------------------------------------------------------------------------------
 
@@ -210,15 +212,15 @@ class Group(nn.Module):
 
     def gated(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
         """Gated units of members start..stop, each of shape (T, R_m)."""
-        if x.is_floating_point() and x.dtype != self.down.dtype:
-            x = x.to(self.down.dtype)
-        first, last = self.units[start], self.units[stop]
+        down, _ = self._rows
+        if x.dtype != down.dtype and x.is_floating_point():
+            x = x.to(down.dtype)
         packed = self._fused() if stop - start == len(self.names) else None
         if packed is not None:
             both = self._shrink(x, packed)
-            u, scores = both[:, : len(self.down)], both[:, len(self.down) :]
+            u, scores = both.split_with_sizes([self.units[-1], self.scores[-1]], dim=1)
             return self.gate_parts(x, u, scores, start, stop)
-        u = self._shrink(x, self.down[first:last])
+        u = self._shrink(x, down[self.units[start] : self.units[stop]])
         return self.gate_parts(x, u, None, start, stop)
 
     def gate_parts(
@@ -236,12 +238,13 @@ class Group(nn.Module):
         Returns:
             Gated units of each, shape (T, R_m).
         """
-        if scores is None and self.weight is not None:
-            rows = self.weight[self.scores[start] : self.scores[stop]]
+        _, weight = self._rows
+        if scores is None and weight is not None and self.context.spec.is_local:
+            rows = weight[self.scores[start] : self.scores[stop]]
             cast = x.is_floating_point() and x.dtype != rows.dtype
             scores = self._shrink(x.to(rows.dtype) if cast else x, rows)
         if stop - start > 1 and not self.uniform:
-            bounds = self.scores if self.weight is not None else [0] * (stop + 1)
+            bounds = self.scores if weight is not None else [0] * (stop + 1)
             pieces = []
             for m in range(start, stop):
                 one = u[:, self.units[m] : self.units[m + 1]]
@@ -255,17 +258,13 @@ class Group(nn.Module):
 
     def _fused(self) -> Tensor | None:
         """The packed matrix, where no gradient is wanted of a part of it."""
-        training = torch.is_grad_enabled() and (
-            self.down.requires_grad or (self.weight is not None and self.weight.requires_grad)
-        )
-        if training or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in self._rows):
             return None
-        return self._packed if self.is_packed() else None
+        return self._packed if not torch.compiler.is_compiling() and self.is_packed() else None
 
     def _gate(self, x: Tensor, u: Tensor, raw: Tensor | None, start: int, stop: int) -> Tensor:
         """Gate members start..stop, which are alike (or one)."""
         context, spec = self.context, self.context.spec
-        count = stop - start
         if spec.is_local:
             scores = self._scores(x, u, raw, start, stop)
             weights = self._decide(x, scores, start, stop)
@@ -280,7 +279,7 @@ class Group(nn.Module):
             general = self.widths[start] - len(self.experts[start])
             share = -weights.sum(-1, keepdim=True) / self.num_general
             weights = torch.cat([weights, share.expand(*share.shape[:-1], general)], dim=-1)
-        columns = None if self.block is not None else self.columns_of(start, count)
+        columns = None if self.block is not None else self.columns_of(start, stop - start)
         return gate_units(u, weights.flatten(1), self.block, columns)
 
     def columns_of(self, start: int, count: int = 1) -> Tensor:

@@ -1,4 +1,4 @@
-"""Base weights and experts of a group in one bordered matrix: an option for plain linear layers.
+"""Base weights and experts of a group in one matrix: an option for plain linear layers.
 
 The weights stay parameters of their modules, with the same values, as views of the matrix; taking
 the experts off copies them back to memory of their own.
@@ -13,33 +13,34 @@ from torch.nn import functional
 
 from lora_merge.errors import MethodError
 from lora_merge.kernels.gated_stack import concat
-from lora_merge.kernels.gated_stack.concat import Bordered, border
+from lora_merge.kernels.gated_stack.concat import Joined
 from lora_merge.kernels.gated_stack.eager import expand
 from lora_merge.mixture.group import Group
 
 
-class Joined:
+class JoinedGroup:
     """A group whose modules run as one product, whenever no gradient is wanted.
 
     Args:
         group: Linear modules with one input.
         linears: The modules, in the group's order.
+        border: Whether many tokens run as one product as well.
     """
 
-    def __init__(self, group: Group, linears: Sequence[nn.Linear]) -> None:
+    def __init__(self, group: Group, linears: Sequence[nn.Linear], *, border: bool) -> None:
         self.group, self.context = group, group.context
-        self.linears = list(linears)
-        self.bordered = self.join()
+        self.linears, self.border = list(linears), border
+        self.join()
         for index, linear in enumerate(self.linears):
             linear.forward = partial(self.run, index)  # type: ignore[method-assign]
 
-    def join(self) -> Bordered:
+    def join(self) -> None:
         """Move weights and experts into a matrix of their own."""
         weights = [linear.weight.data for linear in self.linears]
-        bordered = border(weights, *self.group.factors())
-        for linear, view in zip(self.linears, bordered.weights, strict=True):
+        self.joined: Joined = concat.join(weights, *self.group.factors(), border=self.border)
+        for linear, view in zip(self.linears, self.joined.weights, strict=True):
             linear.weight.data = view
-        self.group.adopt(bordered)
+        self.group.adopt(self.joined)
         held: list[tuple[nn.Module, str]] = [(linear, "weight") for linear in self.linears]
         held += [(self.group, name) for name in self.group._parameters]
         self._places = [
@@ -47,7 +48,6 @@ class Joined:
             for module, name in held
             if (parameter := module._parameters[name]) is not None
         ]
-        return bordered
 
     def part(self) -> None:
         """Give the modules their own forward and memory back."""
@@ -79,48 +79,57 @@ class Joined:
         """Whether one product may stand for many: no gradient, no graph, no other dtype."""
         return not (
             torch.is_grad_enabled()
+            or not (self.border or x.numel() <= concat.FEW_TOKENS * x.shape[-1])
+            or x.dtype != self.joined.matrix.dtype
             or torch.compiler.is_compiling()
-            or x.dtype != self.bordered.matrix.dtype
             or torch.is_autocast_enabled(x.device.type)
             or not self.is_whole()
         )
 
     def _mixed(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
         """Outputs of members start..stop, shape (T, d_out), without bias."""
-        tokens, bordered = x.reshape(-1, x.shape[-1]), self.bordered
+        tokens, joined = x.reshape(-1, x.shape[-1]), self.joined
         if stop - start != len(self.linears):  # the siblings read something else
             y = functional.linear(tokens, self.linears[start].weight)
-            return (expand(y, self.group.gated(x, start, stop)[0], bordered.ups[start]),)
+            return (expand(y, self.group.gated(x, start, stop)[0], joined.ups[start]),)
         if len(tokens) > concat.FEW_TOKENS:
-            u, scores = concat.shrink_alone(tokens, bordered)
-            zs = self._gated(x, u, scores)
-            return concat.expand_with_base(tokens, zs, bordered)
-        ys, u, scores = concat.shrink_with_base(tokens, bordered)
-        return concat.expand_after(ys, self._gated(x, u, scores), bordered)
+            u, scores = concat.shrink_alone(tokens, joined)
+            return concat.expand_with_base(tokens, self._gated(x, u, scores), joined)
+        ys, u, scores = concat.shrink_with_base(tokens, joined)
+        return concat.expand_after(ys, self._gated(x, u, scores), joined)
+
+    def _base(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
+        """The same without the experts."""
+        tokens, joined = x.reshape(-1, x.shape[-1]), self.joined
+        if stop - start != len(self.linears) or len(tokens) > concat.FEW_TOKENS:
+            return [functional.linear(tokens, w) for w in joined.weights[start:stop]]
+        both = functional.linear(tokens, joined.rows[: joined.outputs[-1]])
+        return [y.contiguous() for y in both.split_with_sizes(joined.splits[:-2], dim=1)]
 
     def _gated(self, x: Tensor, u: Tensor, scores: Tensor) -> Sequence[Tensor]:
         """Gated units of all members; without rows in the matrix the gate makes its own scores."""
-        given = scores if self.bordered.scores else None
+        given = scores if self.joined.scores else None
         return self.group.gate_parts(x, u, given, 0, len(self.linears))
 
     def _base(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
         """The same without the experts."""
-        tokens, bordered = x.reshape(-1, x.shape[-1]), self.bordered
+        tokens, joined = x.reshape(-1, x.shape[-1]), self.joined
         if stop - start != len(self.linears) or len(tokens) > concat.FEW_TOKENS:
-            return [functional.linear(tokens, w) for w in bordered.weights[start:stop]]
-        both = functional.linear(tokens, bordered.rows[: bordered.outputs[-1]])
-        return [y.contiguous() for y in both.split_with_sizes(bordered.splits[:-2], dim=1)]
+            return [functional.linear(tokens, w) for w in joined.weights[start:stop]]
+        both = functional.linear(tokens, joined.rows[: joined.outputs[-1]])
+        return [y.contiguous() for y in both.split_with_sizes(joined.splits[:-2], dim=1)]
 
 
 def join_groups(
-    model: nn.Module, groups: Iterable[Group], targets: Mapping[str, nn.Module]
-) -> list[Joined]:
+    model: nn.Module, groups: Iterable[Group], targets: Mapping[str, nn.Module], *, border: bool
+) -> list[JoinedGroup]:
     """Join every group of linear modules; embeddings and convolutions stay apart.
 
     Args:
         model: The model.
         groups: The wrapped modules.
         targets: The model's modules by the experts' names for them.
+        border: Whether many tokens run as one product as well.
 
     Raises:
         MethodError: Naming the first module whose weight is not its own plain float matrix. Nothing
@@ -137,10 +146,10 @@ def join_groups(
             module = targets[name]
             reason = _refusal(module, group.down.dtype, owners)
             if reason or not isinstance(module, nn.Linear):
-                raise MethodError(f"layout concat: {name} {reason}", "leave layout at 'stack'")
+                raise MethodError(f"cannot join: {name} {reason}", "leave layout at 'stack'")
             modules.append(module)
         found.append((group, modules))
-    return [Joined(group, modules) for group, modules in found]
+    return [JoinedGroup(group, modules, border=border) for group, modules in found]
 
 
 def _refusal(module: nn.Module, dtype: torch.dtype, owners: Mapping[int, list[str]]) -> str:

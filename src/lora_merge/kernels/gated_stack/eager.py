@@ -75,7 +75,8 @@ def gate_units(u: Tensor, weights: Tensor, block: int | None, columns: Tensor | 
     Returns:
         Shape (T, R), in the dtype of `u`.
     """
-    weights = weights.to(u.dtype)
+    if weights.dtype != u.dtype:
+        weights = weights.to(u.dtype)
     tokens, rows = u.shape[0], weights.shape[0]
     if columns is not None:
         weights = weights.index_select(1, columns)
