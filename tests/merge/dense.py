@@ -108,6 +108,40 @@ def iso_c(deltas: Deltas, weights: Sequence[float], rank: int | None = None) -> 
     return s[:size].mean() * u[:, :size] @ vh[:size]
 
 
+def iso_cts(deltas: Deltas, weights: Sequence[float], rank: int, common: float = 0.8) -> Tensor:
+    """The common directions of the sum, then each task's own beyond them; one singular value."""
+    u, s, vh = torch.linalg.svd(total(deltas, weights), full_matrices=False)
+    own = min(max(round((1 - common) * rank / len(deltas)), 1), rank // len(deltas))
+    shared = rank - own * len(deltas)
+    lefts, values, rights = [u[:, :shared]], [s[:shared]], [vh[:shared]]
+    for delta in weighted(deltas, weights):
+        rest = delta - u[:, :shared] @ u[:, :shared].mT @ delta
+        task_u, task_s, task_vh = torch.linalg.svd(rest, full_matrices=False)
+        lefts.append(task_u[:, :own])
+        values.append(task_s[:own])
+        rights.append(task_vh[:own])
+    left, right = polar(torch.cat(lefts, dim=1), rank), polar(torch.cat(rights), rank)
+    return torch.cat(values).mean() * left @ right
+
+
+def knots(deltas: Deltas) -> tuple[Tensor, list[Tensor], Tensor]:
+    """(left, coordinates, right) of KnOTS: the left singular basis of [D_1 ... D_N]."""
+    u, s, _ = torch.linalg.svd(torch.cat(list(deltas), dim=1), full_matrices=False)
+    u = u[:, s > 1e-9 * s[0]]
+    return u, [u.mT @ d for d in deltas], torch.eye(deltas[0].shape[1], dtype=u.dtype)
+
+
+def core_space(
+    deltas: Deltas, factors: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """(left, coordinates, right) of Core Space, from the unscaled (A_i, B_i)."""
+    u, s, _ = torch.linalg.svd(torch.cat([b for _, b in factors], dim=1), full_matrices=False)
+    u = u[:, s > 1e-9 * s[0]]
+    _, t, vh = torch.linalg.svd(torch.cat([a for a, _ in factors]), full_matrices=False)
+    vh = vh[t > 1e-9 * t[0]]
+    return u, [u.mT @ d @ vh.mT for d in deltas], vh
+
+
 def wudi_loss(x: Tensor, deltas: Deltas, side: str) -> Tensor:
     loss = x.new_zeros(())
     for delta in deltas:
