@@ -1,6 +1,7 @@
 """TIES and DARE-TIES in delta space against PEFT's `ties_svd` and `dare_ties_svd`.
 
     python benchmarks/ties.py [--size 4096] [--adapters 4] [--rank 16] [--rounds 3] [--threads N]
+                              [--rules ties ...]
 
 One module, the same factors for both; each measurement is a process of its own, and the two take
 turns. Time is that of the merge alone (imports and making the factors left out); memory is the peak
@@ -38,12 +39,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="PEFT's; 0: as many as torch likes")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--worker", nargs=2, metavar=("WHO", "RULE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         _work(*arguments.worker, arguments)
         return
-    for rule, theirs in RULES.items():
+    for rule in arguments.rules:
+        theirs = RULES[rule]
         pairs = [(_measure("ours", rule), _measure("peft", rule)) for _ in range(arguments.rounds)]
         middle = [
             {key: statistics.median(pair[side][key] for pair in pairs) for key in pairs[0][side]}
@@ -64,7 +67,7 @@ def main() -> None:
 
 
 def _measure(who: str, rule: str) -> dict[str, float]:
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", who, rule]
+    command = [sys.executable, __file__, "--worker", who, rule, *sys.argv[1:]]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     result: dict[str, float] = json.loads(output.splitlines()[-1])
     return result

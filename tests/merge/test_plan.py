@@ -55,15 +55,15 @@ def test_weight_zero_is_the_same_as_absent(method) -> None:
 
 
 @pytest.mark.parametrize("method", ROWS, ids=lambda m: m.name)
-def test_names_and_order_do_not_matter(method) -> None:
+def test_names_order_and_jobs_do_not_matter(method) -> None:
     """What an adapter stores decides, for random masks, too; not where it lies."""
     adapters = some_adapters(method)
     weights = [1.0, 0.5, 0.7][: len(adapters)]
-    first = lora_merge.merge(adapters, method=method.name, weights=weights, rank=3)
+    first = lora_merge.merge(adapters, method=method.name, weights=weights, rank=3, jobs=1)
     renamed = [replace(a, name=n) for a, n in zip(adapters, "zyx", strict=False)]
     if not method.ordered:
         renamed, weights = renamed[::-1], weights[::-1]
-    second = lora_merge.merge(renamed, method=method.name, weights=weights, rank=3)
+    second = lora_merge.merge(renamed, method=method.name, weights=weights, rank=3, jobs=3)
     for name in first.modules:
         pairs = zip(first.read(name), second.read(name), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
@@ -185,14 +185,6 @@ def test_every_result_loads_in_peft_with_the_same_delta(method, tmp_path: Path) 
     for name, delta in deltas(merged).items():
         layer = loaded.base_model.model.get_submodule(name)
         torch.testing.assert_close(layer.get_delta_weight("default"), delta)
-
-
-@pytest.mark.parametrize("method", ["ties", "dare", "knots-ties", "core-ties", "wudi", "ctm"])
-def test_the_same_bytes_for_any_number_of_jobs(method) -> None:
-    adapters = [make_adapter(f"adapter-{i}", r=r, seed=i) for i, r in enumerate((4, 2, 3))]
-    one, three = (lora_merge.merge(adapters, method=method, rank=3, jobs=jobs) for jobs in (1, 3))
-    for name in one.modules:
-        assert all(torch.equal(a, b) for a, b in zip(one.read(name), three.read(name), strict=True))
 
 
 def test_weights_by_layer_and_by_name() -> None:

@@ -22,7 +22,7 @@ from lora_merge.merge.rule import Compat, Rule, Scope, preset
 
 # One entry of so many is sampled to guess the thresholds of all modules together, but no fewer of a
 # module than; with fewer than the last number in all, a guess is not worth making.
-_SAMPLED_SHARE = 1 << 14
+_SAMPLED_SHARE = 1 << 12
 _LEAST_SAMPLE = 64
 _LEAST_SAMPLES = 1 << 11
 
