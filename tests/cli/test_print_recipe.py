@@ -31,7 +31,7 @@ FLAGS = {
     "space": (["--space", "core"], "space", "core"),
     "basis": (["--basis", "deltas"], "basis", "deltas"),
     "statistics": (["--statistics", "file"], "statistics", "file"),
-    "weights": (["-w", "1", "-w", "[0, 1]"], "adapters", {"weight": [0, 1]}),
+    "weights": (["-w", "1", "-w", "[0.0, 1.0]"], "adapters", {"weight": [0.0, 1.0]}),
     "alpha": (["--alpha", "8"], "adapters", {"alpha": 8}),
     "rslora": (["--rslora"], "adapters", {"rslora": True}),
     "dtype": (["--dtype", "float16"], "dtype", "float16"),
