@@ -344,8 +344,10 @@ def test_mergekit_words() -> None:
       - model: a
         parameters: {weight: [0, 1], density: 0.4}
       - model: b
+      - model: base
     base_model: base
-    parameters: {normalize: true, lambda: 0.7, weight: 0.3, density: 0.5}
+    parameters:
+      {normalize: true, lambda: 0.7, weight: 0.3, density: 0.5, int8_mask: true, rescale: true}
     out_dtype: bfloat16
     """
     recipe = parse_recipe(yaml.safe_load(text), "recipe")
@@ -355,6 +357,9 @@ def test_mergekit_words() -> None:
     assert [i.parameters for i in recipe.adapters] == [{"density": 0.4}, {}]
     assert (recipe.normalize, recipe.scale, recipe.dtype) == ("sum", 0.7, "bfloat16")
     assert recipe.base_model == "base"
+    text = "{merge_method: sce, models: [a, b], parameters: {select_topk: 0.1, rescale: false}}"
+    recipe = parse_recipe(yaml.safe_load(text), "recipe")
+    assert recipe.parameters == {"density": 0.1, "rescale": "none"}
 
 
 @pytest.mark.parametrize(

@@ -48,12 +48,17 @@ def plan_data(plan: MergePlan, jobs: int) -> dict[str, Any]:
 
 def plan_view(plan: MergePlan, jobs: int) -> list[RenderableType]:
     """A plan for a terminal."""
-    sources = table("adapter", "weight", "modules", "rank")
+    further = ("own parameters",) if any(plan.own) else ()
+    sources = table("adapter", "weight", "modules", "rank", *further)
     for index in plan.by_name:
         adapter, weight = plan.alignment.adapters[index], plan.weights[index]
         ranks = sorted(adapter.ranks())
         sources.add_row(
-            Text(adapter.name), str(weight), str(len(adapter.modules)), span(ranks[0], ranks[-1])
+            Text(adapter.name),
+            str(weight),
+            str(len(adapter.modules)),
+            span(ranks[0], ranks[-1]),
+            *([", ".join(f"{n} {v}" for n, v in plan.own[index].items())] if further else []),
         )
     kinds: dict[str, list[tuple[int, int, str]]] = {}
     for module in plan.alignment.modules:

@@ -34,7 +34,13 @@ _method_options = together(
         help="Parameter of the method; repeat it. See `lora-merge methods METHOD`. The same one "
         "once per adapter, in their order, gives each its own.",
     ),
-    click.option("--density", type=WeightType(), multiple=True, help="Short for -p density=..."),
+    click.option(
+        "--density",
+        type=WeightType(),
+        multiple=True,
+        metavar="NUMBER",
+        help="Short for -p density=...",
+    ),
     click.option(
         "--compat",
         type=click.Choice(["authors", "peft", "mergekit"]),

@@ -40,7 +40,9 @@ def translate(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     parameters = dict(parameters) if isinstance(parameters, Mapping) else {}
     items = recipe.get("adapters")
     default_weight = parameters.pop("weight", None)
+    parameters = _parameters(parameters)
     if isinstance(items, list | tuple):
+        items = [item for item in items if not _is_base(item, recipe.get("base_model"))]
         recipe["adapters"] = [
             _item(item, default_weight, f"{where}: adapters.{index}")
             for index, item in enumerate(items)
@@ -60,6 +62,25 @@ def translate(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     return recipe
 
 
+def _is_base(item: Any, base: Any) -> bool:
+    """Whether an item is the base model, which mergekit's recipes often list."""
+    name = item.get("model") if isinstance(item, Mapping) else item
+    return base is not None and name == base
+
+
+def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's parameters: mergekit's names for the same, less what says how it is computed."""
+    found = dict(parameters)
+    found.pop("int8_mask", None)
+    if "select_topk" in found:
+        found["density"] = found.pop("select_topk")
+    if isinstance(found.get("rescale"), bool):
+        rescale = found.pop("rescale")
+        if not rescale:
+            found["rescale"] = "none"
+    return found
+
+
 def _item(item: Any, default_weight: Any, where: str) -> Any:
     """One adapter; a bare string is its reference, a weight may stand among its parameters."""
     if isinstance(item, str):
@@ -72,7 +93,7 @@ def _item(item: Any, default_weight: Any, where: str) -> Any:
     own = item.pop("parameters", {}) or {}
     if not isinstance(own, Mapping):
         raise WordsError(f"{where}.parameters is no mapping", "write parameters: {weight: 0.5}")
-    own = dict(own)
+    own = _parameters(own)
     if "weight" in own:
         weight = own.pop("weight")
         item.setdefault("weight", weight)
