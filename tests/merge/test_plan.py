@@ -15,6 +15,7 @@ from lora_merge.adapters import Adapter, align, read_stacks
 from lora_merge.errors import LoraMergeError, MethodError
 from lora_merge.merge.by_module import ByModule, count_layers
 from lora_merge.merge.elementwise import merge_tensor
+from lora_merge.merge.plan import plan_merge
 from lora_merge.merge.recipe import parse_recipe
 from lora_merge.merge.registry import methods
 from lora_merge.merge.rule import preset
@@ -271,6 +272,13 @@ def test_the_report_says_what_an_elementwise_merge_lost(tmp_path: Path, capsys) 
             name = module["name"]
             lost = (exact[name] - written[name]).square().sum() / exact[name].square().sum()
             assert module["retained_energy"] == pytest.approx(1 - float(lost), abs=2e-5)
+
+
+def test_the_plan_counts_merged_deltas_where_they_are_formed() -> None:
+    shape = (3000, 2000)
+    adapters = [make_adapter(n, r=2, seed=i, shapes={"p": shape}) for i, n in enumerate("ab")]
+    peaks = [plan_merge(adapters, method=m).peak_bytes(1) for m in ("svd", "core-ties", "ties")]
+    assert peaks[1] == peaks[0] < peaks[2] - 4 * 3000 * 2000
 
 
 def test_federated_adapters_keep_their_rank(tmp_path: Path) -> None:

@@ -110,6 +110,15 @@ def merge_delta(
     return DeltaMerge(merged, svd.square**0.5, retained, svd.sweeps)
 
 
+def working_bytes(d_out: int, d_in: int, count: int) -> int:
+    """About how much memory `merge_delta` takes beyond the stack, for so many adapters.
+
+    The merged delta if it is kept, and a band of each adapter with the copies that are made of it.
+    """
+    rows = min(BAND_ROWS["cpu"], d_out)
+    return min(4 * d_out * d_in, KEEP_BYTES) + 4 * count * rows * d_in * 4
+
+
 def blocks_of(
     stack: RankStack,
     weights: Sequence[float],

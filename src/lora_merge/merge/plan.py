@@ -23,6 +23,7 @@ from lora_merge.analysis import RankRule, parse_rule
 from lora_merge.errors import MethodError
 from lora_merge.merge.auto import choose
 from lora_merge.merge.by_module import ByModule, count_layers
+from lora_merge.merge.delta import working_bytes
 from lora_merge.merge.extras import ExtrasPolicy, plan_extras
 from lora_merge.merge.identity import fingerprints
 from lora_merge.merge.options import parse_options
@@ -120,14 +121,18 @@ class MergePlan:
     def peak_bytes(self, jobs: int) -> int:
         """Estimated working memory in bytes.
 
-        Per worker: the largest module as stored and as float32 stack, its Grams and its result.
+        Per worker: the largest module as stored and as float32 stack, its Grams and its result,
+        and the merged delta where that is formed.
         """
         return jobs * max(self._module_bytes(module) for module in self.alignment.modules)
 
     def _module_bytes(self, module: AlignedModule) -> int:
         stored = sum(s.num_parameters * DTYPES[s.dtype].itemsize for s in module.specs.values())
         result = module.stack_bytes() * self.ranks[module.name] // module.num_units
-        return stored + module.stack_bytes() + 2 * result + 4 * 8 * module.num_units**2
+        total = stored + module.stack_bytes() + 2 * result + 4 * 8 * module.num_units**2
+        if (self.semantics.space or self.method.space) in self.method.full_rank_in:
+            total += working_bytes(module.first.d_out, module.first.d_in, len(module.specs))
+        return total
 
 
 def plan_merge(
