@@ -269,14 +269,54 @@ def test_bases_in_another_form_are_refused_with_the_reason(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_resized_vocabulary_is_refused_with_what_to_do(tmp_path):
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_grown_vocabulary_replaces_the_bases(tie, sharded, tmp_path):
+    """Tokens added before training: embedding and head are saved whole, with more rows."""
+    from transformers import AutoModelForCausalLM
+
+    model = _language_model("llama", tie)
+    model.save_pretrained(tmp_path / "base", max_shard_size="8KB" if sharded else "1GB")
+    grown = model.config.vocab_size + 3
+    model.resize_token_embeddings(grown)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved_whole = ["embed_tokens", "lm_head"]
+        config = LoraConfig(
+            r=3, target_modules=["q_proj"], modules_to_save=saved_whole, task_type="CAUSAL_LM"
+        )
+        trained = get_peft_model(model, config)
+        for name, parameter in trained.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                nn.init.normal_(parameter, std=0.2)
+        trained.save_pretrained(tmp_path / "adapter")
+        tokens = torch.arange(grown - 12, grown).view(2, 6)
+        with torch.no_grad():
+            expected = trained.eval()(tokens).logits
+    adapter = Adapter.from_pretrained(tmp_path / "adapter")
+    report = fuse(adapter, tmp_path / "base", tmp_path / "out")
+    assert any("vocabulary was resized" in note for note in report.notes)
+    fused, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert fused.config.vocab_size == grown
+    with torch.no_grad():
+        torch.testing.assert_close(fused.eval()(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_half_a_resized_vocabulary_is_refused_with_what_to_do(tied, tmp_path):
     config, tensors = adapter_parts(shapes={"proj": (6, 4)}, modules_to_save=["embed_tokens"])
     tensors["base_model.model.embed_tokens.weight"] = torch.zeros(12, 4)
     adapter = Adapter.from_pretrained(save_parts(tmp_path / "a", config, tensors))
     base = {"proj.weight": torch.zeros(6, 4), "embed_tokens.weight": torch.zeros(10, 4)}
-    with pytest.raises(AdapterError, match=r"\[12, 4\], the base's \[10, 4\]") as caught:
-        fuse(adapter, base_of(tmp_path / "base", base), tmp_path / "out")
+    if not tied:
+        base["lm_head.weight"] = torch.zeros(10, 4)
+    folder = base_of(tmp_path / "base", base, config={"tie_word_embeddings": tied})
+    with pytest.raises(AdapterError, match=r"embed_tokens.*12 rows.*lm_head") as caught:
+        fuse(adapter, folder, tmp_path / "out")
     assert "resize_token_embeddings(12)" in caught.value.remedy
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_card_and_the_adapters_tokenizer(tmp_path):

@@ -23,6 +23,8 @@ from lora_merge.errors import OutputError, SourceError
 # Weights in other formats: a fused copy would leave them stale, so they stay behind.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".ckpt")
 
+_COPY_BYTES = 1 << 24
+
 
 @dataclass(frozen=True)
 class TensorPlace:
@@ -162,6 +164,7 @@ def copy_shard(
     *,
     new: Mapping[str, tuple[str, tuple[int, ...]]],
     prefix: str = "",
+    dropped: frozenset[str] = frozenset(),
 ) -> dict[str, TensorPlace]:
     """Copy a shard, with room for new tensors at its end.
 
@@ -172,15 +175,16 @@ def copy_shard(
         target: The file to make.
         new: Tensors to make room for: name → (dtype code, shape). They hold zeros.
         prefix: Put before the name of every stored tensor (new ones have theirs).
+        dropped: Names of stored tensors that are left out.
 
     Returns:
         The place of every tensor in the copy.
     """
     try:
-        if not new and not prefix:
+        if not new and not prefix and not dropped:
             shutil.copyfile(source, target)
         else:
-            _copy_with_header(source, target, new, prefix)
+            _copy_with_header(source, target, new, prefix, dropped)
     except OSError as error:
         raise OutputError(
             f"cannot write {target.name}: {error.strerror}", "free space or choose another -o"
@@ -189,23 +193,33 @@ def copy_shard(
 
 
 def _copy_with_header(
-    source: Path, target: Path, new: Mapping[str, tuple[str, tuple[int, ...]]], prefix: str
+    source: Path,
+    target: Path,
+    new: Mapping[str, tuple[str, tuple[int, ...]]],
+    prefix: str,
+    dropped: frozenset[str],
 ) -> None:
     with source.open("rb") as old, target.open("wb") as file:
         (length,) = struct.unpack("<Q", old.read(8))
         header = json.loads(old.read(length))
-        table = {
-            name if name == "__metadata__" else prefix + name: entry
-            for name, entry in header.items()
-        }
-        end = source.stat().st_size - 8 - length
+        table = {"__metadata__": header.pop("__metadata__")} if "__metadata__" in header else {}
+        kept = [(*entry["data_offsets"], name) for name, entry in header.items()]
+        kept = sorted(part for part in kept if part[2] not in dropped)
+        end = 0
+        for first, last, name in kept:
+            place = {"data_offsets": [end, end + last - first]}
+            table[prefix + name] = {**header[name], **place}
+            end += last - first
         for name, (code, shape) in new.items():
             start, end = end, end + prod(shape) * DTYPES[code].itemsize
             table[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(table, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         file.write(struct.pack("<Q", len(text)) + text)
-        shutil.copyfileobj(old, file, 1 << 24)
+        for first, last, _ in kept:
+            old.seek(8 + length + first)
+            for start in range(first, last, _COPY_BYTES):
+                file.write(old.read(min(_COPY_BYTES, last - start)))
         file.truncate(8 + len(text) + end)
 
 

@@ -31,6 +31,7 @@ BAND_ROWS = {"cpu": 64, "cuda": 2048}
 KEEP_BYTES = 256 << 20
 # Entries sampled to guess thresholds: one of so many, but no fewer and no more than.
 _SAMPLED_SHARE = 64
+_STRIDE = 61  # between samples of a delta that is there: no divisor of a usual width
 _SAMPLE = (1 << 10, 1 << 15)
 # Columns beside the wanted rank in the search for the leading subspace.
 _OVERSAMPLING = 16
@@ -93,11 +94,12 @@ def merge_delta(
     if not bool(present.all()):
         stack = stack.units(present.to(stack.owner.device))
     blocks = blocks_of(stack, weights, keys=keys, block_rows=block_rows, rule=rule)
-    if stack.d_out <= _band_rows(stack):  # one block: it need not be made twice
-        only = tuple(blocks())
-        blocks = partial(iter, only)
+    whole = None
+    if stack.d_out <= min(_band_rows(stack), block_rows or stack.d_out):
+        (whole,) = blocks()  # one block: it need not be made twice
+        blocks = partial(iter, (whole,))
     if statistics is None:
-        brackets = guess_thresholds(rule, stack, weights)
+        brackets = guess_thresholds(rule, stack, weights, whole)
         statistics = measure(rule, in_turn(blocks), len(weights), brackets=brackets)
     bands = _Merged(stack, rule, blocks, statistics, keep_bytes)
     if rank is None or rank >= min(stack.d_out, stack.d_in):
@@ -151,18 +153,30 @@ def blocks_of(
 
 
 def guess_thresholds(
-    rule: Rule, stack: RankStack, weights: Sequence[float]
+    rule: Rule, stack: RankStack, weights: Sequence[float], whole: Block | None = None
 ) -> dict[int, list[Bracket]]:
     """Brackets for the rule's thresholds from a sample of each delta's entries.
 
     The guess decides how fast the exact thresholds are found, not what they are.
+
+    Args:
+        rule: The rule.
+        stack: The adapters.
+        weights: Weight of each, by owner.
+        whole: Their whole deltas, if they are there already.
     """
     low, high = _SAMPLE
     size = min(stack.d_out * stack.d_in // _SAMPLED_SHARE, high)
     if not rule.needs_thresholds or rule.scope != "tensor" or size < low:
         return {}
+    if whole is not None:
+        samples = {
+            owner: _after_dropping(rule, owner, x.flatten()[::_STRIDE].abs())
+            for owner, x in zip(whole.owners, whole.x, strict=True)
+        }
+    else:
+        samples = sample_entries(rule, stack, size)
     present = [owner for owner in stack.adapters if weights[owner] != 0]
-    samples = sample_entries(rule, stack, size)
     return {owner: brackets_of(rule, owner, samples[owner]) for owner in present}
 
 
@@ -176,10 +190,15 @@ def sample_entries(rule: Rule, stack: RankStack, size: int) -> dict[int, Tensor]
     for owner in stack.adapters:
         part = _Factors.of(stack, owner)
         sample = torch.linalg.vecdot(part.up[rows], part.down.mT[columns]).abs_()
-        if rule.is_random:
-            sample[: round((1 - rule.of(owner).density) * size)] = 0
-        samples[owner] = sample
+        samples[owner] = _after_dropping(rule, owner, sample)
     return samples
+
+
+def _after_dropping(rule: Rule, owner: int, sample: Tensor) -> Tensor:
+    """A sample of what a random rule leaves of the entries that were sampled; in place."""
+    if rule.is_random:
+        sample[: round((1 - rule.of(owner).density) * len(sample))] = 0
+    return sample
 
 
 def brackets_of(rule: Rule, owner: int, sample: Tensor) -> list[Bracket]:

@@ -9,7 +9,7 @@ and the tokenizer where the adapter brings its own.
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod, sqrt
 from pathlib import Path
@@ -130,7 +130,7 @@ def fuse(
         out=str(out),
         modules=len(match.targets),
         replaced=tuple(sorted(n for n in match.whole.values() if n in checkpoint.tensors)),
-        added=tuple(sorted(set(match.new) - set(match.untied))),
+        added=tuple(sorted(set(match.new) - set(match.untied) - match.resized)),
         untied=tuple(sorted(match.untied)),
         relative_change=change,
         num_bytes=num_bytes,
@@ -165,7 +165,11 @@ def _copy_shards(checkpoint: Checkpoint, match: Match, folder: Path) -> dict[str
     for shard in checkpoint.shards:
         new = match.new if shard == checkpoint.shards[-1] else {}
         places |= copy_shard(
-            checkpoint.folder / shard, folder / shard, new=new, prefix=match.prefix
+            checkpoint.folder / shard,
+            folder / shard,
+            new=new,
+            prefix=match.prefix,
+            dropped=match.resized,
         )
     return places
 
@@ -286,15 +290,27 @@ def _write_json(
         index = json.loads((checkpoint.folder / checkpoint.index).read_text(encoding="utf-8"))
         index["weight_map"] = {name: places[name].shard for name in sorted(places)}
         added = sum(prod(shape) * DTYPES[code].itemsize for code, shape in match.new.values())
+        dropped = [checkpoint.tensors[name] for name in match.resized]
+        added -= sum(prod(place.shape) * DTYPES[place.dtype].itemsize for place in dropped)
         if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
             index["metadata"]["total_size"] += added
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     elif checkpoint.index:
         shutil.copyfile(checkpoint.folder / checkpoint.index, folder / checkpoint.index)
-    if match.unties and checkpoint.config:
-        config = {**checkpoint.config, "tie_word_embeddings": False}
-        nested = config.get("text_config")
-        if isinstance(nested, dict) and "tie_word_embeddings" in nested:
-            config["text_config"] = {**nested, "tie_word_embeddings": False}
+    changes: dict[str, Any] = {"tie_word_embeddings": False} if match.unties else {}
+    if match.resized:
+        changes["vocab_size"] = match.new[next(iter(match.resized))][1][0]
+    if changes and checkpoint.config:
+        config = _changed(checkpoint.config, changes)
         text = json.dumps(config, indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config with some values changed, also where its text model has a config inside."""
+    nested = config.get("text_config")
+    if not isinstance(nested, dict):
+        return {**config, **changes}
+    inside = {name: value for name, value in changes.items() if name in nested}
+    outside = {n: v for n, v in changes.items() if n in config or n not in nested}
+    return {**config, **outside, "text_config": {**nested, **inside}}

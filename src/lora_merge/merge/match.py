@@ -53,6 +53,8 @@ class Match:
             name of the original.
         prefix: What all names of the base must be prefixed with, because the tensors that are new
             belong to a model around it (a classifier on a bare encoder).
+        resized: Tensors of the base that give way to one of `new` with another number of rows: the
+            vocabulary grew.
         unties: Whether the embedding and the head no longer are one tensor.
         notes: What the user should know.
     """
@@ -62,6 +64,7 @@ class Match:
     new: Mapping[str, tuple[str, tuple[int, ...]]]
     untied: Mapping[str, str]
     prefix: str
+    resized: frozenset[str]
     unties: bool
     notes: tuple[str, ...]
 
@@ -77,6 +80,9 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Match:
     naming = _find_naming(adapter, modules, base)
     new: dict[str, tuple[str, tuple[int, ...]]] = {}
     untied: dict[str, str] = {}
+    resized: set[str] = set()
+    whole = _whole_tensors(adapter, naming, base, new, resized)
+    _check_resized(adapter, naming, base, whole, new, resized)
     targets = []
     for module in modules:
         stem = naming.base_name(_unwrapped(module.name))
@@ -91,7 +97,8 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Match:
             )
         if name in untied:
             new[name] = (place.dtype, place.shape)
-        layout = _layout(adapter, module, place.shape, base)
+        shape = new[name][1] if name in resized else place.shape
+        layout = _layout(adapter, module, shape, base)
         bias = f"{stem}.bias" if module.first.key_bias else None
         if bias is not None and bias not in base.tensors:
             raise AdapterError(
@@ -99,12 +106,10 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Match:
                 "this adapter cannot be fused; keep it beside the base",
             )
         targets.append(Target(module, name, layout, bias))
-    whole = _whole_tensors(adapter, naming, base, new)
     unties = _untie_head(base, {t.tensor for t in targets} | set(whole.values()), new, untied)
     prefix = naming.strip if new and not naming.add else ""
-    return Match(
-        tuple(targets), whole, new, untied, prefix, unties, _notes(base, whole, new, untied)
-    )
+    notes = _notes(new, untied, resized)
+    return Match(tuple(targets), whole, new, untied, prefix, frozenset(resized), unties, notes)
 
 
 def _refuse_quantised(adapter: Adapter, base: Checkpoint) -> None:
@@ -244,7 +249,9 @@ def _layout(
         raise AdapterError(
             f"{adapter.name}: {module.name} is {spec.d_out} x {spec.d_in}, the base's tensor "
             f"{' x '.join(map(str, shape))}",
-            _resize_remedy(f"{_unwrapped(module.name)}.weight", max(spec.d_out, spec.d_in)),
+            _resize_remedy(max(spec.d_out, spec.d_in))
+            if _is_vocabulary(f"{_unwrapped(module.name)}.weight")
+            else "is this the base model the adapter was trained on?",
         )
     if spec.form == "conv":
         return "plain"
@@ -269,8 +276,12 @@ def _whole_tensors(
     naming: _Naming,
     base: Checkpoint,
     new: dict[str, tuple[str, tuple[int, ...]]],
+    resized: set[str],
 ) -> dict[str, str]:
-    """Biases and modules saved whole: name in the adapter → in the base; adds to `new`."""
+    """Biases and modules saved whole: name in the adapter → in the base.
+
+    Adds to `new` what the base does not have, and to both what it has with other rows.
+    """
     whole = {}
     for extra in adapter.extras.values():
         name = naming.base_name(_unwrapped(extra.name))
@@ -282,22 +293,46 @@ def _whole_tensors(
         if place is None:
             new[name] = (extra.dtype, extra.shape)
         elif place.shape != extra.shape:
-            raise AdapterError(
-                f"{adapter.name}: {extra.name} is {list(extra.shape)}, the base's "
-                f"{list(place.shape)}",
-                _resize_remedy(name, extra.shape[0] if extra.shape else 0),
-            )
+            if not _is_vocabulary(name) or place.shape[1:] != extra.shape[1:]:
+                raise AdapterError(
+                    f"{adapter.name}: {extra.name} is {list(extra.shape)}, the base's "
+                    f"{list(place.shape)}",
+                    "is this the base model the adapter was trained on?",
+                )
+            new[name] = (place.dtype, extra.shape)
+            resized.add(name)
         whole[extra.name] = name
     return whole
 
 
-def _resize_remedy(name: str, rows: int) -> str:
-    if name == _HEAD or _is_embedding(name):
-        return (
-            f"the vocabulary was resized: load the base, model.resize_token_embeddings({rows}), "
-            "save_pretrained, and fuse into that"
+def _check_resized(
+    adapter: Adapter,
+    naming: _Naming,
+    base: Checkpoint,
+    whole: Mapping[str, str],
+    new: Mapping[str, tuple[str, tuple[int, ...]]],
+    resized: set[str],
+) -> None:
+    """A vocabulary can only be resized everywhere at once: embedding and head, stored or tied."""
+    if not resized:
+        return
+    rows = {new[name][1][0] for name in resized}
+    stale = {name for name in base.tensors if _is_vocabulary(name)} - resized
+    if _is_tied(base) and _HEAD not in base.tensors and _HEAD not in whole.values():
+        stale.add(_HEAD)
+    if stale or len(rows) > 1 or naming != _Naming():
+        raise AdapterError(
+            f"{adapter.name}: it resizes the vocabulary ({', '.join(sorted(resized))}: "
+            f"{', '.join(map(str, sorted(rows)))} rows) but not all that belongs to it"
+            + (f" ({', '.join(sorted(stale))})" if stale else ""),
+            _resize_remedy(max(rows)),
         )
-    return "is this the base model the adapter was trained on?"
+
+
+def _resize_remedy(rows: int) -> str:
+    return (
+        f"load the base, model.resize_token_embeddings({rows}), save_pretrained, and fuse into that"
+    )
 
 
 def _untie_head(
@@ -320,6 +355,10 @@ def _untie_head(
         new[_HEAD] = (base.tensors[embeddings[0]].dtype, base.tensors[embeddings[0]].shape)
         untied[_HEAD] = embeddings[0]
     return True
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name == _HEAD or _is_embedding(name)
 
 
 def _is_embedding(name: str) -> bool:
@@ -345,16 +384,15 @@ def _is_tied(base: Checkpoint) -> bool:
 
 
 def _notes(
-    base: Checkpoint,
-    whole: Mapping[str, str],
-    new: Mapping[str, object],
-    untied: Mapping[str, str],
+    new: Mapping[str, object], untied: Mapping[str, str], resized: set[str]
 ) -> tuple[str, ...]:
     notes = [
         f"{name} shared the storage of {source}; they differ now, so each has its own"
         for name, source in untied.items()
     ]
-    added = sorted(set(new) - {_HEAD})
+    if resized:
+        notes.append(f"the vocabulary was resized: {', '.join(sorted(resized))}")
+    added = sorted(set(new) - {_HEAD} - resized)
     if added:
         notes.append(
             f"{len(added)} tensors that the base does not have were added ({added[0]}); set the "
