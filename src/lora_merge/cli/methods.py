@@ -46,6 +46,7 @@ def _data(method: "Method") -> dict[str, Any]:
         "adapters": list(method.adapters),
         "needs": method.needs,
         "cost": method.cost,
+        "per_adapter": list(method.per_adapter),
         "parameters": [asdict(parameter) for parameter in method.parameters()],
     }
 
@@ -86,6 +87,7 @@ def _details(method: "Method") -> "list[RenderableType]":
         else "how each delta is factored into B A",
         "needs": method.needs or "the adapters alone",
         "cost": f"{method.cost} per module",
+        "by adapter": ", ".join(method.per_adapter),
     }
     lines = Text.assemble((method.name, "bold"), f"  {method.summary}\n")
     for key, value in facts.items():

@@ -81,6 +81,9 @@ def _section(method: Method) -> str:
     ]
     if method.aliases:
         facts.append(f"Also called {', '.join(f'`{alias}`' for alias in method.aliases)}.")
+    if method.per_adapter:
+        names = " and ".join(f"`{name}`" for name in method.per_adapter)
+        facts.append(f"{names} may differ by adapter, layer and name.")
     if method.needs:
         facts.append(f"Needs {method.needs}.")
     lines = [f"### {method.name}\n", f"{method.summary[0].upper()}{method.summary[1:]}.\n"]
