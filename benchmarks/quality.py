@@ -32,6 +32,7 @@ from lora_merge.adapters import align, read_stacks
 START, STEP, WEIGHT_STEP = 0.65, 1.12, 1.15
 BATCH = 128
 Rank = int | str
+Weights = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Entry:
 
     Attributes:
         reference: Scores of others by rank, from the arena's REFERENCE.md.
-        search: Choose a weight per adapter, too.
+        anchors: Numbers to choose per adapter besides the scale: none, one weight, or weights
+            between which the layers' are interpolated.
     """
 
     method: str
@@ -48,21 +50,22 @@ class Entry:
     settings: dict[str, Any] = field(default_factory=dict)
     ranks: tuple[Rank, ...] = (16, 32, "full")
     reference: dict[Rank, float] = field(default_factory=dict)
-    search: bool = False
+    anchors: int = 0
 
     @property
     def label(self) -> str:
         """Method and what differs from its defaults."""
         extras = {**self.parameters, **self.settings}
         words = [self.method, *(f"{k}={v}" for k, v in extras.items())]
-        return " ".join([*words, "+ weights"] if self.search else words)
+        return " ".join(words) + ("", " + weights", " + weights by layer")[self.anchors]
 
 
 OUTPUT = {"side": "output", "ridge": 0.01}
 ENTRIES = (
     Entry("wudi-iso"),
     Entry("wudi", OUTPUT, reference={16: 0.9308, "full": 0.9473}),
-    Entry("wudi-iso", search=True),
+    Entry("wudi-iso", anchors=1),
+    Entry("wudi-iso", anchors=2),
     Entry("tsv", reference={16: 0.9200, 32: 0.9414, "full": 0.9442}),
     Entry("iso-c", reference={16: 0.9028, 32: 0.9347, "full": 0.9424}),
     Entry("task-arithmetic", reference={16: 0.9041, 32: 0.9289, "full": 0.9337}),
@@ -122,7 +125,7 @@ def main() -> None:
     ranks = set(filter(None, arguments.ranks.split(",")))
     rows = _rows_of(arguments.out)
     for entry in ENTRIES:
-        place = Place(0, None if entry.search else (1.0,) * len(arena.tasks))
+        place = Place(0, None if entry.anchors else ((1.0,),) * len(arena.tasks))
         for rank in entry.ranks:
             key = (entry.label, str(rank))
             if key in rows:
@@ -140,11 +143,11 @@ class Place:
 
     Attributes:
         step: The scale's place on its grid.
-        weights: One per adapter; None where they are still to be searched.
+        weights: Each adapter's; None where they are still to be searched.
     """
 
     step: int
-    weights: tuple[float, ...] | None
+    weights: Weights | None
 
 
 @dataclass(frozen=True)
@@ -157,13 +160,13 @@ class Trial:
     rank: Rank
     val: int
 
-    def merged(self, weights: tuple[float, ...]) -> dict[str, Tensor]:
+    def merged(self, weights: Weights) -> dict[str, Tensor]:
         """The merge's dense deltas by module."""
         merged = lora_merge.merge(
             [self.folder / "adapters" / task for task in self.arena.tasks],
             method=self.entry.method,
             rank=self.rank,
-            weights=weights,
+            weights=[w[0] if len(w) == 1 else list(w) for w in weights],
             parameters=self.entry.parameters,
             dtype="float32",
             jobs=1,
@@ -177,7 +180,7 @@ class Trial:
 
     def validation(self, deltas: dict[str, Tensor], scale: float) -> float:
         """Mean smoothed accuracy over that of the own adapters."""
-        own = self.arena.index["individual"]["val"]
+        own: dict[str, float] = self.arena.index["individual"]["val"]
         found = _margins(self.arena, deltas, scale, "val", self.val)
         shares = [float(torch.sigmoid(2 * m).mean()) / own[t] for t, m in found.items()]
         return sum(shares) / len(shares)
@@ -186,7 +189,7 @@ class Trial:
 def _row(trial: Trial, place: Place) -> tuple[str, Place]:
     """A row of the table; weights are searched once, at the first rank."""
     arena = trial.arena
-    weights = place.weights or (1.0,) * len(arena.tasks)
+    weights = place.weights or ((1.0,) * trial.entry.anchors,) * len(arena.tasks)
     deltas = trial.merged(weights)
     step = _climb(lambda k: trial.validation(deltas, START * STEP**k), place.step)
     scale = START * STEP**step
@@ -199,17 +202,18 @@ def _row(trial: Trial, place: Place) -> tuple[str, Place]:
     }
     _, mean = arena.normalise(accuracy, "test")
     reference = trial.entry.reference.get(trial.rank)
-    chosen = f"{scale:.3g}" + "".join(f" {w:.3g}" for w in weights if trial.entry.search)
+    chosen = " ".join(["/".join(f"{x:.3g}" for x in w) for w in weights if trial.entry.anchors])
     cells = [trial.entry.label, str(trial.rank), f"{mean:.4f}"]
-    cells += [f"{reference:.4f}" if reference else "", chosen]
+    cells += [f"{reference:.4f}" if reference else "", f"{scale:.3g} {chosen}".strip()]
     cells += [f"{accuracy[task]:.3f}" for task in arena.tasks]
     return "|" + "|".join(cells) + "|", Place(step, weights)
 
 
 def _place_of(row: str, before: Place) -> Place:
     """What an earlier run chose."""
-    scale, *weights = (float(number) for number in row.strip("|").split("|")[4].split())
-    return Place(round(math.log(scale / START, STEP)), tuple(weights) or before.weights)
+    scale, *texts = row.strip("|").split("|")[4].split()
+    weights = tuple(tuple(float(x) for x in text.split("/")) for text in texts)
+    return Place(round(math.log(float(scale) / START, STEP)), weights or before.weights)
 
 
 def _climb(score: Callable[[int], float], start: int) -> int:
@@ -226,14 +230,15 @@ def _climb(score: Callable[[int], float], start: int) -> int:
     return place
 
 
-def _best_weights(trial: Trial, weights: tuple[float, ...], scale: float) -> tuple[float, ...]:
-    """Coordinate ascent on the validation split: one weight at a time, two rounds."""
+def _best_weights(trial: Trial, weights: Weights, scale: float) -> Weights:
+    """Coordinate ascent on the validation split: one number at a time, two rounds."""
     best = trial.validation(trial.merged(weights), scale)
+    places = [(i, k) for i, own in enumerate(weights) for k in range(len(own))]
     for _ in range(2):
         before = weights
-        for place in range(len(weights)):
+        for place in places:
             for factor in (WEIGHT_STEP, 1 / WEIGHT_STEP):
-                tried = tuple(w * factor if i == place else w for i, w in enumerate(weights))
+                tried = _times(weights, place, factor)
                 score = trial.validation(trial.merged(tried), scale)
                 if score > best:
                     weights, best = tried, score
@@ -241,6 +246,13 @@ def _best_weights(trial: Trial, weights: tuple[float, ...], scale: float) -> tup
         if weights == before:
             break
     return weights
+
+
+def _times(weights: Weights, place: tuple[int, int], factor: float) -> Weights:
+    return tuple(
+        tuple(x * factor if (i, k) == place else x for k, x in enumerate(own))
+        for i, own in enumerate(weights)
+    )
 
 
 @torch.no_grad()
