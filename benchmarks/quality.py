@@ -1,7 +1,7 @@
 """Score merge methods on an arena of tasks: a folder with adapters, heads, data and evaluate.py.
 
     python benchmarks/quality.py ARENA --out benchmarks/results/quality.md [--only wudi,tsv]
-        [--ranks 16] [--val 200]
+        [--ranks 16] [--tasks a,b,c] [--val 200]
 
 For every method and rank: merge, choose the scale (and, where the row says so, the adapters'
 weights) on the validation split alone, score once on the test split. The number is the mean over
@@ -117,10 +117,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", help="comma-separated methods")
     parser.add_argument("--ranks", default="", help="comma-separated ranks of each entry's to keep")
+    parser.add_argument("--tasks", default="", help="comma-separated tasks to merge, default all")
     parser.add_argument("--val", type=int, default=200, help="validation examples per task")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    arena = _arena(arguments.arena)
+    arena = _arena(arguments.arena, list(filter(None, arguments.tasks.split(","))))
     only = set(filter(None, arguments.only.split(",")))
     ranks = set(filter(None, arguments.ranks.split(",")))
     rows = _rows_of(arguments.out)
@@ -309,13 +310,13 @@ def _write(path: Path, arena: Any, rows: dict[tuple[str, str], str], val: int) -
     path.write_text("\n".join(lines) + "\n" + AFTER, encoding="utf-8")
 
 
-def _arena(folder: Path) -> Any:
+def _arena(folder: Path, tasks: list[str]) -> Any:
     spec = importlib.util.spec_from_file_location("evaluate", folder / "evaluate.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules["evaluate"] = module
     spec.loader.exec_module(module)
-    return module.Arena(str(folder))
+    return module.Arena(str(folder), tasks or None)
 
 
 if __name__ == "__main__":

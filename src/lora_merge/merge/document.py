@@ -37,9 +37,9 @@ every module; in the other spaces results stay within R units.
 from those.
 
 **Which one.** `auto` says why it chose. For adapters of different tasks `wudi-iso` was the best
-without data, on five tasks and on triples of them; at a scale of 1 a sum of many tasks is mostly
-too much: 0.65 was best for five. Weights chosen on held-out data gave more than any choice between
-the leading methods (`benchmarks/results/quality.md`).
+without data, on five tasks; at a scale of 1 a sum of many tasks is mostly too much: 0.65 was best
+for five. Weights chosen on held-out data, by layer best, gave more than any choice between the
+leading methods (`benchmarks/results/quality.md`).
 
 **Parameters of single adapters.** What says how an adapter is made sparse (`density`; `trim`,
 `epsilon`, `gamma` where the method has them) may be given as a weight is, and for one adapter
