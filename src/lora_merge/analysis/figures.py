@@ -51,7 +51,7 @@ def draw(spectra: Sequence[AdapterSpectra], metric: str = "frobenius") -> "Figur
     for row, one in zip(axes, spectra, strict=True):
         image = _heat_map(row[0], one, metric, norm)
         if image is not None:
-            figure.colorbar(image, ax=row[0], label=_AXIS[metric])
+            _colour_scale(figure, image, row[0], _AXIS[metric])
         row[0].set_title(one.adapter if len(one.adapter) < 48 else "…" + one.adapter[-46:])
         _curves(row[1], one, energy=False)
         _curves(row[2], one, energy=True)
@@ -109,7 +109,20 @@ def _heat_map(axes: "Axes", spectra: AdapterSpectra, metric: str, norm: Any) -> 
     return image
 
 
+def _colour_scale(figure: "Figure", image: Any, axes: "Axes", label: str) -> None:
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    bar = figure.colorbar(image, ax=axes, label=label)
+    if isinstance(image.norm, LogNorm):  # 0.5, not 5 x 10^-1
+        bar.locator = LogLocator(subs=(1, 2, 5))
+        bar.formatter = FuncFormatter(lambda value, _: f"{value:g}")
+        bar.minorticks_off()
+
+
 def _curves(axes: "Axes", spectra: AdapterSpectra, *, energy: bool) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     names = labels(m.place for m in spectra.modules)
     kinds: dict[str, list[ModuleSpectrum]] = {}
     for module in spectra.finite:
@@ -125,14 +138,16 @@ def _curves(axes: "Axes", spectra: AdapterSpectra, *, energy: bool) -> None:
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.set_xlabel("i (rank)" if energy else "i")
     axes.grid(alpha=0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     if energy:
         axes.set_ylabel("energy in the first i (% of sum s²)")
-        axes.axhline(95, color="black", linewidth=0.8, linestyle=":")
-        axes.set_title("median energy curve (dotted: 95 %)")
+        axes.axhline(95, color="black", linewidth=0.8, linestyle=":", label="95 %")
+        axes.legend(*([part[-1:] for part in axes.get_legend_handles_labels()]), loc="lower right")
+        axes.set_title("median energy curve")
     else:
         axes.set_ylabel("s_i / s_1 (log scale)")
         axes.set_yscale("log")
-        axes.set_title("median spectrum, 10 to 90 % band")
+        axes.set_title("median spectrum, 10-90 % band")
         if kinds:
             axes.legend(fontsize="x-small")
 

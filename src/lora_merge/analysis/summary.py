@@ -196,31 +196,35 @@ def _remarks(spectra: AdapterSpectra) -> list[str]:
         hit = [m for m in spectra.modules if m.status == status]
         if hit:
             detail = f" ({hit[0].detail})" if hit[0].detail else ""
-            found.append(f"{_count(hit)} {why}: {hit[0].name}{detail}")
+            found.append(f"{_count(hit)} {why}{_example(hit)}{detail}")
     alive = [m for m in spectra.finite if m.status == "ok" and m.measures and m.spec.rank > 1]
     spiked = [m for m in alive if m.measures and m.measures.top1_share > 0.9]
     if spiked:
         found.append(
-            f"{_count(spiked)} nearly rank one (first direction above 90 % of the energy): "
-            f"{spiked[0].name}"
+            f"{_count(spiked)} nearly rank one (first direction above 90 % of the energy)"
+            f"{_example(spiked)}"
         )
     flat = [m for m in alive if m.measures and m.measures.noise_tail == m.spec.rank > 3]
     if flat:
         found.append(
-            f"{_count(flat)} as flat as random factors would be: no rank stands out in "
-            f"{flat[0].name}"
+            f"{_count(flat)} as flat as random factors would be: no rank stands out{_example(flat)}"
         )
     short = [m for m in alive if m.measures and m.measures.numerical_rank < m.spec.rank]
     if short:
         found.append(
-            f"{_count(short)} of numerical rank below r, so the rest of the rank is free to drop: "
-            f"{short[0].name}"
+            f"{_count(short)} of numerical rank below r, so the rest of the rank is free to drop"
+            f"{_example(short)}"
         )
     return found
 
 
 def _count(modules: Sequence[ModuleSpectrum]) -> str:
     return "1 module:" if len(modules) == 1 else f"{len(modules)} modules:"
+
+
+def _example(modules: Sequence[ModuleSpectrum]) -> str:
+    """The module it is said of, or the first of several."""
+    return f": {modules[0].name}" if len(modules) == 1 else f", such as {modules[0].name}"
 
 
 def _group(

@@ -28,8 +28,10 @@ def base_view(report: BaseReport, adapter: str, *, plain: bool) -> RenderableTyp
     rows = [_row(shorten(kind, 28), members) for kind, members in kinds.items()]
     parts: list[RenderableType] = [Text(f"\n{adapter} beside its base model", style="bold")]
     if rows:
-        heads = ["module", "count", "|D|F/|W|F", "largest", "|D|2/|W|2", "amplif."]
-        parts.append(grid([*heads, "intruders"], rows, plain=plain))
+        heads = ["module", "count", "|D|F/|W|F", "largest", "|D|2/|W|2", "amplif.", "intruders"]
+        if all(relation.intruders is None for relation in report.relations):
+            heads, rows = heads[:-1], [row[:-1] for row in rows]
+        parts.append(grid(heads, rows, plain=plain))
         parts.append(Text(_LEGEND, style="dim"))
     if report.missing:
         first = report.missing[0]

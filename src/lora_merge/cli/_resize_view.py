@@ -152,7 +152,13 @@ def _certificate(plan: RankPlan) -> list[RenderableType]:
     if plan.threshold is not None:
         lines.append(f"one cut for all modules: s_i >= {plan.threshold:.4g} s_1")
     found = plan.certificate
-    if found:
+    if found and plan.rule.kind == "match":
+        saved = found.budget - found.used
+        lines.append(
+            f"{found.method}: no fewer parameters reach the error of rank {plan.rule.value:g} "
+            f"everywhere, which takes {found.budget:,} ({saved:,} more)"
+        )
+    elif found:
         gap = found.gap / found.loss if found.loss else 0.0
         exact = "optimal" if gap < 1e-12 else f"at most {_percent(gap)} above the optimum"
         unused = found.budget - found.used

@@ -23,6 +23,8 @@ from lora_merge.cli._format import number, short_names, shorten, span
 from lora_merge.cli._grid import grid, room_for
 from lora_merge.cli._heat_map import adapter_map, kind_map
 
+# Columns that a name and a sparkline get at least; a narrow terminal loses the spectral norm.
+_LEAST_LABEL, _LEAST_LINE = 14, 4
 _LEGEND = (
     "medians over a row's modules; {norm}F, {norm}2: Frobenius and spectral norm of the delta; "
     "stable: {norm}F^2 / {norm}2^2; erank: Roy-Vetterli, exp(entropy of s / sum s); k: rank that "
@@ -37,7 +39,7 @@ def overview(spectra: AdapterSpectra, *, width: int, metric: str, plain: bool) -
         _header(spectra),
         group_table(groups, total, width=width, plain=plain),
         kind_map(spectra, width=width, metric=metric),
-        advice_view(advise(spectra), plain=plain),
+        advice_view(advise(spectra), width=width, plain=plain),
     )
 
 
@@ -81,10 +83,14 @@ def group_table(
     heads = ["layer"] * with_layers + ["r", f"{norm}F", f"{norm}2", "stable", "erank"]
     heads += ["k90", "95", "99"]
     cells = [_cells(group, with_layers) for group in rows]
+    if room_for(heads, cells, width) < _LEAST_LABEL + _LEAST_LINE + 1:
+        spectral = heads.index(f"{norm}2")
+        for row in (heads, *cells):
+            del row[spectral]
     room = room_for(heads, cells, width) - 1
     longest, rank = max(len(g.label) for g in rows), max(g.rank[1] for g in groups)
-    label = min(longest, max(room - min(rank, 16), 14))
-    length = max(4, min(rank, 32, room - label))
+    label = min(longest, max(room - min(rank, 16), _LEAST_LABEL))
+    length = max(_LEAST_LINE, min(rank, 32, room - label))
     profiles = [median_profile([m.values for m in g.modules], length) for g in rows]
     floor = common_floor(profiles)
     lines: list[list[str | Text]] = [
@@ -102,7 +108,7 @@ def group_table(
     return Stack(table, Text(legend, style="dim"), Text(""))
 
 
-def advice_view(advice: Advice, *, plain: bool) -> RenderableType:
+def advice_view(advice: Advice, *, width: int, plain: bool) -> RenderableType:
     """The sentence, the ways to shrink, and the option of `resize` that does each."""
     parts: list[RenderableType] = [Text(advice.headline, style="bold")]
     if advice.options:
@@ -117,7 +123,11 @@ def advice_view(advice: Advice, *, plain: bool) -> RenderableType:
             for option in advice.options
         ]
         heads = ["keep", "energy", "parameters", "rank", "lora-merge resize ..."]
-        parts.append(grid(heads, rows, left=(0, 4), gap=2, plain=plain))
+        table = grid(heads, rows, left=(0, 4), gap=2, plain=plain)
+        if max(map(len, table.plain.splitlines())) > width:  # the options say it too
+            rows, heads = [row[1:] for row in rows], heads[1:]
+            table = grid(heads, rows, left=(3,), gap=2, plain=plain)
+        parts.append(table)
         warning = "energy stands in for quality: measure the task after resizing"
         parts.append(Text(warning, style="dim"))
     return Stack(*parts, *_remarks(advice))

@@ -131,6 +131,8 @@ def _views(
     width: int,
     plain: bool,
 ) -> "list[RenderableType]":
+    from rich.text import Text
+
     from lora_merge.cli import _spectra_view as view
     from lora_merge.cli._module_view import module_view
 
@@ -138,7 +140,7 @@ def _views(
         views: list[RenderableType] = []
         for spectra in results:
             if len(results) > 1:
-                views.append(f"[bold]{spectra.adapter}[/bold]")
+                views.append(Text(spectra.adapter, style="bold"))
             if chosen and len(spectra.modules) == 1:
                 views.append(module_view(spectra.modules[0], width=width, top=top, plain=plain))
             else:
