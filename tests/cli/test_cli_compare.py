@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from builders import SHAPES, save_adapter
+from builders import SHAPES, adapter_parts, save_adapter, save_parts
 from lora_merge.cli.app import cli
 
 
@@ -32,6 +32,20 @@ def test_says_what_duplicates_are(tmp_path):
     two = save_adapter(tmp_path / "two", dtype=__import__("torch").float16)
     text = run(one, two)
     assert "one / two: near-duplicates: keep one" in text
+
+
+def test_an_untrained_adapter_is_named(tmp_path):
+    config, tensors = adapter_parts()
+    zero = {key: value * 0 if "lora_B" in key else value for key, value in tensors.items()}
+    text = run(save_parts(tmp_path / "zero", config, zero), save_adapter(tmp_path / "one"))
+    assert "zero changes nothing, every delta is zero: leave it out" in text
+    assert "nan" not in text.lower()
+
+
+def test_long_names_give_way_to_the_matrix_numbers(tmp_path):
+    paths = [save_adapter(tmp_path / f"a-rather-long-adapter-name-{i}", seed=i) for i in range(3)]
+    text = run(*paths, "--width", 80)
+    assert " 1 /  3 " in text and " 3 a-rather-long-adapter-" in text
 
 
 def test_json_and_clusters(tmp_path):

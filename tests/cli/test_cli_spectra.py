@@ -41,6 +41,13 @@ def test_no_line_is_wider_than_asked(tmp_path, width):
         assert max(map(len, run(*arguments, "--width", width).splitlines())) <= width
 
 
+def test_tables_are_not_broken_on_a_narrow_terminal(tmp_path):
+    layers = {f"model.layers.{n}.mlp.down_proj.long_name": (20, 20) for n in range(6)}
+    text = run(save_adapter(tmp_path / "a", r=16, shapes=layers), "--width", 60)
+    rules = [line for line in text.splitlines() if set(line) == {"─"}]
+    assert len(rules) == 3 and min(map(len, rules)) > 40
+
+
 def test_one_module_in_full(tmp_path):
     folder = save_adapter(tmp_path / "a", r=5)
     text = run(folder, "--module", "0.*.q_proj", "--width", 80)

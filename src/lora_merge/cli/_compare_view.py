@@ -111,6 +111,9 @@ def advice_view(
             )
         )
     total, count = comparison.total, len(names)
+    for name, norm in zip(names, total.norms.tolist(), strict=True):
+        if norm == 0:
+            parts.append(_indent(f"- {name} changes nothing, every delta is zero: leave it out"))
     parts.append(
         _indent(
             f"- added together they keep {100 * total.set_cancellation:.0f} % of the sum of their "
@@ -121,7 +124,7 @@ def advice_view(
         parts.append(
             _indent(
                 f"- singular task interference of all {count} together: "
-                f"{number(total.set_interference)} (0: apart, 1: all the same)"
+                f"{number(total.set_interference)} (0: apart, about 1: the same)"
             )
         )
     return Group(*parts)
@@ -137,13 +140,15 @@ def _norms(total: PairMatrices, names: Sequence[str]) -> RenderableType:
 def _pairs(
     total: PairMatrices, verdicts: Sequence[Verdict], names: Sequence[str], width: int, plain: bool
 ) -> RenderableType:
-    label = min(max(len(_pair(v, names)) for v in verdicts), max(15, width - 65))
+    titles = [_pair(v, names) for v in verdicts]
+    if max(map(len, titles)) > max(15, width - 65):  # as the matrix numbers them
+        titles = [f"{v.first + 1:>2} / {v.second + 1:>2}" for v in verdicts]
     rows = []
-    for v in verdicts:
+    for v, title in zip(verdicts, titles, strict=True):
         at = (v.first, v.second)
         rows.append(
             [
-                _pair(v, names, label),
+                title,
                 _cosine(v.cosine),
                 _meeting(total.overlap_in[at], total.chance_in[at], total.cosine_in[at], plain),
                 _meeting(total.overlap_out[at], total.chance_out[at], total.cosine_out[at], plain),
@@ -173,7 +178,7 @@ def _kinds(comparison: Comparison, width: int, plain: bool) -> RenderableType:
                     f"{round(float(x), 3) + 0.0:.3f}"
                     for x in (cosine.min(), cosine.mean(), cosine.max())
                 ),
-                f"{float(excess.max()):.1f}x",
+                _times(excess.max(), excess.new_ones(())),
                 f"{kind.set_cancellation:.2f}",
             ]
         )
@@ -198,15 +203,14 @@ def _meeting(overlap: "Tensor", chance: "Tensor", cosine: "Tensor", plain: bool)
 
 
 def _times(value: "Tensor", chance: "Tensor") -> str:
-    return f"{float(value / chance):.1f}x" if float(chance) > 0 else "-"
+    if not float(chance) > 0:
+        return "-"
+    times = float(value / chance)
+    return f"{times:.1f}x" if times < 10 else f"{times:.0f}x"
 
 
-def _pair(verdict: Verdict, names: Sequence[str], width: int | None = None) -> str:
-    one, two = names[verdict.first], names[verdict.second]
-    if width is not None and len(one) + len(two) + 3 > width:
-        half = (width - 3) // 2
-        one, two = shorten(one, half), shorten(two, width - 3 - half)
-    return f"{one} / {two}"
+def _pair(verdict: Verdict, names: Sequence[str]) -> str:
+    return f"{names[verdict.first]} / {names[verdict.second]}"
 
 
 def _several(verdicts: Sequence[Verdict], names: Sequence[str]) -> str:
