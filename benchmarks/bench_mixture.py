@@ -1,94 +1,38 @@
-"""Speed of gated mixtures beside PEFT's, as ratios to the base model in one run.
+"""Speed and memory of gated mixtures beside PEFT's, as ratios to the base model in one run.
 
-A Llama of 8 layers, hidden 512, four r = 16 adapters on seven projections, random weights. Every
-candidate runs in turn, round after round, so that a busy machine slows all of them alike. Two
-ratios are printed: of medians, and of the fastest rounds, which a busy machine disturbs least.
+Every candidate runs in turn, round after round, so that a busy machine slows all of them alike. Two
+ratios are given: of medians, and of the fastest rounds, which a busy machine disturbs least.
 
-    python benchmarks/bench_mixture.py [--new-tokens 64] [--rounds 5] [--json FILE]
+    python benchmarks/bench_mixture.py [--new-tokens 64] [--rounds 5] [--json FILE] [--out FILE]
 """
 
 import argparse
 import json
+import os
+import platform
 import statistics
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, logging
+from mixture_memory import growth_table
+from mixture_models import build, our_models, peft_models, save_experts
+from transformers import logging
 
-from lora_merge.mixture import Mixture, load_mixture
-
-LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PROMPT, EXPERTS, RANK = 128, 4, 16
-
-
-def build(vocabulary: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=8, vocab_size=vocabulary, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def save_experts(model: LlamaForCausalLM, folder: Path) -> list[str]:
-    random = torch.Generator().manual_seed(1)
-    paths = []
-    for expert in range(EXPERTS):
-        tensors = {}
-        for name, module in model.named_modules():
-            if name.rpartition(".")[2] in LEAVES:
-                stem = f"base_model.model.{name}.lora_"
-                shape = (RANK, module.in_features)
-                tensors[stem + "A.weight"] = torch.randn(shape, generator=random) * 0.05
-                shape = (module.out_features, RANK)
-                tensors[stem + "B.weight"] = torch.randn(shape, generator=random) * 0.05
-        path = folder / f"expert{expert}"
-        path.mkdir()
-        config = {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK,
-            "target_modules": list(LEAVES), "base_model_name_or_path": "bench",
-        }  # fmt: skip
-        (path / "adapter_config.json").write_text(json.dumps(config))
-        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-        paths.append(str(path))
-    return paths
-
-
-def peft_models(vocabulary: int, paths: list[str]) -> dict[str, torch.nn.Module]:
-    from peft import ArrowConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
-
-    base = build(vocabulary)
-    base.config.use_cache = False
-    adapters = {str(i): path for i, path in enumerate(paths)}
-    settings = XLoraConfig(
-        task_type="CAUSAL_LM", hidden_size=512, adapters=adapters, layerwise_scalings=True,
-        xlora_dropout_p=0.0,
-    )  # fmt: skip
-    return {
-        "peft one static LoRA": PeftModel.from_pretrained(build(vocabulary), paths[0]).eval(),
-        "peft arrow": create_arrow_model(build(vocabulary), paths, ArrowConfig(top_k=2)).eval(),
-        "peft xlora": get_peft_model(base, settings).eval(),
-    }
-
-
-def our_models(vocabulary: int, paths: list[str]) -> dict[str, torch.nn.Module]:
-    models = {}
-    wanted = {
-        "constant": {}, "request": {}, "arrow": {"top_k": 2}, "spectr": {}, "meteora": {},
-        "smora": {"top_k": 16}, "sequence": {"top_k": 2}, "xlora": {},
-    }  # fmt: skip
-    for preset, settings in wanted.items():
-        model = build(vocabulary)
-        load_mixture(model, Mixture(paths, preset, **settings))
-        if preset == "request":
-            model.mixture.set_gate(requests=["expert1"])
-        models[preset] = model
-    return models
+PROMPT = 128
+# (work, candidate) -> at most so many times the base; or so many times faster than another.
+AIMS = {
+    ("generate", "arrow"): 1.5, ("generate", "meteora"): 1.5, ("generate", "smora"): 1.5,
+    ("generate", "xlora"): 2.6,
+    ("forward", "arrow"): 1.25, ("forward", "meteora"): 1.25, ("forward", "smora"): 1.25,
+    ("forward", "xlora"): 2.3,
+}  # fmt: skip
+TRAINING_AIM = 3.0  # PEFT's X-LoRA step over ours
 
 
 def measure(
@@ -125,11 +69,13 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="every time of every round")
+    parser.add_argument("--out", type=Path, help="the tables, as Markdown")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     random = torch.Generator().manual_seed(2)
+    load = os.getloadavg()
 
     def ids(batch: int, length: int) -> torch.Tensor:
         return torch.randint(1, options.vocabulary, (batch, length), generator=random)
@@ -158,33 +104,68 @@ def main() -> None:
         }
         batch = ids(4, PROMPT)
         wanted = ("base", "peft xlora", "xlora", "meteora", "smora")
-        trained = {name: models[name] for name in wanted}
-        for name, model in trained.items():
-            if name == "base":
-                model.requires_grad_(False)
-                model.config.use_cache = False
-                continue
-            if name.startswith("peft"):
-                model.base_model.internal_xlora_classifier.requires_grad_(True)
-                base_model = model.base_model.lora_model.model
-                base_model.config.use_cache = False
-            else:
-                model.requires_grad_(False)
-                model.config.use_cache = False
-                model.mixture.train_gate_only()
+        trained = {name: prepare(name, models[name]) for name in wanted}
         results["training step 4 x 128"] = measure(
             trained, lambda m: training_step(m, batch), options.rounds
         )
-    for title, seconds in results.items():
-        print(f"\n{title:24s} median ms    x base   fastest x base")
-        base_times = seconds["base"]
-        for name, values in seconds.items():
-            middle = statistics.median(values)
-            ratio = middle / statistics.median(base_times)
-            best = min(values) / min(base_times)
-            print(f"  {name:22s} {middle * 1e3:9.1f} {ratio:9.2f} {best:12.2f}")
+        memory = growth_table(options.vocabulary, paths)
+    text = "\n\n".join([*(table(title, times) for title, times in results.items()), memory])
+    print(text)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2))
+    if options.out:
+        options.out.write_text(f"{heading(load)}\n\n{text}\n")
+
+
+def prepare(name: str, model: torch.nn.Module) -> torch.nn.Module:
+    """Let gradients into the gate alone; the base gets one at its input (see `training_step`)."""
+    if name.startswith("peft"):
+        model.base_model.internal_xlora_classifier.requires_grad_(True)
+        model.base_model.lora_model.model.config.use_cache = False
+        return model
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    if name != "base":
+        model.mixture.train_gate_only()
+    return model
+
+
+def table(title: str, seconds: dict[str, list[float]]) -> str:
+    """One kind of work as a Markdown table."""
+    rows = [
+        f"## {title}",
+        "",
+        "| | median ms | x base | fastest x base | aim |",
+        "| - |" + " - |" * 4,
+    ]
+    base = seconds["base"]
+    for name, values in seconds.items():
+        middle, best = statistics.median(values), min(values)
+        aim = AIMS.get((title.split()[0], name.partition(",")[0]), "")
+        ratio = middle / statistics.median(base)
+        rows.append(
+            f"| {name} | {middle * 1e3:.1f} | {ratio:.2f} | {best / min(base):.2f} | {aim} |"
+        )
+    if title.startswith("training"):
+        times = statistics.median(seconds["peft xlora"]) / statistics.median(seconds["xlora"])
+        rows += [
+            "",
+            f"PEFT's X-LoRA step takes {times:.2f} times as long as ours (aim {TRAINING_AIM}).",
+        ]
+    return "\n".join(rows)
+
+
+def heading(load: tuple[float, ...]) -> str:
+    """What was run, where, and how busy the machine was."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    return (
+        "# Mixtures: speed and memory\n\n"
+        f"`python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`\n\n"
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads, "
+        f"{versions}. Load average before and after: {load[0]:.1f} and {os.getloadavg()[0]:.1f}: "
+        "above the number of threads the machine was shared, and the ratios of the fastest rounds "
+        "say more than the medians."
+    )
 
 
 if __name__ == "__main__":

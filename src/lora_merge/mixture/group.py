@@ -110,10 +110,14 @@ class Group(nn.Module):
         constant("columns", torch.tensor(joined, device=device))
         spec = self.context.spec
         per_module = spec.granularity != "model" and spec.signal == "hidden"
-        for index, member in enumerate(members):
+        taken = []
+        for index, (member, part) in enumerate(zip(members, places, strict=True)):
             offset = member.number * num_experts if per_module else 0
-            taken = [offset + e for e in member.experts]
-            constant(f"outside{index}", torch.tensor(taken, dtype=torch.int64, device=device))
+            own = [offset + e for e in member.experts]
+            constant(f"outside{index}", torch.tensor(own, dtype=torch.int64, device=device))
+            if not self.num_general:
+                taken.append([own[place] for place in part])
+        constant("taken", torch.tensor([c for part in taken for c in part], device=device))
 
     # -- storage ---------------------------------------------------------------------------------
 
@@ -137,6 +141,7 @@ class Group(nn.Module):
         # Plain references: looking a parameter up by name is slow, and there are many per token.
         self._ups = [getattr(self, f"up{index}") for index in range(len(self.names))]
         self._rows = (self.down, self.weight)
+        self._taken: Tensor = self.taken  # type: ignore[assignment]
         self._packed = None
         _, down, weight = self.factors()
         if self.weight is not None and weight is not None:
@@ -269,8 +274,12 @@ class Group(nn.Module):
             scores = self._scores(x, u, raw, start, stop)
             weights = self._decide(x, scores, start, stop)
         else:
-            scores = None
-            weights = self._outside(x, u.shape[0], start, stop)
+            given, scores = self._given(x, u.shape[0]), None
+            if context.observe is None and not self.num_general:  # straight to the units
+                taken = self._taken[self.units[start] : self.units[stop]]
+                return gate_units(u, given.index_select(1, taken), None, None)
+            outside = [getattr(self, f"outside{member}") for member in range(start, stop)]
+            weights = torch.stack([given.index_select(1, own) for own in outside], dim=1)
         if context.observe is not None:
             context.observe(self, start, stop, weights, scores)
         if spec.granularity == "rank":
@@ -348,27 +357,25 @@ class Group(nn.Module):
         keep = mask.to(rows)[:, :, None, None]
         return (rows * keep).sum(dim=1) / keep.sum(dim=1).clamp_min(1)
 
-    def _outside(self, x: Tensor, tokens: int, start: int, stop: int) -> Tensor:
-        """Weights that were decided outside, shape (T', M, E)."""
+    def _given(self, x: Tensor, tokens: int) -> Tensor:
+        """Weights that were decided outside, shape (T', columns)."""
         context = self.context
         weights = context.weights
         if weights is None:
             raise RuntimeError("the model's forward pre-hook did not run")
-        weights = weights.to(self.down.device)  # spread over devices, each module has its own
         rows, batch = weights.shape[0], x.shape[0]
         # Beam search and num_return_sequences repeat each row in place, so a divisor is right.
         fits = tokens == rows or (context.spec.signal != "hidden" and batch % rows == 0)
         if rows != 1 and not fits:
             hidden = context.spec.signal == "hidden"
             raise MethodError(
-                f"{self.names[start]}: a batch of {batch} rows and {tokens} tokens, but weights "
+                f"{self.names[0]}: a batch of {batch} rows and {tokens} tokens, but weights "
                 f"for {rows} {'tokens' if hidden else 'rows'}",
                 "leave the module out: it does not see the tokens of the first pass"
                 if hidden
                 else "name one expert per row of the batch",
             )
-        parts = [weights.index_select(1, getattr(self, f"outside{m}")) for m in range(start, stop)]
-        return torch.stack(parts, dim=1) if len(parts) > 1 else parts[0][:, None]
+        return weights.to(self._taken.device)  # spread over devices, each module has its own
 
 
 def _bounds(sizes: Sequence[int]) -> list[int]:
