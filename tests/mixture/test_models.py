@@ -169,6 +169,62 @@ def test_a_convolution_gates_every_patch() -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+class Unet(nn.Module):
+    """The parts of a diffusion model: convolutions, a skip, cross-attention to a text, a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.to_q, self.to_out = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+        self.to_k, self.to_v = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.time, self.conv_out = nn.Linear(4, 8), nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        high = self.conv_in(x)
+        low = self.down(torch.relu(high)) + self.time(time)[:, :, None, None]
+        pixels = low.flatten(2).mT
+        scores = self.to_q(pixels) @ self.to_k(text).mT
+        pixels = pixels + self.to_out(scores.softmax(-1) @ self.to_v(text))
+        low = pixels.mT.reshape(low.shape)
+        return self.conv_out(torch.cat([high, nn.functional.interpolate(low, scale_factor=2)], 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["arrow", "meteora", "smora", "spectr", "sequence"])
+def test_a_diffusion_model(preset: str, tmp_path: Path) -> None:
+    """A plain torch module without a config; one-hot is PEFT, gates differ by pixel and token."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def build() -> Unet:
+        torch.manual_seed(0)
+        return Unet().eval()
+
+    targets = ["conv_in", "down", "to_q", "to_k", "to_v", "to_out", "time", "conv_out"]
+    paths = []
+    for index in range(2):
+        adapter = get_peft_model(build(), LoraConfig(r=2 + index, target_modules=targets))
+        torch.manual_seed(1 + index)
+        for name, parameter in adapter.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+        adapter.save_pretrained(tmp_path / str(index))
+        paths.append(str(tmp_path / str(index)))
+    inputs = torch.randn(2, 3, 8, 8), torch.randn(2, 4), torch.randn(2, 5, 8)
+    model = build()
+    base = model(*inputs)
+    load_mixture(model, Mixture(paths, preset, **({"top_k": 1} if preset == "arrow" else {})))
+    with model.mixture.watch() as usage:
+        assert not torch.allclose(model(*inputs), base, atol=1e-3)
+    if preset == "arrow":
+        assert usage.modules["conv_out"].last.shape == (2 * 64, 2)
+        assert usage.modules["to_k"].last.shape == (2 * 5, 2)
+    model.mixture.set_gate(weights=[0.0, 1.0])
+    theirs = PeftModel.from_pretrained(build(), paths[1]).eval()(*inputs)
+    torch.testing.assert_close(model(*inputs), theirs, rtol=1e-4, atol=1e-5)
+    model.mixture.detach()
+    assert torch.equal(model(*inputs), base)
+
+
 class Packed(nn.Module):
     """Stands for a quantised layer: no float weight, only a call."""
 

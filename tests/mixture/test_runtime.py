@@ -359,7 +359,7 @@ def test_inputs_that_are_not_contiguous() -> None:
     torch.testing.assert_close(target(x), target(x.contiguous()))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 15, 16, 17, 255, 256, 257])
+@pytest.mark.parametrize("count", [1, 2, 3, 15, 16, 17, 255, 256, 257, 4096])
 def test_every_number_of_tokens(count: int) -> None:
     """A token's output does not depend on how many come with it."""
     model = llama()

@@ -13,6 +13,7 @@ from lora_merge.mixture import Mixture, load_mixture
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing:FutureWarning",
     "ignore:.*enable_softmax_topk:UserWarning",
+    "ignore:.*gradient_checkpointing_enable:FutureWarning",
 )
 
 
@@ -230,3 +231,54 @@ def test_a_body_that_another_library_wrapped() -> None:
     model.model.forward = functools.update_wrapper(functools.partial(old), old)
     torch.testing.assert_close(model(ids).logits, expected)
     assert model(ids).past_key_values.get_seq_length() == 9
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_compiled_with_both_passes(use_cache: bool) -> None:
+    """One graph without a cache; with one, making its twin breaks the graph and changes nothing."""
+    model = llama(num_hidden_layers=1)
+    load_mixture(model, sharp(model))
+    expected = model(tokens(), use_cache=use_cache).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=not use_cache, backend="aot_eager")
+    out = compiled(tokens(), use_cache=use_cache)
+    torch.testing.assert_close(out.logits, expected)
+    if use_cache:
+        more = compiled(tokens(2, 1), past_key_values=out.past_key_values).logits
+        whole = model(torch.cat([tokens(), tokens(2, 1)], dim=1)).logits[:, -1:]
+        torch.testing.assert_close(more, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_reentrant_checkpointing_is_refused_with_the_remedy() -> None:
+    model = llama()
+    load_mixture(model, sharp(model))
+    model.mixture.train_gate_only()
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(MethodError, match="once for every block") as caught:
+        model(tokens(), labels=tokens(), use_cache=False)
+    assert '"use_reentrant": False' in caught.value.remedy
+    with torch.no_grad():  # where nothing is checkpointed it runs
+        assert torch.isfinite(model(tokens(), use_cache=False).logits).all()
+
+
+@pytest.mark.parametrize("family", ["T5", "Bart"])
+def test_an_encoder_with_a_decoder_is_refused_at_once(family: str) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {
+        "T5": {"d_ff": 48, "d_kv": 8, "num_layers": 1, "num_heads": 4},
+        "Bart": {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48},
+    }[family]
+    config = getattr(transformers, f"{family}Config")(d_model=32, vocab_size=61, **sizes)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    mixture = Mixture(experts_for(model), "xlora", hidden_size=32)
+    with pytest.raises(MethodError, match="has an encoder and a decoder"):
+        load_mixture(model, mixture)
+    assert not hasattr(model, "mixture") and not any(m._forward_hooks for m in model.modules())
+    alone = getattr(transformers, f"{family}Model")(config).get_encoder()
+    load_mixture(alone, Mixture(experts_for(alone), "xlora", hidden_size=32))
+    assert torch.isfinite(alone(tokens()).last_hidden_state).all()

@@ -26,7 +26,7 @@ from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.overhead import Overhead, overhead
 from lora_merge.mixture.prepare import group_members, make_members
 from lora_merge.mixture.usage import Usage
-from lora_merge.mixture.xlora import HiddenGate, TwoPass
+from lora_merge.mixture.xlora import HiddenGate, TwoPass, refuse_two_sequences
 
 _SHORTCUT = "mixture"
 Layout = Literal["stack", "rows", "border"]
@@ -100,6 +100,8 @@ class AttachedMixture(nn.Module):
                 f"the model has a mixture called {name!r}", "detach it, or give another name"
             )
         spec = mixture.spec
+        if spec.signal == "hidden":
+            refuse_two_sequences(model)
         members, targets = make_members(model, mixture, dtype)
         gate_dtype = _gate_dtype(members[0].down.dtype)
         self.context = Context(spec)

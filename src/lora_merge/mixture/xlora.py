@@ -93,6 +93,8 @@ class TwoPass:
         """Forward pre-hook of the body: decides the weights of this pass."""
         if not self.context.active or self.context.bypass:
             return None
+        if torch.is_grad_enabled():
+            _refuse_reentrant(body)
         kwargs = dict(kwargs)
         cache = kwargs.get("past_key_values")
         if cache is None and _wants_cache(body, kwargs):
@@ -165,6 +167,34 @@ class TwoPass:
             return _hidden_of(body.forward(*args, **kwargs))
         finally:
             context.bypass = False
+
+
+def refuse_two_sequences(model: nn.Module) -> None:
+    """An encoder and its decoder see different tokens; X-LoRA is defined on one sequence.
+
+    Raises:
+        MethodError: If the model has both.
+    """
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        raise MethodError(
+            f"gate xlora: {type(model).__name__} has an encoder and a decoder, with tokens of their "
+            "own, and the gate's first pass is defined on one sequence",
+            "use a gate that looks at each module's own input: arrow, spectr, meteora, smora",
+        )
+
+
+def _refuse_reentrant(body: nn.Module) -> None:
+    """Reentrant checkpointing runs a backward pass per block, and all blocks share the gate."""
+    for module in body.modules():
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(function, "keywords", {}).get("use_reentrant"):
+                raise MethodError(
+                    "gate xlora: reentrant gradient checkpointing would go through the gate once "
+                    "for every block",
+                    'model.gradient_checkpointing_enable({"use_reentrant": False})',
+                )
+            return
 
 
 def _wants_cache(body: nn.Module, kwargs: Mapping[str, Any]) -> bool:
