@@ -123,13 +123,13 @@ class Group(nn.Module):
 
     def factors(self) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """Every up, down, and the gate's rows if they ride along in the shrink (of one dtype)."""
-        ups, down, weight = [up.data for up in self._ups], self.down.data, self.weight
+        ups, down, weight = [up.data for up in self.ups], self.down.data, self.weight
         rides = weight is not None and weight.dtype == down.dtype
         return ups, down, weight.data if weight is not None and rides else None
 
     def adopt(self, joined: Joined) -> None:
         """Take the place of experts and gate in a matrix that holds the base weights too."""
-        for up, view in zip(self._ups, joined.ups, strict=True):
+        for up, view in zip(self.ups, joined.ups, strict=True):
             up.data = view
         self.down.data = joined.down
         if self.weight is not None and joined.scores:
@@ -139,7 +139,7 @@ class Group(nn.Module):
     def _pack(self) -> None:
         """Make `down` and `weight` views of one matrix (same dtype only: half gates stay apart)."""
         # Plain references: looking a parameter up by name is slow, and there are many per token.
-        self._ups = [getattr(self, f"up{index}") for index in range(len(self.names))]
+        self.ups = [getattr(self, f"up{index}") for index in range(len(self.names))]
         self._rows = (self.down, self.weight)
         self._taken: Tensor = self.taken  # type: ignore[assignment]
         self._packed = None
@@ -178,7 +178,7 @@ class Group(nn.Module):
             y: Output of its base module.
             in_place: Whether `y` may be overwritten.
         """
-        up: Tensor = self._ups[index]
+        up: Tensor = self.ups[index]
         z = self.share(index, x, self.gated)
         if self.output_scales[index] != 1.0:
             z = z * self.output_scales[index]

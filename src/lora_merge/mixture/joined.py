@@ -83,15 +83,15 @@ class JoinedGroup:
             or x.dtype != self.joined.matrix.dtype
             or torch.compiler.is_compiling()
             or torch.is_autocast_enabled(x.device.type)
-            or not self.is_whole()
         )
 
     def _mixed(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
         """Outputs of members start..stop, shape (T, d_out), without bias."""
         tokens, joined = x.reshape(-1, x.shape[-1]), self.joined
-        if stop - start != len(self.linears):  # the siblings read something else
-            y = functional.linear(tokens, self.linears[start].weight)
-            return (expand(y, self.group.gated(x, start, stop)[0], joined.ups[start]),)
+        if stop - start != len(self.linears) or not self.is_whole():  # siblings apart, or moved
+            ys, zs = self._plain(tokens, start, stop), self.group.gated(x, start, stop)
+            ups = self.group.ups[start:stop]
+            return [expand(y, z, up) for y, z, up in zip(ys, zs, ups, strict=True)]
         if len(tokens) > concat.FEW_TOKENS:
             u, scores = concat.shrink_alone(tokens, joined)
             return concat.expand_with_base(tokens, self._gated(x, u, scores), joined)
@@ -101,23 +101,20 @@ class JoinedGroup:
     def _base(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
         """The same without the experts."""
         tokens, joined = x.reshape(-1, x.shape[-1]), self.joined
-        if stop - start != len(self.linears) or len(tokens) > concat.FEW_TOKENS:
-            return [functional.linear(tokens, w) for w in joined.weights[start:stop]]
+        many = len(tokens) > concat.FEW_TOKENS
+        if many or stop - start != len(self.linears) or not self.is_whole():
+            return self._plain(tokens, start, stop)
         both = functional.linear(tokens, joined.rows[: joined.outputs[-1]])
         return [y.contiguous() for y in both.split_with_sizes(joined.splits[:-2], dim=1)]
+
+    def _plain(self, tokens: Tensor, start: int, stop: int) -> list[Tensor]:
+        """One product for each base module."""
+        return [functional.linear(tokens, linear.weight) for linear in self.linears[start:stop]]
 
     def _gated(self, x: Tensor, u: Tensor, scores: Tensor) -> Sequence[Tensor]:
         """Gated units of all members; without rows in the matrix the gate makes its own scores."""
         given = scores if self.joined.scores else None
         return self.group.gate_parts(x, u, given, 0, len(self.linears))
-
-    def _base(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
-        """The same without the experts."""
-        tokens, joined = x.reshape(-1, x.shape[-1]), self.joined
-        if stop - start != len(self.linears) or len(tokens) > concat.FEW_TOKENS:
-            return [functional.linear(tokens, w) for w in joined.weights[start:stop]]
-        both = functional.linear(tokens, joined.rows[: joined.outputs[-1]])
-        return [y.contiguous() for y in both.split_with_sizes(joined.splits[:-2], dim=1)]
 
 
 def join_groups(

@@ -177,8 +177,8 @@ def refuse_two_sequences(model: nn.Module) -> None:
     """
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         raise MethodError(
-            f"gate xlora: {type(model).__name__} has an encoder and a decoder, with tokens of their "
-            "own, and the gate's first pass is defined on one sequence",
+            f"gate xlora: {type(model).__name__} has an encoder and a decoder, with tokens "
+            "of their own; the gate's first pass is defined on one sequence",
             "use a gate that looks at each module's own input: arrow, spectr, meteora, smora",
         )
 
