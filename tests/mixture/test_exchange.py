@@ -119,6 +119,18 @@ def test_the_original_packages_layout(tmp_path: Path) -> None:
     (folder / "xlora_config.json").write_text(json.dumps(raw))
     got = import_xlora(folder, experts=paths)
     torch.testing.assert_close(logits(got), logits(mixture))
+    stored = folder / "xlora_classifier.safetensors"
+    torch.save(load_file(stored), folder / "xlora_classifier.pt")
+    stored.rename(tmp_path / "apart")
+    with pytest.raises(AdapterError, match="is a pickle") as told:
+        import_xlora(folder, experts=paths)
+    assert "--allow-pickle" in told.value.remedy
+    again = import_xlora(folder, experts=paths, allow_pickle=True)
+    assert all(torch.equal(t, got.gate[name]) for name, t in again.gate.items())
+    torch.save({"inner.0.weight": Path(folder)}, folder / "xlora_classifier.pt")  # not only tensors
+    with pytest.raises(AdapterError, match="no plain dictionary of tensors"):
+        import_xlora(folder, experts=paths, allow_pickle=True)
+    (tmp_path / "apart").rename(stored)
     (folder / "xlora_config.json").write_text(json.dumps({**raw, "scaling_pass_value": 0.7}))
     with pytest.raises(MethodError, match=r"scaling_pass_value is 0\.7"):
         import_xlora(folder, experts=paths)

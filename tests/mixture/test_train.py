@@ -151,7 +151,8 @@ def test_the_task_loss_is_the_gates_cross_entropy(preset: str) -> None:
     losses = GateLosses()
     ids, mask = tokens(3, 6), torch.ones(3, 6, dtype=torch.int64)
     mask[1, 4:] = 0
-    owner = torch.tensor([0, 1, -1])
+    owner = torch.tensor([0, 1, -1])[:, None].repeat(1, 6)
+    owner[0, 3:] = 2  # a row that changes its task
     seen = []
     losses.begin(mask, owner)
     if preset == "xlora":
@@ -172,8 +173,8 @@ def test_the_task_loss_is_the_gates_cross_entropy(preset: str) -> None:
             row, place = divmod(token, 6)
             if mask[row, place]:
                 z.append(torch.logsumexp(scores[token], -1) ** 2)
-                if int(owner[row]) in present:
-                    target = present.index(int(owner[row]))
+                if int(owner[row, place]) in present:
+                    target = present.index(int(owner[row, place]))
                     terms.append(-torch.log_softmax(scores[token], -1)[target])
         if terms:
             per_gate.append(sum(terms) / len(terms))
@@ -190,7 +191,7 @@ def test_the_selection_bias_evens_out_the_load(setting) -> None:
         handle = load_mixture(model, one)
         losses = GateLosses()
         batch = collate(examples)
-        losses.begin(batch.mask, batch.experts)
+        losses.begin(batch.mask, batch.owners)
         handle.context.observe = losses.observe
         model(batch.ids, attention_mask=batch.mask)
         handle.detach()

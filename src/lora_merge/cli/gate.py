@@ -34,11 +34,17 @@ _gate_options = together(
     click.option("--null-expert", is_flag=True, help="Let the gate abstain: the base model."),
     click.option("--null-score", type=float, help="Score of abstaining, where none is learned."),
     click.option("--sequence", is_flag=True, help="Decide once per sequence, at prefill."),
+    click.option(
+        "--memory",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Share of the previous token's scores that counts at the next.",
+    ),
     click.option("--depth", type=click.IntRange(min=1), help="xlora: layers of the classifier."),
     click.option("--width", type=click.IntRange(min=1), help="xlora: its hidden width."),
 )
 _SETTINGS = (
-    "top_k", "temperature", "value", "granularity", "scale", "null_score", "depth", "width",
+    "top_k", "temperature", "value", "granularity", "scale", "null_score", "memory", "depth",
+    "width",
 )  # fmt: skip
 
 
@@ -134,6 +140,7 @@ def command(
             base=base,
             top_k=settings["top_k"],
             temperature=settings["temperature"],
+            allow_pickle=allow_pickle,
         )
     elif into is not None:
         mixture = append_experts(

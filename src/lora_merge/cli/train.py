@@ -33,6 +33,15 @@ _training_options = together(
         "--bias-rate", type=float, default=0.0, show_default=True,
         help="Step of the selection bias against load (smora).",
     ),
+    click.option("--train-experts", is_flag=True, help="Train the experts as well."),
+    click.option(
+        "--expert-lr", type=float, default=1e-4, show_default=True, help="Of the experts."
+    ),
+    click.option(
+        "--rank-l1", type=float, default=0.0, show_default=True,
+        help="Prune ranks whose loss gain per unit of weight is below this (SoRA).",
+    ),
+    click.option("--rank-lr", type=float, help="Step of the pruning.  [default: by steps]"),
     click.option("--bf16", is_flag=True, help="Run the passes in bfloat16."),
     click.option("--seed", type=int, default=0, show_default=True),
     click.option(
@@ -48,10 +57,14 @@ _training_options = together(
 Examples:
   lora-merge train mix --base ./llama --data train.jsonl -o trained
   lora-merge train mix --base ./llama --data train.jsonl -o trained --resume
+  lora-merge train mix --base ./llama --data train.jsonl --rank-l1 1e-4 -o small
+  accelerate launch -m lora_merge train mix --base ./llama --data ... -o trained
 
-Rows are {"text": ...} or {"prompt": ..., "response": ...}, with an optional "expert".
+Rows are {"text": ...} or {"prompt": ..., "response": ...}, with an optional
+"expert", or {"parts": [{"text": ..., "expert": ...}, ...]} for texts that
+change their task.
 """,
-    short_help="Train a mixture's gate; the experts stay as they are.",
+    short_help="Train a mixture's gate, prune its ranks or train its experts.",
 )
 @click.argument("mixture", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="Base model: a directory or a Hub id.")
@@ -61,6 +74,7 @@ Rows are {"text": ...} or {"prompt": ..., "response": ...}, with an optional "ex
 @click.option("--strict", is_flag=True, help="Refuse the data if any row is bad.")
 @_training_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@click.option("--shard", "sharded", is_flag=True, help="Spread the base over processes (FSDP).")
 @click.option("--resume", is_flag=True, help="Go on from OUT.training, exactly.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="To make.")
 @click.option("--force", is_flag=True, help="Replace a mixture directory that is there.")
@@ -73,27 +87,42 @@ def command(
     max_length: int,
     strict: bool,
     device: str,
+    sharded: bool,
     resume: bool,
     out: Path,
     force: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Train the gate of MIXTURE with its experts frozen.
+    """Train the gate of MIXTURE; its experts stay as they are unless --train-experts or --rank-l1.
+
+    With --rank-l1 every rank gets a weight that is driven to zero unless the loss needs it; ranks
+    at zero are left out of the experts that are saved. MIXTURE itself is never changed.
 
     A checkpoint lies in OUT.training, every step's numbers in OUT.training.metrics.jsonl. A run
     that was killed goes on with --resume to the weights it would have had.
     """
+    import torch
+
     from lora_merge.adapters import check_target
     from lora_merge.cli._output import Output
     from lora_merge.mixture import Mixture, TrainSettings, train_gate
     from lora_merge.mixture.base import load_base
     from lora_merge.mixture.data import read_examples
+    from lora_merge.mixture.processes import Processes, is_launched, join, leave, shard
 
     output = Output(as_json)
     start = Mixture.from_pretrained(mixture)
-    check_target(out, force=force)
-    model, tokenizer = load_base(base, device)
+    if is_launched():
+        device = str(join(cpu=device == "cpu"))
+    elif sharded:
+        raise click.UsageError("--shard spreads the base over processes; start several")
+    first = Processes.current().rank == 0
+    if first:
+        check_target(out, force=force)
+    model, tokenizer = load_base(base, "cpu" if sharded else device)
+    if sharded:
+        shard(model, torch.device(device))
     rows = read_examples(data, tokenizer, experts=start.names, max_length=max_length, strict=strict)
     held = (
         read_examples(
@@ -102,12 +131,13 @@ def command(
         if evaluation
         else None
     )
-    for fault in (*rows.faults[:5], *(held.faults[:5] if held else ())):
-        output.note(f"left out: {fault}")
-    if len(rows.faults) > 5:
-        output.note(f"{len(rows.faults)} of the rows were left out")
+    if first:
+        for fault in (*rows.faults[:5], *(held.faults[:5] if held else ())):
+            output.note(f"left out: {fault}")
+        if len(rows.faults) > 5:
+            output.note(f"{len(rows.faults)} of the rows were left out")
     history: list[Mapping[str, Any]] = []
-    with output.progress("training", int(settings["steps"])) as advance:
+    with output.progress("training", int(settings["steps"]) if first else 0) as advance:
 
         def on_step(metrics: Mapping[str, Any]) -> None:
             history.append(metrics)
@@ -123,6 +153,9 @@ def command(
             resume=resume,
             on_step=on_step,
         )
+    leave()
+    if not first:
+        return
     trained.save_pretrained(out, force=force)
     last = history[-1] if history else {}
     result = {
@@ -132,6 +165,7 @@ def command(
         "left_out": list(rows.faults),
         "steps": settings["steps"],
         "steps_run": len(history),
+        "ranks": sum(sum(e.adapter.ranks().elements()) for e in trained.experts),
         "last": dict(last),
     }
     output.data(result, *_view(result, history))
@@ -143,7 +177,7 @@ def _view(result: dict[str, Any], history: list[Mapping[str, Any]]) -> list[Any]
     grid = table("", "first step", "last step")
     if history:
         first, last = history[0], history[-1]
-        for name in ("loss", "task", "balance", "z", "eval_loss", "tokens_per_second"):
+        for name in ("loss", "task", "balance", "z", "ranks", "eval_loss", "tokens_per_second"):
             if name in last:
                 before = f"{first[name]:.4g}" if name in first else "-"
                 grid.add_row(name.replace("_", " "), before, f"{last[name]:.4g}")

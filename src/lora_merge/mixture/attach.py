@@ -26,7 +26,7 @@ from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.overhead import Overhead, overhead
 from lora_merge.mixture.prepare import group_members, make_members
 from lora_merge.mixture.usage import Usage
-from lora_merge.mixture.xlora import HiddenGate, TwoPass, refuse_two_sequences
+from lora_merge.mixture.xlora import HiddenGate, TwoPass, own_cache, refuse_two_sequences
 
 _SHORTCUT = "mixture"
 Layout = Literal["stack", "rows", "border"]
@@ -372,15 +372,16 @@ class AttachedMixture(nn.Module):
         context = self.context
         if not context.active or context.bypass:
             return None
-        if context.spec.signal == "hidden" and self.two_pass is not None:
-            result = self.two_pass.before(body, args, kwargs)
-            args, kwargs = result or (args, kwargs)
-        if context.spec.sequence or context.observe is not None:
+        remembers = context.spec.sequence or context.spec.memory > 0
+        if remembers or context.observe is not None:
             mask = kwargs.get("attention_mask")
             usable = isinstance(mask, Tensor) and mask.dim() == 2
             context.mask = last_tokens(mask.bool(), args, kwargs) if usable else None  # type: ignore[union-attr]
-        if context.spec.sequence:
-            cache = kwargs.get("past_key_values")
+        if context.spec.signal == "hidden" and self.two_pass is not None:
+            result = self.two_pass.before(body, args, kwargs)
+            args, kwargs = result or (args, kwargs)
+        elif remembers:
+            cache, kwargs = own_cache(body, kwargs)
             context.store = None
             if cache is not None and hasattr(cache, "get_seq_length"):
                 context.store = companion_of(cache, self.name, twin=False).rows

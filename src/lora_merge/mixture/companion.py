@@ -6,6 +6,7 @@ follow it: beam search reorders them, assisted decoding crops them, a copied pre
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.errors import MethodError
+from lora_merge.mixture.memory import REMEMBERED
 
 _ATTRIBUTE = "lora_merge_companions"
 
@@ -78,6 +80,8 @@ def _following(kind: Any) -> type:
 
     def follow(method: str) -> Any:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if method == "crop":
+                _refuse_forgetting(self.__dict__[_ATTRIBUTE].values())
             result = getattr(kind, method)(self, *args, **kwargs)
             for companion in self.__dict__[_ATTRIBUTE].values():
                 if companion.twin is not None:
@@ -95,6 +99,16 @@ def _following(kind: Any) -> type:
     names = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset")
     methods = {name: follow(name) for name in names if hasattr(kind, name)}
     return type(kind.__name__, (kind,), {"plain": kind, "__module__": kind.__module__, **methods})
+
+
+def _refuse_forgetting(companions: Iterable[Companion]) -> None:
+    """A sum over tokens cannot give the last ones back."""
+    for companion in companions:
+        if any(isinstance(key, tuple) and key[0] == REMEMBERED for key in companion.rows):
+            raise MethodError(
+                "tokens are taken back from the KV cache, and a gate with memory cannot forget them",
+                "decode without an assistant, or with a gate whose memory is 0",
+            )
 
 
 def _select(tensor: Tensor, indices: Tensor) -> Tensor:

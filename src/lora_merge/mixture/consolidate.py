@@ -11,20 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import (
-    Adapter,
-    AdapterConfig,
-    AlignedModule,
-    RankStack,
-    TensorDict,
-    build_adapter,
-    read_stacks,
-)
-from lora_merge.adapters.modules import to_stored
+from lora_merge.adapters import RankStack, read_stacks
 from lora_merge.errors import MethodError
 from lora_merge.mixture.exporters import cut
 from lora_merge.mixture.initial import initial_gate
 from lora_merge.mixture.mixture import Expert, Mixture
+from lora_merge.mixture.rebuild import plain_adapter, stored_factors
 from lora_merge.mixture.usage import Usage
 
 
@@ -49,7 +41,8 @@ def consolidate(
     """Merge a mixture's experts into a few.
 
     A group's members enter with their shares of the group's usage in each module, so that the
-    group's weight times the merged expert is what the members did together on average.
+    group's weight times the merged expert is what the members did together on average. Shares sum
+    to 1, so general adapters (GenKnowSub) are subtracted from a group as they were from its members.
 
     Args:
         mixture: What there is.
@@ -63,17 +56,20 @@ def consolidate(
     names = mixture.names
     if not 1 <= experts <= len(names):
         raise MethodError(f"{experts} of {len(names)} experts", f"1 to {len(names)}")
-    if tuple(names) != usage.experts or set(usage.modules) != set(mixture.modules):
+    modules = [m for m in mixture.alignment.modules if min(m.specs) < len(names)]
+    if tuple(names) != usage.experts or set(usage.modules) != {m.name for m in modules}:
         raise MethodError("the usage is that of another mixture", "measure this one's")
-    if mixture.spec.granularity == "rank" or len(mixture.experts) > len(names):
+    if mixture.spec.granularity == "rank":
         raise MethodError(
-            f"the {mixture.spec.preset} gate weighs single ranks, or subtracts general adapters",
-            "consolidate a mixture that weighs whole experts",
+            f"the {mixture.spec.preset} gate decides over single ranks: a rank that is merged from "
+            "several has no row of its own in it",
+            "prune it (`lora-merge train --rank-l1` on another gate), or --experts 1 for one plain "
+            "adapter",
         )
     groups = group_experts(usage, experts)
     tensors: list[dict[str, Tensor]] = [{} for _ in groups]
     lost = total = 0.0
-    for module in mixture.alignment.modules:
+    for module in modules:
         stack = next(iter(read_stacks(mixture.alignment, module)))
         for place, group in enumerate(groups):
             merged = _merged(stack, group, usage.mean_weights()[module.name])
@@ -82,11 +78,12 @@ def consolidate(
             part, missing = cut(merged, min(rank or merged.num_units, merged.num_units))
             lost += missing
             total += merged.inner(merged)
-            tensors[place].update(_named(module, part))
+            tensors[place].update(stored_factors(module.first, part))
     made = [
-        Expert(names[group[0]], _adapter(mixture, part, names[group[0]]))
+        Expert(names[group[0]], plain_adapter(mixture, part, names[group[0]]))
         for group, part in zip(groups, tensors, strict=True)
     ]
+    made += [expert for expert in mixture.experts if expert.general]
     spec = replace(mixture.spec, trained=not mixture.spec.is_learned)
     if spec.top_k is not None:
         spec = replace(spec, top_k=min(spec.top_k, experts))
@@ -130,37 +127,6 @@ def _merged(stack: RankStack, group: Sequence[int], weights: Tensor) -> RankStac
     scale[present] = _shares(present, weights)
     mask = torch.isin(stack.owner, torch.tensor(present))
     return stack.units(mask).weighted(scale)
-
-
-def _named(module: AlignedModule, part: RankStack) -> dict[str, Tensor]:
-    spec = replace(module.first, rank=part.num_units)
-    a, b = to_stored(spec, [part.balanced()], part.num_units)
-    stem = f"base_model.model.{module.name}.lora_"
-    if spec.form == "embedding":
-        return {stem + "embedding_A": a, stem + "embedding_B": b}
-    return {stem + "A.weight": a, stem + "B.weight": b}
-
-
-def _adapter(mixture: Mixture, tensors: dict[str, Tensor], name: str) -> Adapter:
-    """An adapter in memory whose scaling is 1 in every module."""
-    ranks = {
-        key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]: len(tensor)
-        for key, tensor in tensors.items()
-        if key.endswith(("lora_A.weight", "lora_embedding_A"))
-    }
-    first = mixture.experts[0].adapter.config
-    pattern = {"^" + module.replace(".", r"\."): rank for module, rank in ranks.items()}
-    config = AdapterConfig(
-        base_model=mixture.alignment.base_model,
-        r=max(ranks.values()),
-        lora_alpha=max(ranks.values()),
-        rank_pattern=pattern,
-        alpha_pattern={key: float(rank) for key, rank in pattern.items()},
-        target_modules=tuple(ranks),
-        fan_in_fan_out=first.fan_in_fan_out,
-        task_type=first.task_type,
-    )
-    return build_adapter(name, config, TensorDict(tensors))
 
 
 def _gate(

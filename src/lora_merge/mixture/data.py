@@ -1,7 +1,7 @@
-"""Training data for a gate: JSON lines with `text`, or `prompt` and `response`."""
+"""Training data for a gate: JSON lines with `text`, `prompt` and `response`, or `parts`."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,18 @@ class Example:
         ids: Token ids.
         skipped: How many of the first tokens carry no loss (the prompt).
         expert: Index of the expert whose task it is, -1 where the row does not say.
+        owners: Expert of each token or -1, for rows that change their task; empty: `expert`.
     """
 
     ids: tuple[int, ...]
     skipped: int
     expert: int
+    owners: tuple[int, ...] = ()
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether any of its tokens has an expert."""
+        return max(self.owners, default=self.expert) >= 0
 
 
 @dataclass(frozen=True)
@@ -54,17 +61,22 @@ class Batch:
         ids: int64, shape (B, S).
         mask: 1 for tokens, int64, shape (B, S).
         labels: ids, or -100 where there is no loss, shape (B, S).
-        experts: Expert of each row or -1, int64, shape (B,).
+        owners: Expert of each token or -1, int64, shape (B, S).
     """
 
     ids: Tensor
     mask: Tensor
     labels: Tensor
-    experts: Tensor
+    owners: Tensor
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that carry a loss."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
-        return Batch(*(t.to(device) for t in (self.ids, self.mask, self.labels, self.experts)))
+        return Batch(*(t.to(device) for t in (self.ids, self.mask, self.labels, self.owners)))
 
 
 def read_examples(
@@ -80,7 +92,7 @@ def read_examples(
     Args:
         path: The file.
         tokenizer: Called as transformers' tokenizers are.
-        experts: Names that the `expert` field may have.
+        experts: Names that an `expert` field may have.
         max_length: Longer rows are cut.
         strict: Refuse the file if any row is bad; otherwise bad rows are listed and left out.
 
@@ -118,27 +130,58 @@ def _parse(line: str, tokenizer: Any, experts: Sequence[str], max_length: int) -
         raise ValueError(f"no JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError("no JSON object")
-    expert = -1
-    if row.get("expert") is not None:
-        if row["expert"] not in experts:
-            raise ValueError(f"no expert is called {row['expert']!r}")
-        expert = list(experts).index(row["expert"])
+    expert = _expert_of(row, experts)
+    skipped = 0
+    owners: list[int] = []
     if isinstance(row.get("text"), str):
-        ids, skipped = list(tokenizer(row["text"])["input_ids"]), 0
+        ids = _tokens(tokenizer, row["text"], first=True)
     elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
-        before = list(tokenizer(row["prompt"])["input_ids"])
-        after = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-        ids, skipped = before + list(after), len(before)
+        ids = _tokens(tokenizer, row["prompt"], first=True)
+        skipped = len(ids)
+        ids += _tokens(tokenizer, row["response"], first=False)
+    elif isinstance(row.get("parts"), list):
+        ids, owners = _parts(row["parts"], tokenizer, experts)
     else:
-        raise ValueError("neither text nor prompt and response")
+        raise ValueError("neither text, nor prompt and response, nor parts")
     if getattr(tokenizer, "eos_token_id", None) is not None and ids[-1:] != [
         tokenizer.eos_token_id
     ]:
         ids.append(tokenizer.eos_token_id)
-    ids = ids[:max_length]
+        owners += owners[-1:]
+    ids, owners = ids[:max_length], owners[:max_length]
     if len(ids) <= max(skipped, 1):
         raise ValueError("no token left to learn from")
-    return Example(tuple(ids), skipped, expert)
+    return Example(tuple(ids), skipped, expert, tuple(owners))
+
+
+def _parts(
+    parts: Sequence[Any], tokenizer: Any, experts: Sequence[str]
+) -> tuple[list[int], list[int]]:
+    """Tokens and owners of a row that changes its task."""
+    ids: list[int] = []
+    owners: list[int] = []
+    for number, part in enumerate(parts, start=1):
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise ValueError(f"part {number} has no text")
+        found = _tokens(tokenizer, part["text"], first=number == 1)
+        ids += found
+        owners += [_expert_of(part, experts)] * len(found)
+    return ids, owners
+
+
+def _tokens(tokenizer: Any, text: str, *, first: bool) -> list[int]:
+    """Token ids; only the first piece of a row gets what the tokenizer puts before a text."""
+    return list(tokenizer(text, add_special_tokens=first)["input_ids"])
+
+
+def _expert_of(row: Mapping[str, Any], experts: Sequence[str]) -> int:
+    """Index of the expert that a row or part names, -1 if it names none."""
+    name = row.get("expert")
+    if name is None:
+        return -1
+    if name not in experts:
+        raise ValueError(f"no expert is called {name!r}")
+    return list(experts).index(name)
 
 
 def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
@@ -147,21 +190,24 @@ def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
     ids = torch.full((len(examples), width), pad)
     mask = torch.zeros(len(examples), width, dtype=torch.int64)
     labels = torch.full((len(examples), width), IGNORED)
+    owners = torch.full((len(examples), width), -1)
     for row, example in enumerate(examples):
         size = len(example.ids)
         ids[row, :size] = torch.tensor(example.ids)
         mask[row, :size] = 1
         labels[row, example.skipped : size] = ids[row, example.skipped : size]
-    return Batch(ids, mask, labels, torch.tensor([e.expert for e in examples]))
+        owners[row, :size] = torch.tensor(example.owners or example.expert)
+    return Batch(ids, mask, labels, owners)
 
 
 def batches(
-    examples: Sequence[Example], size: int, *, seed: int, start: int = 0
+    examples: Sequence[Example], size: int, *, seed: int, start: int = 0, rank: int = 0, of: int = 1
 ) -> Iterator[Batch]:
     """Endless shuffled batches; number `start` of them is the same whoever asks.
 
     Every epoch has an order of its own, drawn from the seed and the epoch's number: a resumed run
-    sees exactly the rows it would have seen.
+    sees exactly the rows it would have seen, and of several processes each takes its share (every
+    `of`-th row from `rank` on) of the batch that one process would have seen.
     """
     per_epoch = max(len(examples) // size, 1)
     number = start
@@ -169,7 +215,7 @@ def batches(
         epoch, place = divmod(number, per_epoch)
         random = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(examples), generator=random).tolist()
-        chosen = order[place * size : (place + 1) * size]
+        chosen = order[place * size : (place + 1) * size][rank::of]
         yield collate([examples[i] for i in chosen])
         number += 1
 

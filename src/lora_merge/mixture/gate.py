@@ -41,6 +41,8 @@ class GateSpec:
             (or R) for rank gates under a softmax: the kept ranks then have weight 1 on average.
         standardise: Compare input and row after LayerNorm, divided by sqrt(d) (PHATGOOSE).
         sequence: Scores are averaged over the prompt, decided at prefill and kept.
+        memory: Scores of earlier tokens that count at the next one, 0 to below 1: the score of a
+            token is its own plus `memory` times that of the token before, sum_j memory^j s_(t-j).
         null_expert: A weight that belongs to no expert: the gate can abstain.
         null_score: Its score where the gate has no learned row for it.
         weights: Weight of each expert (`constant`).
@@ -59,6 +61,7 @@ class GateSpec:
     scale: float | None = None
     standardise: bool = False
     sequence: bool = False
+    memory: float = 0.0
     null_expert: bool = False
     null_score: float = 0.0
     weights: tuple[float, ...] = ()
@@ -88,6 +91,13 @@ class GateSpec:
                 f"gate {self.preset}: single ranks are gated by the module's input, "
                 "and have no null expert",
                 "use the preset smora",
+            )
+        if not 0 <= self.memory < 1:
+            raise MethodError(f"gate {self.preset}: memory {self.memory}", "from 0 to below 1")
+        if self.memory and (self.sequence or self.signal in ("constant", "request")):
+            raise MethodError(
+                f"gate {self.preset}: there are no scores per token to remember",
+                "use memory with gates that decide per token",
             )
         if self.sequence and self.signal not in ("input", "prototype", "spectrum"):
             raise MethodError(

@@ -22,6 +22,7 @@ from lora_merge.kernels.gated_stack.eager import (
 from lora_merge.mixture.context import Context
 from lora_merge.mixture.gate import activate
 from lora_merge.mixture.member import Member
+from lora_merge.mixture.memory import REMEMBERED, remember
 
 
 @dataclass(eq=False)
@@ -51,6 +52,7 @@ class Group(nn.Module):
 
     down: nn.Parameter
     weight: nn.Parameter | None
+    rank_gates: nn.Parameter | None  # one factor per unit while SoRA trains
 
     def __init__(
         self,
@@ -76,6 +78,7 @@ class Group(nn.Module):
         rows = [m.rows for m in members if m.rows is not None]
         weight = torch.cat(rows).to(gate_dtype or self.down.dtype) if rows else None
         self.weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("rank_gates", None)
         self.units = _bounds([len(m.owner) for m in members])
         self.scores = _bounds([len(r) for r in rows])
         self._layout(members, num_experts)
@@ -180,6 +183,8 @@ class Group(nn.Module):
         """
         up: Tensor = self.ups[index]
         z = self.share(index, x, self.gated)
+        if self.rank_gates is not None:
+            z = z * self.rank_gates[self.units[index] : self.units[index + 1]].to(z.dtype)
         if self.output_scales[index] != 1.0:
             z = z * self.output_scales[index]
         if self.form == "conv":
@@ -272,6 +277,8 @@ class Group(nn.Module):
         context, spec = self.context, self.context.spec
         if spec.is_local:
             scores = self._scores(x, u, raw, start, stop)
+            if spec.memory:
+                scores = self._remembered(x, scores, start, stop)
             weights = self._decide(x, scores, start, stop)
         else:
             given, scores = self._given(x, u.shape[0]), None
@@ -323,6 +330,18 @@ class Group(nn.Module):
         # The square root has no derivative at 0, where every expert's delta vanishes.
         return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt().view(len(u), -1, size)
 
+    def _remembered(self, x: Tensor, scores: Tensor, start: int, stop: int) -> Tensor:
+        """Scores with those of earlier tokens, shape (T, M, n)."""
+        context, key = self.context, (REMEMBERED, self.names[start], stop - start)
+        rows = scores.view(self._batch(x), -1, scores[0].numel())
+        mask = context.mask
+        keep = mask if mask is not None and mask.shape == rows.shape[:2] else None
+        return remember(context.store, key, rows, context.spec.memory, keep).view(scores.shape)
+
+    def _batch(self, x: Tensor) -> int:
+        """Sequences in an input; tokens without a sequence are one."""
+        return x.shape[0] if x.dim() > (1 if self.form == "embedding" else 2) else 1
+
     def _decide(self, x: Tensor, scores: Tensor, start: int, stop: int) -> Tensor:
         """Weights of the gated experts (or ranks), shape (T', M, E)."""
         spec, store = self.context.spec, self.context.store
@@ -349,8 +368,7 @@ class Group(nn.Module):
 
     def _over_prompt(self, x: Tensor, scores: Tensor) -> Tensor:
         """Mean of the scores over the tokens that count, shape (B, M, n)."""
-        batch = x.shape[0] if x.dim() > (1 if self.form == "embedding" else 2) else 1
-        rows = scores.view(batch, -1, *scores.shape[1:])
+        rows = scores.view(self._batch(x), -1, *scores.shape[1:])
         mask = self.context.mask
         if mask is None or mask.shape != rows.shape[:2]:
             return rows.mean(dim=1)

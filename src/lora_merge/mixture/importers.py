@@ -3,6 +3,7 @@
 | written by        | gate                                            | experts                   |
 | ----------------- | ----------------------------------------------- | ------------------------- |
 | xlora             | xlora_config.json, xlora_classifier.safetensors | folders, or elsewhere     |
+|                   | (or .pt, a pickle: read only when asked to)     |                           |
 | PEFT up to 0.19   | adapter_config.json (XLORA), `layers.<i>`       | folders 0, 1, ...         |
 | PEFT 0.20 or later| the same, but the first layer is missing        | the same                  |
 
@@ -14,6 +15,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ def import_xlora(
     experts: Sequence[str | Path] = (),
     order: Sequence[str] | None = None,
     base: str | None = None,
+    allow_pickle: bool = False,
 ) -> Mixture:
     """Read an X-LoRA checkpoint of the original package or of PEFT.
 
@@ -53,6 +56,7 @@ def import_xlora(
         order: Modules in the order in which the checkpoint numbers its layers (see
             `layer_order`); needed for layerwise scalings, where the outputs depend on it.
         base: Base model to take that order from, if it is not given.
+        allow_pickle: Read a `.pt` classifier, with torch's restricted unpickler.
 
     Raises:
         AdapterError: If it is no X-LoRA checkpoint, or its gate is not all there.
@@ -60,7 +64,7 @@ def import_xlora(
     """
     if (folder / "xlora_config.json").is_file():
         raw = _json(folder / "xlora_config.json")
-        linears = _original_layers(folder)
+        linears = _original_layers(folder, allow_pickle)
         names = [str(n) for n in raw.get("adapters", [])]
     else:
         raw = _json(folder / "adapter_config.json")
@@ -222,26 +226,43 @@ def _peft_layers(folder: Path) -> list[tuple[Tensor, Tensor]]:
     return [(found[i]["weight"], found[i]["bias"]) for i in sorted(found) if len(found[i]) == 2]
 
 
-def _original_layers(folder: Path) -> list[tuple[Tensor, Tensor]]:
-    path = folder / "xlora_classifier.safetensors"
-    if not path.is_file():
-        raise AdapterError(
-            f"{folder}: no xlora_classifier.safetensors",
-            "a .pt classifier has to be saved as safetensors first",
-        )
-    file = SafetensorsFile(path, str(folder))
+def _original_layers(folder: Path, allow_pickle: bool) -> list[tuple[Tensor, Tensor]]:
     found: dict[float, dict[str, Tensor]] = {}
-    for name in file.entries():
+    for name, tensor in _original_tensors(folder, allow_pickle).items():
         match = _ORIGINAL.match(name)
         if match:
             place = float("inf") if match[1] is None else float(match[1])
-            found.setdefault(place, {})[match[2]] = file.read(name)
+            found.setdefault(place, {})[match[2]] = tensor
     layers = []
     for place in sorted(found):
         weight = found[place]["weight"]
         bias = found[place].get("bias", torch.zeros(len(weight)))  # `use_bias: false`
         layers.append((weight, bias))
     return layers
+
+
+def _original_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    path, pickled = folder / "xlora_classifier.safetensors", folder / "xlora_classifier.pt"
+    if path.is_file():
+        file = SafetensorsFile(path, str(folder))
+        return {name: file.read(name) for name in file.entries()}
+    if not pickled.is_file():
+        raise AdapterError(f"{folder}: no xlora_classifier.safetensors", "get the whole directory")
+    if not allow_pickle:
+        raise AdapterError(
+            f"{folder}: the classifier is a pickle (xlora_classifier.pt)",
+            "--allow-pickle reads it with torch's restricted unpickler, if you trust the source",
+        )
+    try:
+        state = torch.load(pickled, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
+        raise AdapterError(
+            f"{pickled} is no plain dictionary of tensors: {str(error).splitlines()[0]}",
+            "save the classifier's state_dict as safetensors",
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise AdapterError(f"{pickled} is no plain dictionary of tensors", "get it again")
+    return {str(name): tensor for name, tensor in state.items()}
 
 
 def _check_layers(
@@ -311,6 +332,7 @@ def import_checkpoint(
     base: str | None = None,
     top_k: int | None = None,
     temperature: float | None = None,
+    allow_pickle: bool = False,
 ) -> Mixture:
     """Read whatever mixture checkpoint a path holds: a file is MeteoRA's, a directory X-LoRA's.
 
@@ -320,6 +342,7 @@ def import_checkpoint(
         base: Base model, for X-LoRA's order of layers.
         top_k: MeteoRA's, which no checkpoint records.
         temperature: The same.
+        allow_pickle: Read X-LoRA's classifier from a `.pt` file.
 
     Raises:
         AdapterError: If it is neither.
@@ -330,4 +353,4 @@ def import_checkpoint(
         raise AdapterError(f"{path}: no such file or directory", "check the path")
     if top_k is not None or temperature is not None:
         raise MethodError("an X-LoRA checkpoint says top-k and temperature itself", "leave them")
-    return import_xlora(path, experts=experts, base=base)
+    return import_xlora(path, experts=experts, base=base, allow_pickle=allow_pickle)

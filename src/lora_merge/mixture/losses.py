@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_merge.mixture.group import Group
+from lora_merge.mixture.processes import Processes
 
 
 @dataclass(eq=False)
@@ -18,20 +19,19 @@ class GateLosses:
 
     Attributes:
         mask: Tokens that count, bool, shape (T,).
-        experts: Expert of each token or -1, int64, shape (T,).
+        owners: Expert of each token or -1, int64, shape (T,).
         loads: How often each score of a rank gate was kept, by (group, member).
     """
 
     mask: Tensor | None = None
-    experts: Tensor | None = None
+    owners: Tensor | None = None
     loads: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _groups: dict[int, Group] = field(default_factory=dict)
     _terms: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def begin(self, mask: Tensor, experts: Tensor) -> None:
-        """Forget the last pass. `mask` is (B, S), `experts` (B,)."""
-        self.mask = mask.bool().flatten()
-        self.experts = experts.repeat_interleave(mask.shape[1])
+    def begin(self, mask: Tensor, owners: Tensor) -> None:
+        """Forget the last pass. `mask` and `owners` are (B, S)."""
+        self.mask, self.owners = mask.bool().flatten(), owners.flatten()
         self._terms = {"task": [], "balance": [], "z": []}
 
     def observe(
@@ -53,7 +53,7 @@ class GateLosses:
 
     def add(self, scores: Tensor, weights: Tensor, present: tuple[int, ...] | None) -> None:
         """Losses of one gate. `present` maps its scores to experts; None for ranks."""
-        if self.mask is None or self.experts is None:
+        if self.mask is None or self.owners is None:
             return
         scores, weights = scores[self.mask].float(), weights[self.mask].float()
         self._terms["z"].append(torch.logsumexp(scores, dim=-1).square().mean())
@@ -63,7 +63,7 @@ class GateLosses:
         self._terms["balance"].append(len(share) * (share * probability).sum())
         if present is None:
             return
-        owner = self.experts[self.mask]
+        owner = self.owners[self.mask]
         place = torch.full((int(max(present)) + 2,), -1, device=owner.device)
         place[list(present)] = torch.arange(len(present), device=owner.device)
         target = place[owner.clamp(max=len(place) - 1)].masked_fill(owner < 0, -1)
@@ -78,11 +78,12 @@ class GateLosses:
         return torch.stack(terms).mean() if terms else None
 
     @torch.no_grad()
-    def move_biases(self, rate: float) -> None:
+    def move_biases(self, rate: float, processes: Processes) -> None:
         """Selection biases towards even load, then forget the loads (DeepSeek-V3, SMoRA).
 
         b_j <- b_j + rate * sign(mean load - load_j): ranks chosen too seldom become likelier.
         """
+        processes.add_up([*self.loads.values()])
         for (key, member), load in self.loads.items():
             group = self._groups[key]
             bias = group.bias

@@ -1,11 +1,10 @@
-"""Train a gate with its experts frozen; a killed run goes on to the same weights."""
+"""Train a gate, and if wanted its experts; a killed run goes on to the same weights."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,55 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_merge.adapters import atomic_directory
 from lora_merge.errors import MethodError
 from lora_merge.mixture.attach import AttachedMixture, load_mixture
 from lora_merge.mixture.data import Batch, DataError, Example, batches, in_order
+from lora_merge.mixture.group import Group
 from lora_merge.mixture.losses import GateLosses
 from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.processes import Processes
+from lora_merge.mixture.rebuild import rebuilt_experts
+from lora_merge.mixture.settings import TrainSettings
+from lora_merge.mixture.sora import add_rank_gates, check_prunable, proximal_step
+from lora_merge.mixture.training_state import add_metrics, cut_metrics, restore_state, save_state
 
-_STATE, _METRICS = "state.pt", "metrics.jsonl"
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train.
-
-    Attributes:
-        steps: Optimizer steps.
-        batch_size: Rows of one pass.
-        accumulate: Passes per step.
-        lr: Peak learning rate.
-        warmup: Steps of linear warm-up.
-        schedule: "cosine" to a tenth of the peak, or "constant".
-        weight_decay: AdamW's.
-        clip: Largest norm of the gradient; 0 for none.
-        task_loss: Coefficient of the gate's own cross-entropy on labelled rows (MeteoRA has 50).
-        balance_loss: Coefficient of the load balance loss.
-        z_loss: Coefficient of the squared log-partition of the scores.
-        bias_rate: Step of a rank gate's selection bias against its load.
-        bf16: Autocast the passes to bfloat16; the gate's weights stay float32.
-        seed: Of the order of the rows and of dropout.
-        save_every: Steps between checkpoints; 0 for none but the last.
-        eval_every: Steps between evaluations; 0 for the last step only.
-    """
-
-    steps: int = 200
-    batch_size: int = 8
-    accumulate: int = 1
-    lr: float = 1e-3
-    warmup: int = 10
-    schedule: str = "cosine"
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    task_loss: float = 0.0
-    balance_loss: float = 0.0
-    z_loss: float = 0.0
-    bias_rate: float = 0.0
-    bf16: bool = False
-    seed: int = 0
-    save_every: int = 50
-    eval_every: int = 0
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def train_gate(
@@ -75,7 +38,10 @@ def train_gate(
     resume: bool = False,
     on_step: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> Mixture:
-    """Train a mixture's gate in a causal language model; the experts stay as they are.
+    """Train a mixture's gate in a causal language model; the mixture itself stays as it is.
+
+    If torch.distributed runs, every process calls this with the same arguments and gets the same
+    result: each takes its share of every batch, and only the first writes to `work`.
 
     Args:
         model: Base model without a mixture of that kind attached; it is left as it was.
@@ -89,35 +55,41 @@ def train_gate(
         on_step: Called with every step's metrics.
 
     Returns:
-        The mixture with the trained gate.
+        The mixture with the trained gate; with `train_experts` or `rank_l1` also with new experts,
+        in memory.
 
     Raises:
-        MethodError: If the gate has nothing to train, or the loss is no longer finite.
+        MethodError: If there is nothing to train, or the loss is no longer finite.
         DataError: If the rows do not carry what the training needs.
     """
     settings = settings or TrainSettings()
     by_expert = mixture.spec.standardise
-    _check_rows(mixture, examples, settings)
+    _check(mixture, examples, settings)
     # PHATGOOSE trains each vector on its own expert's rows behind a sigmoid, and compares
     # standardised vectors only afterwards (arXiv 2402.05859).
     start = _sigmoid_form(mixture) if by_expert else mixture
     trainable = {p: p.requires_grad for p in model.parameters()}
     was_training = model.training
-    attached = load_mixture(model, start, name="training")
+    dtype = torch.float32 if settings.changes_experts else None  # a half would lose the updates
+    attached = load_mixture(model, start, name="training", dtype=dtype)
     try:
         with torch.random.fork_rng():
             run = _Run(model, attached, settings, by_expert)
-            first = run.restore(work) if resume and work is not None else 0
+            first = 0
             if work is not None:
-                _cut_metrics(_metrics_of(work), first)
+                first = restore_state(work, settings, *run.state) if resume else 0
+                if run.processes.rank == 0:
+                    cut_metrics(work, first)
             run.go(first, examples, evaluation, work, on_step)
         gate = attached.gate_tensors()
+        factors = _factors(attached) if settings.changes_experts else {}
     finally:
         attached.detach()
         model.train(was_training)
         for parameter, flag in trainable.items():
             parameter.requires_grad_(flag)
-    return mixture.with_gate(gate, trained=True)
+    experts = rebuilt_experts(mixture, factors) if factors else mixture.experts
+    return Mixture.of(replace(mixture.spec, trained=True), experts, gate)
 
 
 def mean_loss(model: nn.Module, examples: Sequence[Example], *, batch_size: int = 16) -> float:
@@ -129,31 +101,46 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], *, batch_size: int 
     with torch.no_grad():
         for batch in in_order(examples, batch_size):
             on = batch.to(device)
-            tokens = int((on.labels[:, 1:] != -100).sum())
             loss = model(input_ids=on.ids, attention_mask=on.mask, labels=on.labels).loss
-            total += float(loss) * tokens
-            count += tokens
+            total += float(loss) * batch.num_targets
+            count += batch.num_targets
     model.train(was_training)
     return total / max(count, 1)
 
 
 class _Run:
-    """One training run: model, optimizer and where it is."""
+    """One training run: model, optimizer and what they train."""
 
     def __init__(
         self, model: nn.Module, attached: AttachedMixture, settings: TrainSettings, by_expert: bool
     ) -> None:
         self.model, self.attached, self.settings = model, attached, settings
         self.by_expert = by_expert
-        self.parameters = attached.train_gate_only()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.lr, weight_decay=settings.weight_decay
-        )
+        self.processes = Processes.current()
+        self.device = attached.device
+        spec = attached.mixture.spec
+        model.requires_grad_(False)
+        gate = attached.train_gate_only() if spec.is_learned else []
+        experts = _train_factors(attached.parts) if settings.train_experts else []
+        self.rank_gates = add_rank_gates(attached.parts) if settings.rank_l1 else []
+        self.parameters = gate + experts
+        parts = [
+            {"params": gate, "peak": settings.lr, "weight_decay": settings.weight_decay},
+            {"params": experts, "peak": settings.expert_lr, "weight_decay": 0.0},
+        ]
+        parts = [part for part in parts if part["params"]]
+        self.optimizer = torch.optim.AdamW(parts) if parts else None
+        biases = [g.bias for g in attached.parts if isinstance(g.bias, Tensor)]
+        self.state = ([*self.parameters, *self.rank_gates, *biases], self.optimizer)
         self.losses = GateLosses()
         self.watch = bool(settings.task_loss or settings.balance_loss or settings.z_loss)
-        self.device = attached.device
+        half = next(
+            (p.dtype in _HALVES for p in model.parameters() if p.is_floating_point()), False
+        )
+        mixed = settings.bf16 or (half and settings.changes_experts)
+        kind = self.device.type
+        self.precision = torch.autocast(kind, torch.bfloat16) if mixed else nullcontext()
         model.train()
-        torch.manual_seed(settings.seed)
 
     def go(
         self,
@@ -163,13 +150,17 @@ class _Run:
         work: Path | None,
         on_step: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        settings = self.settings
+        """Run the steps after `first`."""
+        settings, processes = self.settings, self.processes
+        size = min(settings.batch_size, len(examples))
+        if size < processes.count:
+            raise MethodError(
+                f"batches of {size} rows for {processes.count} processes", "raise --batch-size"
+            )
         stream = batches(
-            examples,
-            min(settings.batch_size, len(examples)),
-            seed=settings.seed,
-            start=first * settings.accumulate,
-        )
+            examples, size, seed=settings.seed, start=first * settings.accumulate,
+            rank=processes.rank, of=processes.count,
+        )  # fmt: skip
         for step in range(first + 1, settings.steps + 1):
             began = time.perf_counter()
             metrics = self.step(step, list(islice(stream, settings.accumulate)))
@@ -177,57 +168,83 @@ class _Run:
             metrics["tokens_per_second"] = round(metrics["tokens"] / seconds, 1)
             last = step == settings.steps
             due = last or (settings.eval_every and step % settings.eval_every == 0)
-            if evaluation and due:
+            if evaluation and due:  # on every process: a sharded base needs all of them
                 metrics["eval_loss"] = mean_loss(self.model, evaluation)
-                self.model.train()
-            if work is not None:
+            if work is not None and processes.rank == 0:
                 if last or (settings.save_every and step % settings.save_every == 0):
-                    self.save(work, step)
-                with _metrics_of(work).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(metrics) + "\n")
+                    save_state(work, step, settings, *self.state)
+                add_metrics(work, metrics)
             on_step(metrics)
+        processes.wait()
 
     def step(self, step: int, parts: Sequence[Batch]) -> dict[str, Any]:
-        """One optimizer step."""
+        """One optimizer step on this process's share of the rows."""
         settings = self.settings
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.lr * _schedule(step, settings)
-        sums: dict[str, float] = {}
-        counts = [int((part.labels[:, 1:] != -100).sum()) for part in parts]
-        for part, count in zip(parts, counts, strict=True):
-            share = count / max(sum(counts), 1)  # every token weighs the same, however it is split
-            terms = self.terms(part.to(self.device))
-            total = sum(_coefficient(settings, name) * term for name, term in terms.items())
-            (total * share).backward()  # type: ignore[union-attr]
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(term.detach()) * share
+        # Dropout depends on the step alone, so that a resumed run needs no generator's state.
+        torch.manual_seed((settings.seed * 1_000_003 + step) * 4096 + self.processes.rank)
+        tokens = torch.tensor(sum(part.num_targets for part in parts), device=self.device)
+        self.processes.add_up([tokens])
+        total = int(tokens)
+        sums = self._backward(parts, total)
         if not all(math.isfinite(value) for value in sums.values()):
             raise MethodError(
                 f"step {step}: the loss is not finite ({sums})",
                 "lower --lr, or start again without --bf16; the last checkpoint is good",
             )
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip or math.inf))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        factor = _schedule(step, settings)
+        norm = self._update(factor)
         if settings.bias_rate:
-            self.losses.move_biases(settings.bias_rate * _schedule(step, settings))
-        rate = self.optimizer.param_groups[0]["lr"]
-        return {"step": step, **sums, "lr": rate, "grad_norm": norm, "tokens": sum(counts)}
+            self.losses.move_biases(settings.bias_rate * factor, self.processes)
+        metrics = {
+            "step": step, **sums, "lr": settings.lr * factor, "grad_norm": norm, "tokens": total
+        }  # fmt: skip
+        if self.rank_gates:
+            metrics["ranks"] = sum(int((r != 0).sum()) for r in self.rank_gates)
+        return metrics
+
+    def _backward(self, parts: Sequence[Batch], total: int) -> dict[str, float]:
+        """Gradients of all rows of all processes; every token weighs the same, however split."""
+        sums: dict[str, Tensor] = {}
+        for part in parts:
+            share = part.num_targets / max(total, 1)
+            terms = self.terms(part.to(self.device))
+            loss = sum(self.settings.of_loss(name) * term for name, term in terms.items())
+            (loss * share).backward()  # type: ignore[union-attr]
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + term.detach().float() * share
+        trained = [*self.parameters, *self.rank_gates]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in trained if p.grad is not None]
+        self.processes.add_up([*gradients, *sums.values()])
+        return {name: float(value) for name, value in sums.items()}
+
+    def _update(self, factor: float) -> float:
+        """Move everything that trains by its gradient; returns the gradient's norm."""
+        settings, norm = self.settings, 0.0
+        if self.optimizer is not None:
+            clip = settings.clip or math.inf
+            norm = float(nn.utils.clip_grad_norm_(self.parameters, clip))
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        proximal_step(self.rank_gates, settings.rank_step * factor, settings.rank_l1)
+        return norm
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of one pass by name."""
         context = self.attached.context
-        context.only = batch.experts if self.by_expert else None
+        context.only = batch.owners[:, 0] if self.by_expert else None
         watching = self.watch or bool(self.settings.bias_rate)
         if watching:
-            self.losses.begin(batch.mask, batch.experts)
+            self.losses.begin(batch.mask, batch.owners)
             context.observe = self.losses.observe
             if self.attached.two_pass is not None:
                 self.attached.two_pass.observe = self.losses.add
-        kind = self.device.type
-        precision = torch.autocast(kind, torch.bfloat16) if self.settings.bf16 else nullcontext()
         try:
-            with precision:
+            with self.precision:
                 out = self.model(
                     input_ids=batch.ids,
                     attention_mask=batch.mask,
@@ -237,73 +254,33 @@ class _Run:
         finally:
             context.observe = None
         terms = {"loss": out.loss}
-        for name in ("task", "balance", "z"):
-            value = self.losses.mean(name) if self.watch else None
-            if value is not None:
-                terms[name] = value
+        if self.watch:
+            for name in ("task", "balance", "z"):
+                value = self.losses.mean(name)
+                terms[name] = out.loss.new_zeros(()) if value is None else value
         return terms
 
-    def save(self, work: Path, step: int) -> None:
-        """Write a checkpoint; it appears whole or not at all."""
-        state = {
-            "step": step,
-            "settings": asdict(self.settings),
-            "parameters": [p.detach().cpu() for p in self.parameters],
-            "biases": [g.bias for g in self.attached.parts if isinstance(g.bias, Tensor)],
-            "optimizer": self.optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-        }
-        with atomic_directory(work) as folder:
-            torch.save(state, folder / _STATE)
-            # Says to `check_target` and to people what this directory is.
-            (folder / "config.json").write_text(json.dumps({"lora_merge": "training checkpoint"}))
 
-    def restore(self, work: Path) -> int:
-        """Take a checkpoint up; returns its step, 0 if there is none."""
-        path = work / _STATE
-        if not path.is_file():
-            return 0
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        kept, now = state["settings"], asdict(self.settings)
-        changed = [
-            k for k in now if kept.get(k) != now[k] and k not in ("save_every", "eval_every")
-        ]
-        shapes = [tuple(p.shape) for p in state["parameters"]]
-        if changed or shapes != [tuple(p.shape) for p in self.parameters]:
-            what = ", ".join(changed) or "the mixture"
-            raise MethodError(
-                f"{work}: the checkpoint belongs to a run with other settings ({what})",
-                "give the same settings, or start afresh without --resume",
-            )
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
-            biased = [g.bias for g in self.attached.parts if isinstance(g.bias, Tensor)]
-            for bias, value in zip(biased, state["biases"], strict=True):
-                bias.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        return int(state["step"])
+def _train_factors(groups: Sequence[Group]) -> list[nn.Parameter]:
+    """Let gradients into every expert's factors; returns them."""
+    factors = [group.down for group in groups]
+    factors += [getattr(g, f"up{index}") for g in groups for index in range(len(g.names))]
+    for factor in factors:
+        factor.requires_grad_(True)
+    return factors
 
 
-def _metrics_of(work: Path) -> Path:
-    """Beside the checkpoint, which is replaced as a whole."""
-    return work.with_name(f"{work.name}.{_METRICS}")
-
-
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drop what a killed run reported after its last checkpoint: it is about to happen again."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # cut in the middle by the kill
-            if row["step"] <= step:
-                kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
+def _factors(attached: AttachedMixture) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each module's down and up as training left them, rank gates folded into up."""
+    found = {}
+    for group in attached.parts:
+        for index, name in enumerate(group.names):
+            units = slice(group.units[index], group.units[index + 1])
+            up = getattr(group, f"up{index}").detach()
+            if group.rank_gates is not None:
+                up = up * group.rank_gates.detach()[units, None]
+            found[name] = (group.down.detach()[units], up)
+    return found
 
 
 def _schedule(step: int, settings: TrainSettings) -> float:
@@ -316,23 +293,33 @@ def _schedule(step: int, settings: TrainSettings) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _coefficient(settings: TrainSettings, name: str) -> float:
-    return 1.0 if name == "loss" else float(getattr(settings, f"{name}_loss"))
-
-
-def _check_rows(mixture: Mixture, examples: Sequence[Example], settings: TrainSettings) -> None:
+def _check(mixture: Mixture, examples: Sequence[Example], settings: TrainSettings) -> None:
+    """Refuse what cannot be trained, before any work."""
+    spec = mixture.spec
     if not examples:
         raise DataError("there are no rows to train on", "give a file with rows")
-    labelled = sum(e.expert >= 0 for e in examples)
-    if mixture.spec.standardise and labelled < len(examples):
+    if not spec.is_learned and not settings.changes_experts:
+        raise MethodError(
+            f"the {spec.preset} gate has nothing to train",
+            "train xlora, meteora, smora or phatgoose, or the experts",
+        )
+    if settings.rank_l1:
+        check_prunable(mixture)
+    if settings.train_experts and spec.signal == "spectrum":
+        raise MethodError(
+            f"the {spec.preset} gate is computed from the experts, which would change under it",
+            "train the experts under another gate",
+        )
+    if spec.standardise and any(e.expert < 0 for e in examples):
+        unnamed = sum(e.expert < 0 for e in examples)
         raise DataError(
-            f"{len(examples) - labelled} rows do not name their expert, and phatgoose trains each "
-            "vector on its own expert's rows",
+            f"{unnamed} rows do not name their expert, and phatgoose trains each vector on its own "
+            "expert's rows",
             'add "expert" to every row',
         )
-    if settings.task_loss and not labelled:
+    if settings.task_loss and not any(e.is_labelled for e in examples):
         raise DataError("task_loss needs rows that name their expert", 'add "expert" to rows')
-    if settings.task_loss and mixture.spec.granularity == "rank":
+    if settings.task_loss and spec.granularity == "rank":
         raise MethodError("a rank gate has no expert to be right about", "leave --task-loss out")
 
 

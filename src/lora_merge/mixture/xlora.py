@@ -15,6 +15,7 @@ from lora_merge.errors import MethodError
 from lora_merge.mixture.companion import Companion, companion_of
 from lora_merge.mixture.context import Context
 from lora_merge.mixture.gate import GateSpec, activate
+from lora_merge.mixture.memory import REMEMBERED, remember
 
 _WEIGHTS, _HIDDEN = "weights", "hidden"
 
@@ -44,15 +45,13 @@ class HiddenGate(nn.Module):
         self.layers = nn.ModuleList(linears)
         self.num_scores = 1 if spec.granularity == "model" else num_modules
 
-    def forward(self, hidden: Tensor, spec: GateSpec) -> tuple[Tensor, Tensor]:
-        """Weights (T, N, C) and scores (T, N, n) from hidden states (..., width); N may be 1."""
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Scores (B, S, N * n) from hidden states (B, S, width); N may be 1."""
         linears = self.linears
-        state = hidden.reshape(-1, hidden.shape[-1]).to(linears[0].weight)
+        state = hidden.to(linears[0].weight)
         for index, layer in enumerate(linears):
             state = layer(torch.relu(state) if index else state)
-        scores = state.view(len(state), self.num_scores, -1)
-        weights = activate(scores, spec)
-        return weights[..., :-1] if spec.null_expert else weights, scores
+        return state
 
     @property
     def linears(self) -> list[nn.Linear]:
@@ -95,12 +94,7 @@ class TwoPass:
             return None
         if torch.is_grad_enabled():
             _refuse_reentrant(body)
-        kwargs = dict(kwargs)
-        cache = kwargs.get("past_key_values")
-        if cache is None and _wants_cache(body, kwargs):
-            from transformers import DynamicCache
-
-            cache = kwargs["past_key_values"] = DynamicCache(config=getattr(body, "config", None))
+        cache, kwargs = own_cache(body, kwargs)
         companion = None if cache is None else companion_of(cache, self.name, twin=True)
         self.context.weights = self._weights(body, args, kwargs, companion)
         return args, kwargs
@@ -126,16 +120,26 @@ class TwoPass:
             if self.freeze_after is not None and companion.steps > self.freeze_after:
                 return companion.rows[_WEIGHTS]
             if self.lagged and _HIDDEN in companion.rows:
-                return self._decide(companion.rows[_HIDDEN])
+                return self._decide(companion.rows[_HIDDEN], companion)
         hidden = self._first_pass(body, args, kwargs, companion)
-        weights = self._decide(hidden)
+        weights = self._decide(hidden, companion)
         if companion is not None:
             companion.rows[_WEIGHTS] = weights.view(hidden.shape[0], hidden.shape[1], -1)[:, -1]
         return weights
 
-    def _decide(self, hidden: Tensor) -> Tensor:
+    def _decide(self, hidden: Tensor, companion: Companion | None) -> Tensor:
         """Weights of all modules side by side, shape (T, N * C) or (T, C)."""
-        weights, scores = self.gate(hidden, self.context.spec)
+        spec = self.context.spec
+        rows = self.gate(hidden)
+        if spec.memory:
+            mask = self.context.mask
+            keep = mask if mask is not None and mask.shape == rows.shape[:2] else None
+            store = None if companion is None else companion.rows
+            rows = remember(store, (REMEMBERED,), rows, spec.memory, keep)
+        scores = rows.view(rows.shape[0] * rows.shape[1], self.gate.num_scores, -1)
+        weights = activate(scores, spec)
+        if spec.null_expert:
+            weights = weights[..., :-1]
         if self.observe is not None:
             everyone = tuple(range(weights.shape[-1]))
             for module in range(weights.shape[1]):
@@ -195,6 +199,17 @@ def _refuse_reentrant(body: nn.Module) -> None:
                     'model.gradient_checkpointing_enable({"use_reentrant": False})',
                 )
             return
+
+
+def own_cache(body: nn.Module, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The pass's KV cache, made here if the body would make one, and the arguments with it."""
+    cache = kwargs.get("past_key_values")
+    if cache is None and _wants_cache(body, kwargs):
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=getattr(body, "config", None))
+        return cache, {**kwargs, "past_key_values": cache}
+    return cache, dict(kwargs)
 
 
 def _wants_cache(body: nn.Module, kwargs: Mapping[str, Any]) -> bool:

@@ -1,0 +1,70 @@
+"""Scores that remember: what a text is shows over many tokens, and one token rarely tells.
+
+s_t <- s_t + memory * s_(t-1). If a token's scores are its evidence, in nats, for each expert, this
+is the posterior of a text that may change its expert at any token: evidence adds up, and what is
+older than about 1 / (1 - memory) tokens is forgotten. Causal, so exact with a KV cache.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REMEMBERED = "remembered"  # begins the keys of sums that are kept beside a KV cache
+_CHUNK = 256  # tokens whose decay matrix is formed at once
+
+
+def accumulate(
+    scores: Tensor, memory: float, keep: Tensor | None = None, before: Tensor | None = None
+) -> Tensor:
+    """Leaky sums of scores along a sequence.
+
+    Args:
+        scores: Shape (B, S, n).
+        memory: Weight of the previous token's sum.
+        keep: Tokens that count, bool, shape (B, S); padding adds nothing.
+        before: Sums at the token before the first, shape (B, n); None for the start of a text.
+
+    Returns:
+        Shape (B, S, n), float32 if `scores` is half precision; the last token's is the next
+        call's `before`.
+    """
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    if keep is not None:
+        scores = scores * keep[..., None].to(scores)
+    parts = []
+    for part in scores.split(_CHUNK, dim=1):
+        size = part.shape[1]
+        steps = torch.arange(size, device=scores.device)
+        age = steps[:, None] - steps
+        decay = torch.where(age >= 0, memory ** age.clamp_min(0).to(scores), 0.0)
+        summed = decay @ part
+        if before is not None:
+            summed = summed + memory ** (steps + 1).to(scores)[:, None] * before[:, None]
+        parts.append(summed)
+        before = summed[:, -1]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def remember(
+    store: dict[Any, Tensor] | None,
+    key: tuple[Any, ...],
+    scores: Tensor,
+    memory: float,
+    keep: Tensor | None,
+) -> Tensor:
+    """`accumulate`, going on from what the store holds under the key, which is brought up to date.
+
+    Args:
+        store: Rows that live as long as a KV cache, or None.
+        key: Of this gate, `REMEMBERED` first.
+        scores: Shape (B, S, n).
+        memory: As for `accumulate`.
+        keep: The same.
+    """
+    before = None if store is None else store.get(key)
+    scores = accumulate(scores, memory, keep, before)
+    if store is not None:
+        store[key] = scores[:, -1].detach()
+    return scores
