@@ -120,6 +120,50 @@ def test_train_resume_and_usage(inside: Path, capsys, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_pruning_and_training_experts(inside: Path, capsys, tmp_path: Path) -> None:
+    mix, out = str(tmp_path / "mix"), str(tmp_path / "small")
+    assert run(["gate", "math", "code", "chat", "--preset", "recall", "-o", mix]) == 0
+    train = ["train", mix, "--base", "base", "--data", "rows.jsonl", "-o", out, "--steps", "6"]
+    train += ["--batch-size", "4", "--train-experts", "--rank-l1", "0.001", "--json"]
+    capsys.readouterr()
+    assert run([*train, "--shard"]) == 2
+    assert "start several" in capsys.readouterr().err
+    assert run(train) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert 0 < data["ranks"] < 3 * 14 * 4 and data["last"]["ranks"] <= data["ranks"]
+    experts = Mixture.from_pretrained(out).experts
+    assert data["ranks"] == sum(sum(e.adapter.ranks().elements()) for e in experts)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_describe_and_novelty(inside: Path, capsys, tmp_path: Path) -> None:
+    mix, out = str(tmp_path / "mix"), str(tmp_path / "described")
+    assert run(["gate", "math", "code", "chat", "-o", mix]) == 0
+    novelty = ["novelty", mix, "--base", "base", "--data", "rows.jsonl"]
+    assert run(novelty) == 1
+    assert "no expert is described" in capsys.readouterr().err
+    rows = [
+        {"text": "".join(letters[(i + j) % 5] for j in range(6 + i)), "expert": name}
+        for name, letters in (("math", "abcde"), ("code", "vwxyz"))
+        for i in range(6)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    describe = ["describe", mix, "--base", "base", "--data", str(tmp_path / "rows.jsonl")]
+    assert run([*describe, "--rank", "3", "-o", out]) == 0
+    assert "math, code described at 2 modules" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "new.jsonl").write_text('{"text": "klmnop klmnop"}')
+    for file, new in (("rows.jsonl", None), ("new.jsonl", True)):
+        novelty = ["novelty", out, "--base", "base", "--data", str(tmp_path / file)]
+        assert run([*novelty, "--json"]) == 0
+        data = json.loads(capsys.readouterr().out)
+        assert new is None or data["new"] is new
+        assert data["new"] == any(min(r.values()) > 1.5 for r in data["scores"].values())
+    assert run(novelty) == 0
+    shown = capsys.readouterr().out
+    assert "a new expert is needed" in shown and "math" in shown
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_consolidate_to_two_and_to_one(inside: Path, capsys, tmp_path: Path) -> None:
     from lora_merge.adapters import Adapter
 

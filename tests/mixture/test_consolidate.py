@@ -94,6 +94,26 @@ def test_learned_gates_go_on_from_their_means() -> None:
         load_mixture(model, result.mixture).detach()
 
 
+def test_general_knowledge_is_subtracted_from_groups_too() -> None:
+    """Equal weights: three task experts less a general one, or two groups less the same."""
+    model = llama()
+    tasks = experts_for(model, (4, 8, 3))
+    general = make_adapter("general", r=2, seed=9, shapes=shapes_of(model))
+    mixture = Mixture(tasks, "arrow", general=[general], top_k=3, temperature=1e9)
+    result = consolidate(mixture, used(model, mixture), experts=2)
+    small = result.mixture
+    assert [e.name for e in small.experts if e.general] == ["general"]
+    assert [len(group) for group in result.groups] == [2, 1]
+    handle = load_mixture(model, small.with_gate(small.gate, top_k=2))
+    handle.detach()
+    full = [m.name for m in mixture.alignment.modules if len(m.specs) == 4]
+    for module in full:
+        pair = [mixture.names.index(name) for name in result.groups[0]]
+        expected = sum(delta(mixture, e, module) for e in pair) / 2
+        torch.testing.assert_close(delta(small, 0, module), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(delta(small, 2, module), delta(mixture, 3, module))
+
+
 def test_what_cannot_be_grouped_is_said() -> None:
     model = llama()
     mixture = Mixture(experts_for(model), "arrow")

@@ -80,7 +80,7 @@ def train(root: Path, base: str, preset: str, work: str) -> Mixture:
     rows = [Example(tuple(row[: 7 + i % 4]), 2, i % 3) for i, row in enumerate(drawn)]
     rank = preset == "smora"
     settings = TrainSettings(
-        steps=6, batch_size=5, accumulate=2, lr=0.01, warmup=1, train_experts=True,
+        steps=6, batch_size=5, accumulate=2, lr=0.01, warmup=1, train_experts=True, z_loss=0.01,
         bias_rate=0.01 * rank, rank_l1=0.0 if rank else 1e-3, rank_lr=20.0,
     )  # fmt: skip
     mixture = made(root, preset)
@@ -101,7 +101,8 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     running = [
         subprocess.Popen(
             [sys.executable, "-c", RUN, str(tmp_path)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip

@@ -233,6 +233,29 @@ def test_a_null_expert_can_abstain(preset: str) -> None:
     assert torch.equal(mixed, base)
 
 
+def test_hilora_keeps_the_ranks_that_act_most() -> None:
+    """The strongest rank-one parts sigma (v . x) u of all experts' deltas, at weight 1."""
+    model = llama(dtype=torch.float64)
+    mixture = Mixture(experts_for(model), "hilora", top_k=3)
+    name = "model.layers.0.mlp.down_proj"
+    x = torch.randn(7, 48, dtype=torch.float64)
+    target = model.get_submodule(name)
+    expected = target(x)
+    parts = []
+    for index in next(m for m in mixture.alignment.modules if m.name == name).specs:
+        adapter = mixture.experts[index].adapter
+        a, b = (t.double() for t in adapter.read(name))
+        u, s, vh = torch.linalg.svd(adapter.modules[name].scaling * b @ a)
+        parts += [(s[j], u[:, j], vh[j]) for j in range(len(a))]
+    for row, token in enumerate(x):
+        acts = [float(s * (v @ token).abs()) for s, _, v in parts]
+        for j in sorted(range(len(parts)), key=lambda j: -acts[j])[:3]:
+            s, u, v = parts[j]
+            expected[row] += s * (v @ token) * u
+    load_mixture(model, mixture)
+    torch.testing.assert_close(target(x), expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_the_kv_cache_changes_nothing(preset: str) -> None:
     model = llama()

@@ -299,6 +299,32 @@ def test_rows_are_read_and_faults_are_named_by_line(tmp_path: Path) -> None:
     assert labels.tolist()[0][4] == -100 and labels.tolist()[1][:2] == [-100, -100]
 
 
+def test_rows_may_change_their_task(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    part = '{"text": "abc", "expert": "math"}, {"text": "de"}'
+    path.write_text(
+        f'{{"parts": [{part}, {{"text": "f", "expert": "code"}}]}}\n'
+        '{"parts": [{"text": 1}]}\n{"parts": [{"text": "a", "expert": "law"}]}\n'
+    )
+    data = read_examples(path, Letters(), experts=["code", "math"])
+    assert [e.owners for e in data.examples] == [(1, 1, 1, -1, -1, 0, 0)]  # the end is the last's
+    assert data.examples[0].is_labelled and not Example((1, 2), 0, -1).is_labelled
+    assert data.faults[0] == "line 2: part 1 has no text" and "'law'" in data.faults[1]
+    batch = collate([*data.examples, Example((3, 4), 0, 1)])
+    assert batch.owners[1].tolist() == [1, 1, -1, -1, -1, -1, -1]
+    cut = read_examples(path, Letters(), experts=["code", "math"], max_length=4)
+    assert cut.examples[0].owners == (1, 1, 1, -1)
+
+
+def test_processes_share_the_batch_that_one_would_have_seen() -> None:
+    rows = [Example((i, i), 0, -1) for i in range(2, 12)]
+    whole = batches(rows, 5, seed=3)
+    shares = [batches(rows, 5, seed=3, rank=rank, of=2) for rank in range(2)]
+    for _ in range(5):
+        parts = [next(share).ids for share in shares]
+        assert sorted(torch.cat(parts).tolist()) == sorted(next(whole).ids.tolist())
+
+
 def test_batches_depend_on_their_number_alone() -> None:
     rows = [Example((i, i), 0, -1) for i in range(2, 12)]
     stream, later = batches(rows, 3, seed=5), batches(rows, 3, seed=5, start=4)

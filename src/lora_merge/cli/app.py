@@ -31,6 +31,8 @@ _COMMANDS = {
     "train": "lora_merge.cli.train",
     "usage": "lora_merge.cli.usage",
     "consolidate": "lora_merge.cli.consolidate",
+    "describe": "lora_merge.cli.describe",
+    "novelty": "lora_merge.cli.novelty",
     "export": "lora_merge.cli.export",
 }
 

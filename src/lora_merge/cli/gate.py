@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from lora_merge.mixture import Mixture
 
 _PRESETS = (
-    "constant", "request", "xlora", "meteora", "smora", "arrow", "spectr", "phatgoose", "sequence",
+    "constant", "request", "xlora", "recall", "meteora", "smora", "arrow", "spectr", "hilora",
+    "phatgoose", "sequence",
 )  # fmt: skip
 
 _gate_options = together(
@@ -113,9 +114,11 @@ def command(
     r"""Put ADAPTERs and a gate into one directory that `load_mixture` attaches to a model.
 
     \b
-    arrow, spectr, sequence  need no training
+    arrow, spectr, hilora, sequence
+                             need no training
     constant, request        weights, or one expert per batch row, from the caller
-    xlora, meteora, smora    start untrained: run `lora-merge train` on the result
+    recall, xlora, meteora, smora
+                             start untrained: run `lora-merge train` on the result
     phatgoose                one gate vector per expert, each trained on its own
     """
     from lora_merge.adapters import Adapter, expand

@@ -15,7 +15,7 @@ _training_options = together(
         "--accumulate", type=click.IntRange(min=1), default=1, show_default=True,
         help="Passes per step.",
     ),
-    click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate."),
+    click.option("--lr", type=float, help="Peak learning rate.  [default: 5e-3 or 1e-3, by gate]"),
     click.option("--warmup", type=click.IntRange(min=0), default=10, show_default=True),
     click.option(
         "--schedule", type=click.Choice(["cosine", "constant"]), default="cosine",
@@ -24,8 +24,8 @@ _training_options = together(
     click.option("--weight-decay", type=float, default=0.01, show_default=True),
     click.option("--clip", type=float, default=1.0, show_default=True, help="0 for none."),
     click.option(
-        "--task-loss", type=float, default=0.0, show_default=True,
-        help="Weight of the gate's own loss on rows with an expert (MeteoRA).",
+        "--task-loss", type=float,
+        help="Weight of the gate's own loss on rows with an expert.  [default: 1 if there are any]",
     ),
     click.option("--balance-loss", type=float, default=0.0, show_default=True),
     click.option("--z-loss", type=float, default=0.0, show_default=True),

@@ -1,6 +1,7 @@
 """Add experts to a mixture and leave what the gate has learned as it is."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,11 +44,10 @@ def append_experts(
     old = [expert for expert in mixture.experts if not expert.general]
     general = [expert for expert in mixture.experts if expert.general]
     new = make_experts(adapters, names=names, taken=[e.name for e in mixture.experts])
-    from dataclasses import replace
-
     spec = replace(mixture.spec, trained=mixture.spec.trained and not mixture.spec.is_learned)
     grown = Mixture.__new__(Mixture)
     grown._set(spec, [*old, *new, *general])
+    grown.descriptors = mixture.descriptors
     width = None
     if spec.signal == "hidden":
         width = mixture.gate["classifier.0.weight"].shape[1]

@@ -106,7 +106,7 @@ def _refuse_forgetting(companions: Iterable[Companion]) -> None:
     for companion in companions:
         if any(isinstance(key, tuple) and key[0] == REMEMBERED for key in companion.rows):
             raise MethodError(
-                "tokens are taken back from the KV cache, and a gate with memory cannot forget them",
+                "tokens are taken back from the KV cache: a gate with memory cannot forget them",
                 "decode without an assistant, or with a gate whose memory is 0",
             )
 

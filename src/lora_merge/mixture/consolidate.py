@@ -42,7 +42,7 @@ def consolidate(
 
     A group's members enter with their shares of the group's usage in each module, so that the
     group's weight times the merged expert is what the members did together on average. Shares sum
-    to 1, so general adapters (GenKnowSub) are subtracted from a group as they were from its members.
+    to 1, so general adapters (GenKnowSub) are subtracted from a group as from its members.
 
     Args:
         mixture: What there is.

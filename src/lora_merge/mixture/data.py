@@ -74,6 +74,12 @@ class Batch:
         """Tokens that carry a loss."""
         return int((self.labels[:, 1:] != IGNORED).sum())
 
+    def counts(self) -> Tensor:
+        """Tokens that carry a loss, that name their expert, and all; int64, shape (3,)."""
+        return torch.stack(
+            [(self.labels[:, 1:] != IGNORED).sum(), (self.owners >= 0).sum(), self.mask.sum()]
+        )
+
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
         return Batch(*(t.to(device) for t in (self.ids, self.mask, self.labels, self.owners)))

@@ -4,6 +4,7 @@ adapter_config.json     peft_type LORA_MIXTURE, so that stock PEFT refuses it in
                         loading half of it
 mixture_config.json     the gate's settings, the experts with their hashes, the modules in order
 gate.safetensors        gate tensors, keyed by full module path
+descriptors.safetensors what is known of the experts' texts, if they were described
 experts/00-<name>/      each expert as a plain PEFT adapter, byte for byte as it came
 README.md               model card
 """
@@ -32,12 +33,14 @@ from lora_merge.adapters import (
     sha256,
 )
 from lora_merge.errors import AdapterError, OutputError, SourceError
+from lora_merge.mixture.descriptors import PARTS, Descriptors
 from lora_merge.mixture.gate import PRESETS, GateSpec
 from lora_merge.mixture.mixture import Expert, Mixture, slug
 
 SCHEMA = 1
 PEFT_TYPE = "LORA_MIXTURE"
 CONFIG, GATE, EXPERTS = "mixture_config.json", "gate.safetensors", "experts"
+DESCRIPTORS = "descriptors.safetensors"
 _ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -67,7 +70,7 @@ def write(mixture: Mixture, folder: Path) -> None:
     gate = {name: tensor.detach().cpu().contiguous() for name, tensor in mixture.gate.items()}
     save_file(gate, str(folder / GATE), metadata={"format": "pt"})
     base = mixture.alignment.base_model
-    config = {
+    config: dict[str, Any] = {
         "schema_version": SCHEMA,
         "lora_merge_version": __version__,
         "base_model_name_or_path": base,
@@ -77,6 +80,11 @@ def write(mixture: Mixture, folder: Path) -> None:
         "modules": mixture.modules,
         "experts": entries,
     }
+    if mixture.descriptors is not None:
+        file = folder / DESCRIPTORS
+        save_file(mixture.descriptors.tensors, str(file), metadata={"format": "pt"})
+        described = list(mixture.descriptors.experts)
+        config["descriptors"] = {"experts": described, "sha256": sha256(file)}
     _write_json(folder / CONFIG, config)
     task = next((e.adapter.config.task_type for e in mixture.experts), None)
     _write_json(
@@ -110,6 +118,7 @@ def load(ref: str | Path, *, verify: bool = True) -> Mixture:
     file = SafetensorsFile(gate_path, str(ref))
     gate = {name: file.read(name) for name in file.entries()}
     mixture = Mixture.of(spec, experts, gate)
+    mixture.descriptors = _read_descriptors(folder, raw.get("descriptors"), str(ref), verify)
     if raw.get("modules") not in (None, mixture.modules):
         raise AdapterError(
             f"{ref}: the modules in {CONFIG} are not those of the experts",
@@ -165,7 +174,7 @@ def _folder_of(ref: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repo, _, revision = str(ref).partition("@")
-    patterns = ["*.json", GATE, f"{EXPERTS}/*/*.json", f"{EXPERTS}/*/*.safetensors"]
+    patterns = ["*.json", GATE, DESCRIPTORS, f"{EXPERTS}/*/*.json", f"{EXPERTS}/*/*.safetensors"]
     try:
         found = snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
@@ -215,6 +224,25 @@ def _read_expert(folder: Path, entry: Mapping[str, Any], ref: str, verify: bool)
     return Expert(
         name, adapter, bool(entry.get("general", False)), str(entry.get("source", "")), digest
     )
+
+
+def _read_descriptors(
+    folder: Path, entry: Mapping[str, Any] | None, ref: str, verify: bool
+) -> Descriptors | None:
+    if entry is None:
+        return None
+    path = folder / DESCRIPTORS
+    if not path.is_file():
+        raise AdapterError(f"{ref}: {DESCRIPTORS} is missing", "get the whole directory again")
+    if verify:
+        _verify(path, str(entry.get("sha256", "")), f"{ref}: {DESCRIPTORS}")
+    file = SafetensorsFile(path, ref)
+    tensors = {name: file.read(name) for name in file.entries()}
+    experts = tuple(str(name) for name in entry.get("experts", ()))
+    parts = {name.rpartition(".")[2] for name in tensors}
+    if parts != set(PARTS) or any(len(t) != len(experts) for t in tensors.values()):
+        raise AdapterError(f"{ref}: {DESCRIPTORS} does not fit its experts", "describe them again")
+    return Descriptors(experts, tensors)
 
 
 def _verify(path: Path, wanted: str | None, what: str) -> None:

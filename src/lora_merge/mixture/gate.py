@@ -86,11 +86,12 @@ class GateSpec:
             raise MethodError(
                 f"gate {self.preset}: depth {self.depth}, width {self.width}", "at least 1"
             )
-        if self.granularity == "rank" and (self.signal != "input" or self.null_expert):
+        by_rank = self.signal in ("input", "spectrum")
+        if self.granularity == "rank" and (not by_rank or self.null_expert):
             raise MethodError(
                 f"gate {self.preset}: single ranks are gated by the module's input, "
                 "and have no null expert",
-                "use the preset smora",
+                "use the presets smora or hilora",
             )
         if not 0 <= self.memory < 1:
             raise MethodError(f"gate {self.preset}: memory {self.memory}", "from 0 to below 1")
@@ -148,7 +149,8 @@ class GateSpec:
 
 
 # preset -> (what it is, its settings). Sources: X-LoRA 2402.07148, MeteoRA 2405.13053,
-# SMoRA 2501.15103, Arrow 2405.11157, SpectR 2504.03454, PHATGOOSE 2402.05859, S-LoRA 2311.03285.
+# SMoRA 2501.15103, HiLoRA 2510.12266, Arrow 2405.11157, SpectR 2504.03454,
+# PHATGOOSE 2402.05859, S-LoRA 2311.03285.
 PRESETS: dict[str, tuple[str, GateSpec]] = {
     spec.preset: (text, spec)
     for text, spec in (
@@ -157,6 +159,11 @@ PRESETS: dict[str, tuple[str, GateSpec]] = {
         (
             "a classifier on the base model's last hidden state, per token and module (X-LoRA)",
             GateSpec("xlora", "hidden", value="softmax_all", trained=False),
+        ),
+        (
+            "one decision per token for the whole model, from the base's hidden state and the "
+            "tokens before",
+            GateSpec("recall", "hidden", "model", memory=0.9, depth=2, width=128, trained=False),
         ),
         (
             "a linear gate in each module, top-k, softmax over the kept (MeteoRA)",
@@ -173,6 +180,10 @@ PRESETS: dict[str, tuple[str, GateSpec]] = {
         (
             "how strongly each expert would act; no training (SpectR)",
             GateSpec("spectr", "spectrum"),
+        ),
+        (
+            "the single ranks that would act most, whoever's they are; no training (after HiLoRA)",
+            GateSpec("hilora", "spectrum", "rank", value="binary", top_k=16),
         ),
         (
             "a gate vector per expert, each trained on its own data (PHATGOOSE)",

@@ -320,10 +320,12 @@ class Group(nn.Module):
         return scores
 
     def _strengths(self, u: Tensor, start: int, stop: int) -> Tensor:
-        """|Delta_e x| of every expert, from units in SVD form: |S V^T x| needs no `up`."""
+        """|Delta_e x| of every expert (or single rank), in SVD form: |S V^T x| needs no `up`."""
         spectrum: Tensor = self.spectrum  # type: ignore[assignment]
         first, last = self.units[start], self.units[stop]
         energy = (u * spectrum[first:last]).float().square()
+        if self.context.spec.granularity == "rank":
+            return energy.sqrt().view(len(u), stop - start, -1)
         size = len(self.experts[start])
         total = energy.new_zeros(len(u), (stop - start) * size)
         total = total.index_add(1, self.columns_of(start, stop - start), energy)

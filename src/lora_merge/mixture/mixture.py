@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from lora_merge.adapters import Adapter, Alignment, align
 from lora_merge.errors import AlignmentError, MethodError
 from lora_merge.mixture.gate import GateSpec, gate_spec
 from lora_merge.mixture.initial import initial_gate
+
+if TYPE_CHECKING:
+    from lora_merge.mixture.descriptors import Descriptors
 
 DEFAULT_PRESET = "arrow"
 
@@ -58,11 +61,14 @@ class Mixture:
         experts: Gated experts first, then the general ones.
         gate: The gate's tensors by name.
         alignment: The adapters side by side.
+        descriptors: What is known of the experts' texts (`descriptors.describe`), or None.
 
     Raises:
         AlignmentError: If the adapters do not fit together; lists every mismatch.
         MethodError: If the gate cannot be what was asked for.
     """
+
+    descriptors: "Descriptors | None" = None
 
     def __init__(
         self,
@@ -141,7 +147,9 @@ class Mixture:
 
     def with_gate(self, gate: Mapping[str, Tensor], **settings: Any) -> "Mixture":
         """The same experts under another gate, say a trained one."""
-        return Mixture.of(replace(self.spec, **settings), self.experts, gate)
+        mixture = Mixture.of(replace(self.spec, **settings), self.experts, gate)
+        mixture.descriptors = self.descriptors
+        return mixture
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write the mixture directory; whole or not at all. See `directory.save`."""

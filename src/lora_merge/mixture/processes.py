@@ -46,6 +46,12 @@ class Processes:
             for tensor, piece in zip(part, pieces, strict=True):
                 tensor.copy_(piece.view_as(tensor))
 
+    def follow_first(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by the first process's: equal work may round otherwise elsewhere."""
+        if self.count > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor.data, src=0)
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.count > 1:

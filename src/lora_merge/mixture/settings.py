@@ -13,12 +13,14 @@ class TrainSettings:
         steps: Optimizer steps.
         batch_size: Rows of one pass, over all processes together.
         accumulate: Passes per step.
-        lr: Peak learning rate of the gate.
+        lr: Peak learning rate of the gate. None takes 5e-3, and 1e-3 for a classifier that was
+            fitted to labels first.
         warmup: Steps of linear warm-up.
         schedule: "cosine" to a tenth of the peak, or "constant".
         weight_decay: AdamW's, on the gate.
         clip: Largest norm of the gradient; 0 for none.
         task_loss: Coefficient of the gate's own cross-entropy on labelled tokens (MeteoRA has 50).
+            None takes 1 where rows are labelled and the gate weighs experts, else 0.
         balance_loss: Coefficient of the load balance loss.
         z_loss: Coefficient of the squared log-partition of the scores.
         bias_rate: Step of a rank gate's selection bias against its load.
@@ -37,12 +39,12 @@ class TrainSettings:
     steps: int = 200
     batch_size: int = 8
     accumulate: int = 1
-    lr: float = 1e-3
+    lr: float | None = None
     warmup: int = 10
     schedule: str = "cosine"
     weight_decay: float = 0.01
     clip: float = 1.0
-    task_loss: float = 0.0
+    task_loss: float | None = None
     balance_loss: float = 0.0
     z_loss: float = 0.0
     bias_rate: float = 0.0
@@ -76,4 +78,4 @@ class TrainSettings:
 
     def of_loss(self, name: str) -> float:
         """Coefficient of a loss term: "loss", "task", "balance" or "z"."""
-        return 1.0 if name == "loss" else float(getattr(self, f"{name}_loss"))
+        return 1.0 if name == "loss" else float(getattr(self, f"{name}_loss") or 0.0)

@@ -2,9 +2,9 @@
 
     y = W x + up . diag(r) . diag(g(x)) . down x          r starts at 1, one number per rank
 
-The loss plus lambda * |r|_1 is minimised over r by proximal gradient: a gradient step, then the soft
-threshold. At the optimum a rank is zero exactly if the loss would gain less than lambda per unit of
-its r. Zero ranks are then left out of the factors and the others' r is folded into them, so that
+The loss plus lambda * |r|_1 is minimised over r by proximal gradient: a gradient step, then the
+soft threshold. At the optimum a rank is zero only if the loss would gain at most lambda per unit
+of its r. Zero ranks are then left out of the factors and the others' r is folded into them, so that
 the smaller experts are plain LoRA and the outputs stay what they were.
 """
 
@@ -19,7 +19,7 @@ from lora_merge.mixture.mixture import Mixture
 
 
 def soft_threshold(values: Tensor, threshold: float) -> Tensor:
-    """argmin_v |v - values|^2 / 2 + threshold * |v|_1: sign(values) max(|values| - threshold, 0)."""
+    """argmin_v |v - values|^2 / 2 + threshold |v|_1, that is sign(v) max(|v| - threshold, 0)."""
     return values.sign() * (values.abs() - threshold).clamp_min(0)
 
 

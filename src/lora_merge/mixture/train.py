@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_merge.errors import MethodError
 from lora_merge.mixture.attach import AttachedMixture, load_mixture
 from lora_merge.mixture.data import Batch, DataError, Example, batches, in_order
+from lora_merge.mixture.fit import fit_to_labels
 from lora_merge.mixture.group import Group
 from lora_merge.mixture.losses import GateLosses
 from lora_merge.mixture.mixture import Mixture
@@ -62,7 +63,7 @@ def train_gate(
         MethodError: If there is nothing to train, or the loss is no longer finite.
         DataError: If the rows do not carry what the training needs.
     """
-    settings = settings or TrainSettings()
+    settings = _settled(settings or TrainSettings(), mixture, examples)
     by_expert = mixture.spec.standardise
     _check(mixture, examples, settings)
     # PHATGOOSE trains each vector on its own expert's rows behind a sigmoid, and compares
@@ -80,6 +81,9 @@ def train_gate(
                 first = restore_state(work, settings, *run.state) if resume else 0
                 if run.processes.rank == 0:
                     cut_metrics(work, first)
+            if settings.task_loss and not first:
+                fit_to_labels(model, attached, examples, seed=settings.seed)
+                run.processes.follow_first(run.parameters)
             run.go(first, examples, evaluation, work, on_step)
         gate = attached.gate_tensors()
         factors = _factors(attached) if settings.changes_experts else {}
@@ -89,7 +93,9 @@ def train_gate(
         for parameter, flag in trainable.items():
             parameter.requires_grad_(flag)
     experts = rebuilt_experts(mixture, factors) if factors else mixture.experts
-    return Mixture.of(replace(mixture.spec, trained=True), experts, gate)
+    trained = Mixture.of(replace(mixture.spec, trained=True), experts, gate)
+    trained.descriptors = mixture.descriptors
+    return trained
 
 
 def mean_loss(model: nn.Module, examples: Sequence[Example], *, batch_size: int = 16) -> float:
@@ -124,7 +130,7 @@ class _Run:
         experts = _train_factors(attached.parts) if settings.train_experts else []
         self.rank_gates = add_rank_gates(attached.parts) if settings.rank_l1 else []
         self.parameters = gate + experts
-        parts = [
+        parts: list[dict[str, Any]] = [
             {"params": gate, "peak": settings.lr, "weight_decay": settings.weight_decay},
             {"params": experts, "peak": settings.expert_lr, "weight_decay": 0.0},
         ]
@@ -182,10 +188,10 @@ class _Run:
         settings = self.settings
         # Dropout depends on the step alone, so that a resumed run needs no generator's state.
         torch.manual_seed((settings.seed * 1_000_003 + step) * 4096 + self.processes.rank)
-        tokens = torch.tensor(sum(part.num_targets for part in parts), device=self.device)
-        self.processes.add_up([tokens])
-        total = int(tokens)
-        sums = self._backward(parts, total)
+        counts = torch.stack([part.counts() for part in parts]).to(self.device)
+        total = counts.sum(0)
+        self.processes.add_up([total])
+        sums = self._backward(parts, counts / total.clamp_min(1))
         if not all(math.isfinite(value) for value in sums.values()):
             raise MethodError(
                 f"step {step}: the loss is not finite ({sums})",
@@ -195,23 +201,28 @@ class _Run:
         norm = self._update(factor)
         if settings.bias_rate:
             self.losses.move_biases(settings.bias_rate * factor, self.processes)
-        metrics = {
-            "step": step, **sums, "lr": settings.lr * factor, "grad_norm": norm, "tokens": total
-        }  # fmt: skip
+        rate = (settings.lr or 0.0) * factor
+        metrics = {"step": step, **sums, "lr": rate, "grad_norm": norm, "tokens": int(total[0])}
         if self.rank_gates:
             metrics["ranks"] = sum(int((r != 0).sum()) for r in self.rank_gates)
         return metrics
 
-    def _backward(self, parts: Sequence[Batch], total: int) -> dict[str, float]:
-        """Gradients of all rows of all processes; every token weighs the same, however split."""
+    def _backward(self, parts: Sequence[Batch], shares: Tensor) -> dict[str, float]:
+        """Gradients of all rows of all processes; every token weighs the same, however split.
+
+        Args:
+            parts: This process's passes.
+            shares: Of what all passes of all processes count together, shape (passes, 3).
+        """
         sums: dict[str, Tensor] = {}
-        for part in parts:
-            share = part.num_targets / max(total, 1)
+        for part, (targets, labelled, tokens) in zip(parts, shares, strict=True):
             terms = self.terms(part.to(self.device))
-            loss = sum(self.settings.of_loss(name) * term for name, term in terms.items())
-            (loss * share).backward()  # type: ignore[union-attr]
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + term.detach().float() * share
+            weights = {"loss": targets, "task": labelled, "balance": tokens, "z": tokens}
+            scaled = {name: term.float() * weights[name] for name, term in terms.items()}
+            loss = sum(self.settings.of_loss(name) * term for name, term in scaled.items())
+            loss.backward()
+            for name, term in scaled.items():
+                sums[name] = sums.get(name, 0.0) + term.detach()
         trained = [*self.parameters, *self.rank_gates]
         for parameter in trained:
             if parameter.grad is None:
@@ -321,6 +332,19 @@ def _check(mixture: Mixture, examples: Sequence[Example], settings: TrainSetting
         raise DataError("task_loss needs rows that name their expert", 'add "expert" to rows')
     if settings.task_loss and spec.granularity == "rank":
         raise MethodError("a rank gate has no expert to be right about", "leave --task-loss out")
+
+
+def _settled(
+    settings: TrainSettings, mixture: Mixture, examples: Sequence[Example]
+) -> TrainSettings:
+    """The settings with what the caller left open: labels are used where they are."""
+    spec, task, lr = mixture.spec, settings.task_loss, settings.lr
+    if task is None:
+        weighs = spec.is_learned and spec.granularity != "rank" and not spec.standardise
+        task = float(weighs and any(e.is_labelled for e in examples))
+    if lr is None:
+        lr = 1e-3 if task and spec.signal == "hidden" else 5e-3
+    return replace(settings, task_loss=task, lr=lr)
 
 
 def _sigmoid_form(mixture: Mixture) -> Mixture:

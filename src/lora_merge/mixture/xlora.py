@@ -121,7 +121,7 @@ class TwoPass:
                 return companion.rows[_WEIGHTS]
             if self.lagged and _HIDDEN in companion.rows:
                 return self._decide(companion.rows[_HIDDEN], companion)
-        hidden = self._first_pass(body, args, kwargs, companion)
+        hidden = self.first_pass(body, kwargs, args, companion)
         weights = self._decide(hidden, companion)
         if companion is not None:
             companion.rows[_WEIGHTS] = weights.view(hidden.shape[0], hidden.shape[1], -1)[:, -1]
@@ -148,12 +148,12 @@ class TwoPass:
         return columns
 
     @torch.no_grad()
-    def _first_pass(
+    def first_pass(
         self,
         body: nn.Module,
-        args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        companion: Companion | None,
+        args: tuple[Any, ...] = (),
+        companion: Companion | None = None,
     ) -> Tensor:
         """Hidden states of the base model (or, not bypassed, of the even mixture)."""
         context = self.context

@@ -1,0 +1,69 @@
+"""`lora-merge describe`: what each expert's texts look like inside the base model."""
+
+from pathlib import Path
+
+import click
+
+from lora_merge.cli._options import json_option
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  lora-merge describe mix --base ./llama --data labelled.jsonl -o described
+  lora-merge novelty described --base ./llama --data new.jsonl
+""",
+    short_help="Learn what each expert's texts look like.",
+)
+@click.argument("mixture", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help="Base model: a directory or a Hub id.")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Labelled rows.")
+@click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--module", "modules", multiple=True, help="Where.  [default: once per layer]")
+@click.option("--max-length", type=click.IntRange(min=2), default=512, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="To make.")
+@click.option("--force", is_flag=True, help="Replace a mixture directory that is there.")
+@json_option
+def command(
+    mixture: Path,
+    base: str,
+    data: Path,
+    rank: int,
+    modules: tuple[str, ...],
+    max_length: int,
+    batch_size: int,
+    device: str,
+    out: Path,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write MIXTURE again with a descriptor of each expert that has rows in DATA.
+
+    `lora-merge novelty` then tells whether other texts need an expert that is not there yet.
+    """
+    from lora_merge.adapters import check_target
+    from lora_merge.cli._output import Output
+    from lora_merge.mixture import Mixture
+    from lora_merge.mixture.base import load_base
+    from lora_merge.mixture.data import read_examples
+    from lora_merge.mixture.descriptors import describe
+
+    output = Output(as_json)
+    opened = Mixture.from_pretrained(mixture)
+    check_target(out, force=force)
+    model, tokenizer = load_base(base, device)
+    rows = read_examples(data, tokenizer, experts=opened.names, max_length=max_length)
+    for fault in rows.faults[:5]:
+        output.note(f"left out: {fault}")
+    known = describe(
+        model, opened, rows.examples, modules=modules or None, rank=rank, batch_size=batch_size
+    )
+    opened.descriptors = known
+    opened.save_pretrained(out, force=force)
+    result = {
+        "schema": 1, "out": str(out), "experts": list(known.experts), "modules": known.modules
+    }  # fmt: skip
+    line = f"{out}: {', '.join(known.experts)} described at {len(known.modules)} modules"
+    output.data(result, line)
