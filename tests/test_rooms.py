@@ -20,6 +20,7 @@ ALLOWED = {
     "matplotlib": {"analysis", "mixture"},
     "peft": {"mixture"},
     "transformers": {"mixture"},
+    "triton": {"kernels"},
 }
 # Libraries that may be imported only inside functions.
 LAZY = {"matplotlib", "peft", "transformers", "triton", "sklearn", "accelerate", "pydantic"}
@@ -60,7 +61,7 @@ def test_arrows_point_down(path: Path) -> None:
             assert ROOMS.index(head[1]) <= ROOMS.index(room), f"{room} imports {module}"
         if head[0] in ALLOWED:
             assert room in ALLOWED[head[0]], f"{room} imports {module}"
-        if head[0] in LAZY:
+        if head[0] in LAZY and path.name != f"_{head[0]}.py":  # itself imported inside functions
             assert not at_top, f"{module} is imported at the top"
 
 

@@ -1,0 +1,213 @@
+"""Launches of the Triton kernels: tiles, grids and output memory. Imported only when chosen."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lora_merge.kernels.gated_stack import _triton
+from lora_merge.kernels.gated_stack.gate import Rule
+from lora_merge.kernels.gated_stack.layout import WORD, Layout
+
+INTERPRETED = type(_triton.shrink_kernel).__name__ == "InterpretedFunction"
+_NARROW = 64  # tokens up to which the own shrink is used; above, a library GEMM is
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Shape of a launch.
+
+    Attributes:
+        m: Tokens of a tile.
+        n: Rows (shrink) or outputs (expand) of a tile.
+        k: Width that is read at once (shrink).
+        split: Pieces the width is cut into (shrink).
+        branch: Step over words that nobody uses (expand).
+        warps: Warps of a program.
+        stages: Loads in flight.
+    """
+
+    m: int
+    n: int
+    k: int = 0
+    split: int = 1
+    branch: bool = False
+    warps: int = 4
+    stages: int = 3
+
+
+def shrink_tiles(tokens: int, width: int, num_rows: int, processors: int) -> Tiles | None:
+    """How to shrink, or None where a library's GEMM does it better.
+
+    Few rows make few programs, so the width is cut until every processor has two.
+    """
+    if tokens > _NARROW:
+        return None
+    m, n, k = (16 if tokens <= 16 else 32), 32, 256
+    programs = -(-num_rows // n)
+    split = max(1, min(2 * processors // programs, -(-width // k), 16))
+    return Tiles(m, n, k, split)
+
+
+def expand_tiles(tokens: int, width: int) -> Tiles:
+    """How to expand."""
+    if tokens <= 16:
+        return Tiles(16, 32 if width <= 4096 else 64)
+    if tokens <= 128:
+        return Tiles(32, 64 if width <= 4096 else 128)
+    return Tiles(128, 128, branch=True, warps=8)
+
+
+def shrink(
+    x: Tensor, down: Tensor, gate: Tensor | None, tiles: Tiles | None
+) -> tuple[Tensor, Tensor]:
+    """Partial products of tokens with `down` and with the gate's rows.
+
+    Args:
+        x: Shape (T, d_in), last dimension contiguous.
+        down: Shape (n, d_in), contiguous, of the same dtype.
+        gate: Shape (m, d_in), contiguous, of any floating dtype; or None for m = 0.
+        tiles: The launch, or None for a library's GEMM.
+
+    Returns:
+        Shapes (split, T, n) and (split, T, m), float32, m > 0 columns of one tensor; from a GEMM
+        split = 1, in the dtypes of `x` and `gate`.
+    """
+    if tiles is None:
+        u = functional.linear(x, down)[None]
+        return u, u if gate is None else functional.linear(x.to(gate.dtype), gate)[None]
+    (tokens, width), units = x.shape, down.shape[0]
+    other = down if gate is None else gate
+    scores = 0 if gate is None else gate.shape[0]
+    parts = torch.empty(tiles.split, tokens, units + scores, dtype=torch.float32, device=x.device)
+    tiles_n = _cdiv(units, tiles.n) + _cdiv(scores, tiles.n)
+    arithmetic = _arithmetic(x.dtype)
+    with _on(x.device):
+        _triton.shrink_kernel[(_cdiv(tokens, tiles.m), tiles_n, tiles.split)](
+            x, down, other, parts, tokens, x.stride(0), units, scores, width,
+            BM=tiles.m, BN=tiles.n, BK=tiles.k, GATE_BK=min(tiles.k, 64), SPLIT=tiles.split,
+            GATE_UPCAST=other.dtype != x.dtype or arithmetic["UPCAST"], **arithmetic,
+            num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+    return parts[:, :, :units], parts[:, :, units:]
+
+
+def gate(
+    parts: Tensor,
+    scores: Tensor,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    weights: Tensor | None = None,
+    rule: Rule | None = None,
+    bias: Tensor | None = None,
+    keep_u: bool = False,
+    block: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the pieces up, and weigh the units by given weights or by their scores.
+
+    Args:
+        parts: Pieces of the units, shape (split, T, M R), as `shrink` gives them.
+        scores: Pieces of the scores, shape (split, T, M n); not looked at for given weights.
+        layout: Units and their weights.
+        dtype: Of the result.
+        weights: Shape (T', M C), T' dividing T; or None.
+        rule: How scores become weights, where no weights are given.
+        bias: For the selection alone, shape (M n,).
+        keep_u: Whether the units before the gate are wanted.
+        block: Tokens of a program, a power of two; default: so that there are enough programs.
+
+    Returns:
+        z, shape (T, M R); its words, shape (T, M ceil(R / 32)); the units before the gate, shape
+        (T, M R), or (0,) if not wanted.
+    """
+    split, tokens, _ = parts.shape
+    members, units, num_words = layout.members, layout.num_units, layout.num_words
+    device = parts.device
+    z = torch.empty(tokens, members * units, dtype=dtype, device=device)
+    words = torch.empty(tokens, members * num_words, dtype=torch.int32, device=device)
+    u = torch.empty((tokens, members * units) if keep_u else (0,), dtype=dtype, device=device)
+    rule = rule or Rule()
+    count = layout.num_weights + rule.null_row
+    null = rule.null_score is not None
+    kept = rule.top_k or 0
+    block = block or (1 if tokens <= 64 else 4)
+    with _on(device):
+        _triton.gate_kernel[(_cdiv(tokens, block), members)](
+            parts, scores, parts if weights is None else weights, layout.columns,
+            parts if bias is None else bias, z, words, u,
+            tokens, 1 if weights is None else tokens // len(weights),
+            parts.stride(1), scores.stride(1), 0 if weights is None else weights.stride(0),
+            units, count, num_words,
+            float(rule.temperature), float(rule.factor), float(rule.null_score or 0.0),
+            MEMBERS=members, SPLIT=split,
+            KIND=_triton.KINDS.index("given" if weights is not None else rule.value),
+            TOP_K=kept if kept < count + null else 0,
+            ABSOLUTE=rule.absolute, NULL=int(null), BIAS=bias is not None, KEEP_U=keep_u,
+            BT=block, BS=_power(count + null),
+            BR=min(256, max(WORD, _power(units))),
+            # Fused multiply-adds could give a score one value as the limit and another as its own.
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return z, words, u
+
+
+def expand(y: Tensor, z: Tensor, up: Tensor, words: Tensor | None, tiles: Tiles) -> Tensor:
+    """Add the units' outputs to the base module's.
+
+    Args:
+        y: Shape (T, d_out), last dimension contiguous.
+        z: Shape (T, R), last dimension contiguous.
+        up: Shape (R, d_out), contiguous.
+        words: Shape (T, ceil(R / 32)), or None to read every row of `up`.
+        tiles: The launch.
+
+    Returns:
+        Shape (T, d_out), contiguous, in the dtype of `y`.
+    """
+    (tokens, width), units = y.shape, up.shape[0]
+    out = torch.empty(tokens, width, dtype=y.dtype, device=y.device)
+    with _on(y.device):
+        _triton.expand_kernel[(_cdiv(tokens, tiles.m), _cdiv(width, tiles.n))](
+            y, z, up, z if words is None else words, out, tokens,
+            y.stride(0), z.stride(0), 0 if words is None else words.stride(0), units, width,
+            BM=tiles.m, BN=tiles.n, SKIP=words is not None, BRANCH=tiles.branch,
+            **_arithmetic(z.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; two for the interpreter."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _arithmetic(dtype: torch.dtype) -> dict[str, Any]:
+    """Constants of a product. The interpreter multiplies bfloat16 as bit patterns: upcast there."""
+    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return {
+        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
+        "PRECISION": "ieee" if exact or INTERPRETED else "tf32",
+    }
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors' is."""
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()

@@ -1,0 +1,176 @@
+"""Which implementation runs: one table from measurements, one variable to overrule it.
+
+The table of a device is written by `lora-merge tune`; a case that nobody measured there runs
+`eager`. `LORA_MERGE_KERNELS` names one implementation for everything.
+"""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from lora_merge.errors import MethodError
+
+Name = Literal["reference", "eager", "concat", "triton"]
+GateKind = Literal["given", "dense", "top-k"]
+NAMES: tuple[Name, ...] = ("reference", "eager", "concat", "triton")
+VARIABLE = "LORA_MERGE_KERNELS"
+
+T = TypeVar("T")
+_failed: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What decides which implementation is fastest.
+
+    Attributes:
+        device: As `device_name` says it.
+        d_in: Input width.
+        d_out: Output width, of all members together.
+        units: R, of all members together.
+        tokens: T.
+        dtype: Of the factors.
+        gate: Weights that are `given`, or made from scores: `dense`, or the `top-k` of them.
+    """
+
+    device: str
+    d_in: int
+    d_out: int
+    units: int
+    tokens: int
+    dtype: str
+    gate: GateKind
+
+    @property
+    def key(self) -> str:
+        """Row of the table: sizes rounded up to powers of two, so that near cases share one."""
+        sizes = (self.d_in, self.d_out, self.units, self.tokens)
+        d_in, d_out, units, tokens = (1 << max(0, n - 1).bit_length() for n in sizes)
+        return f"{d_in}x{d_out} R{units} T{tokens} {self.dtype} {self.gate}"
+
+
+def case_of(x: torch.Tensor, d_out: int, units: int, dtype: torch.dtype, gate: GateKind) -> Case:
+    """The case of a call with tokens `x`, shape (..., d_in)."""
+    width = x.shape[-1]
+    tokens = x.numel() // max(1, width)
+    name = str(dtype).removeprefix("torch.")
+    return Case(device_name(x.device), width, d_out, units, tokens, name, gate)
+
+
+def choose(case: Case, able: Sequence[Name]) -> Name:
+    """The implementation for a case, among those that can run it.
+
+    Args:
+        case: What is to be run.
+        able: Implementations that can run it; the first is what runs unless a measurement or the
+            user says otherwise.
+
+    Raises:
+        MethodError: If `LORA_MERGE_KERNELS` is none of the names.
+    """
+    wanted = os.environ.get(VARIABLE) or "auto"
+    return _choose(case, tuple(able), wanted)
+
+
+@lru_cache(maxsize=4096)
+def _choose(case: Case, able: tuple[Name, ...], wanted: str) -> Name:
+    if wanted == "auto":
+        seconds = table(case.device).get(case.key, {})
+        return min(
+            (name for name in able if name in seconds), key=seconds.__getitem__, default=able[0]
+        )
+    for name in NAMES:
+        if name == wanted:
+            return name if name in able else able[0]
+    raise MethodError(f"{VARIABLE} is {wanted!r}", f"auto, {', '.join(NAMES)}")
+
+
+def forced() -> str:
+    """What the user asked for: a name, or auto."""
+    return os.environ.get(VARIABLE) or "auto"
+
+
+def guarded(name: str, fast: Callable[[], T], plain: Callable[[], T]) -> T:
+    """Run a kernel; if it fails, say so once, and run the plain way from then on.
+
+    What is the input's fault, or a lack of memory, is not the kernel's and goes through.
+    """
+    if torch.compiler.is_compiling():
+        return fast()
+    if name in _failed:
+        return plain()
+    try:
+        return fast()
+    except (MethodError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        _failed.add(name)
+        text = f"the kernel {name} failed ({type(error).__name__}: {error}); eager runs instead"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return plain()
+
+
+# -- the table -----------------------------------------------------------------------------------
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """Name of a device that measurements hold for, fit for a file's name."""
+    if device.type != "cuda":
+        return device.type
+    return re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).strip("-").lower()
+
+
+def table_path(device: str) -> Path:
+    """Where a device's table is kept."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "lora-merge" / "kernels" / f"{device}.json"
+
+
+def versions() -> dict[str, str]:
+    """What a measurement depends on beside the device."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"torch": str(torch.__version__)}
+    try:
+        found["triton"] = version("triton")
+    except PackageNotFoundError:
+        found["triton"] = "none"
+    return found
+
+
+@cache
+def table(device: str) -> dict[str, dict[str, float]]:
+    """Key of a case → seconds of each implementation, as measured here; empty if never."""
+    path = table_path(device)
+    try:
+        raw: Any = json.loads(path.read_text())
+        rows = {
+            key: {name: float(value) for name, value in row["seconds"].items()}
+            for key, row in raw["rows"].items()
+        }
+        stale = raw["versions"] != versions()
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        rows, stale = {}, True
+    if stale:
+        text = f"{path} is damaged or from other versions and is ignored; run `lora-merge tune`"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return {}
+    return rows
+
+
+def forget() -> None:
+    """Read the table anew and give failed kernels another chance."""
+    table.cache_clear()
+    _choose.cache_clear()
+    _failed.clear()

@@ -1,0 +1,120 @@
+"""How scores become weights: softmax, sigmoid or as they are; of all, or of the top k."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Value = Literal["softmax", "softmax_all", "softmax_twice", "sigmoid", "raw", "binary"]
+
+
+class Activation(Protocol):
+    """What `activate` has to know of a gate; documented at `Rule`."""
+
+    @property
+    def value(self) -> Value: ...  # noqa: D102
+    @property
+    def top_k(self) -> int | None: ...  # noqa: D102
+    @property
+    def temperature(self) -> float: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A gate's activation, without its tensors.
+
+    Attributes:
+        value: Weights of the kept scores. `softmax` over the kept; `softmax_all` over all and then
+            cut, not renormalised; `softmax_twice` over all, cut, and again over the kept;
+            `sigmoid`, `raw` and `binary` entry by entry.
+        top_k: How many scores are kept, the first of equal ones; None keeps all.
+        temperature: Divides the scores before a softmax or sigmoid.
+        factor: Multiplies every weight.
+        absolute: Take the scores' absolute values first.
+        null_row: The last score belongs to no expert; its weight is dropped.
+        null_score: A constant score that belongs to no expert, or None.
+    """
+
+    value: Value = "softmax"
+    top_k: int | None = None
+    temperature: float = 1.0
+    factor: float = 1.0
+    absolute: bool = False
+    null_row: bool = False
+    null_score: float | None = None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether most weights are zero."""
+        return self.top_k is not None
+
+
+def weights_of(scores: Tensor, rule: Rule, bias: Tensor | None = None) -> Tensor:
+    """Weights of the experts, from the inner products of tokens and gate rows.
+
+    Args:
+        scores: Shape (..., n), of any floating dtype.
+        rule: The gate.
+        bias: As for `activate`.
+
+    Returns:
+        Weights without the null expert's, float32 or float64, shape (..., n) or (..., n - 1).
+    """
+    if rule.absolute:
+        scores = scores.abs()
+    if rule.null_score is not None:
+        null = scores.new_full((*scores.shape[:-1], 1), rule.null_score)
+        scores = torch.cat([scores, null], dim=-1)
+    weights = activate(scores, rule, bias, factor=rule.factor)
+    return weights[..., :-1] if rule.null_row or rule.null_score is not None else weights
+
+
+def activate(
+    scores: Tensor, rule: Activation, bias: Tensor | None = None, *, factor: float = 1.0
+) -> Tensor:
+    """Turn scores into weights.
+
+    Args:
+        scores: Shape (..., n); raised to float32 if it is half precision.
+        rule: The gate.
+        bias: Added to the scores for the selection alone, shape (..., n) or (n,): DeepSeek's
+            balance without an auxiliary loss, as in SMoRA.
+        factor: Multiplies every weight.
+
+    Returns:
+        Weights, shape (..., n), exactly zero outside the kept.
+    """
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    size = scores.shape[-1]
+    if rule.top_k is None or rule.top_k >= size:
+        weights = _values(scores, rule)
+        if rule.value == "softmax_twice":
+            weights = torch.softmax(weights, dim=-1)
+        return weights if factor == 1.0 else weights * factor
+    if rule.value in ("softmax_all", "softmax_twice"):
+        scores = torch.softmax(scores / rule.temperature, dim=-1)
+    if bias is None:
+        kept, index = scores.topk(rule.top_k, dim=-1, sorted=False)
+    else:
+        index = (scores + bias).topk(rule.top_k, dim=-1, sorted=False).indices
+        kept = scores.gather(-1, index)
+    if rule.value == "softmax_twice":
+        kept = torch.softmax(kept, dim=-1)
+    elif rule.value != "softmax_all":
+        kept = _values(kept, rule)
+    if factor != 1.0:
+        kept = kept * factor
+    return torch.zeros_like(scores).scatter(-1, index, kept)
+
+
+def _values(scores: Tensor, rule: Activation) -> Tensor:
+    """Weights of scores that are all kept."""
+    if rule.value == "raw":
+        return scores
+    if rule.value == "binary":
+        return torch.ones_like(scores)
+    if rule.temperature != 1.0:
+        scores = scores / rule.temperature
+    return torch.sigmoid(scores) if rule.value == "sigmoid" else torch.softmax(scores, dim=-1)

@@ -1,0 +1,85 @@
+"""Which unit takes which weight, and what the shrink hands to the expand."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+WORD = 32  # units per word of a bitmask
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The units of one module, or of several alike that share their input (q, k, v).
+
+    Attributes:
+        columns: Weight that each unit of one module takes, int64, shape (R,), values in 0..C-1.
+        num_weights: C, weights of one module.
+        block: Units per weight if all weights cover equally many, in order; else None.
+        members: M, modules that are shrunk together; units and weights of one stand side by side.
+        outputs: Their d_out added up, which the dispatch table is asked with.
+    """
+
+    columns: Tensor
+    num_weights: int
+    block: int | None = None
+    members: int = 1
+    outputs: int = 0
+
+    @property
+    def num_units(self) -> int:
+        """R, units of one module."""
+        return self.columns.shape[0]
+
+    @property
+    def num_words(self) -> int:
+        """Words of one module's bitmask."""
+        return -(-self.num_units // WORD)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Units and weights of all members."""
+        return self.members * self.num_units, self.members * self.num_weights
+
+    @cached_property
+    def joined(self) -> Tensor:
+        """Weight of each unit among those of all members, int64, shape (M R,)."""
+        return join_columns(self.columns, self.num_weights, self.members)
+
+
+def join_columns(columns: Tensor, num_weights: int, members: int) -> Tensor:
+    """Weight of each unit among those of all members, int64, shape (M R,)."""
+    starts = torch.arange(members, device=columns.device) * num_weights
+    return (starts[:, None] + columns).flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Gated units of some tokens, for one module.
+
+    Attributes:
+        z: g * (down x), shape (T, R); may be a column slice of a wider tensor.
+        words: Bit r % 32 of word r // 32 says whether unit r of a token is not zero, int32, shape
+            (T, ceil(R / 32)); None if nobody counted, or most are.
+        implementation: What made them, and should expand them.
+    """
+
+    z: Tensor
+    words: Tensor | None = None
+    implementation: str = "eager"
+
+
+def split_members(
+    z: Tensor, words: Tensor | None, layout: Layout, implementation: str
+) -> list[Units]:
+    """Units of each member, as views."""
+    r, w = layout.num_units, layout.num_words
+    return [
+        Units(
+            z[:, m * r : (m + 1) * r],
+            None if words is None else words[:, m * w : (m + 1) * w],
+            implementation,
+        )
+        for m in range(layout.members)
+    ]
