@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_merge.mixture.attach import AttachedMixture, body_of
+from lora_merge.mixture.attach import AttachedMixture
 from lora_merge.mixture.data import Example, in_order
+from lora_merge.mixture.hooks import body_of
 from lora_merge.mixture.memory import accumulate
 from lora_merge.mixture.xlora import HiddenGate, TwoPass
 
