@@ -96,8 +96,9 @@ def merge_delta(
     blocks = blocks_of(stack, weights, keys=keys, block_rows=block_rows, rule=rule)
     whole = None
     if stack.d_out <= min(_band_rows(stack), block_rows or stack.d_out):
-        (whole,) = blocks()  # one block: it need not be made twice
-        blocks = partial(iter, (whole,))
+        held = tuple(blocks())  # one block, or none of a core without directions: made only once
+        blocks = partial(iter, held)
+        whole = held[0] if held else None
     if statistics is None:
         brackets = guess_thresholds(rule, stack, weights, whole)
         statistics = measure(rule, in_turn(blocks), len(weights), brackets=brackets)
