@@ -45,7 +45,7 @@ def test_an_untrained_adapter_is_named(tmp_path):
 def test_long_names_give_way_to_the_matrix_numbers(tmp_path):
     paths = [save_adapter(tmp_path / f"a-rather-long-adapter-name-{i}", seed=i) for i in range(3)]
     text = run(*paths, "--width", 80)
-    assert " 1 /  3 " in text and " 3 a-rather-long-adapter-" in text
+    assert "1 /  3 " in text and "adapter-name-2" in text
 
 
 def test_json_and_clusters(tmp_path):
