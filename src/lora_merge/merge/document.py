@@ -36,10 +36,11 @@ every module; in the other spaces results stay within R units.
 `{filter, value}`. Weight 0 is the same as absent; a module that only some adapters have is merged
 from those.
 
-**Which one.** `auto` says why it chose. For adapters of different tasks `wudi-iso` was the best
-without data, on five tasks; at a scale of 1 a sum of many tasks is mostly too much: 0.65 was best
-for five. Weights chosen on held-out data, by layer best, gave more than any choice between the
-leading methods (`benchmarks/results/quality.md`).
+**Which one.** `auto` says why it chose. For adapters of five different tasks least squares on the
+output side (`wudi-iso`, or `wudi` with `side=output ridge=0.01`) was the best without data. A sum
+of many tasks is mostly too much: scales of 0.6 to 0.7 were best there. Weights chosen on held-out
+data, by layer best, gave more than the choice between leading methods
+(`benchmarks/results/quality.md`).
 
 **Parameters of single adapters.** What says how an adapter is made sparse (`density`; `trim`,
 `epsilon`, `gamma` where the method has them) may be given as a weight is, and for one adapter
