@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_merge.errors import MethodError
+from lora_merge.mixture.choice import weight_row
 from lora_merge.mixture.companion import companion_of
 from lora_merge.mixture.context import Context
 from lora_merge.mixture.gate import GateSpec
 from lora_merge.mixture.group import Group
 from lora_merge.mixture.hooks import REGISTRY, body_of, forgive, hide, last_tokens, module_hook
 from lora_merge.mixture.joined import join_groups
+from lora_merge.mixture.learned import gate_tensors, learned_parameters
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.overhead import Overhead, overhead
 from lora_merge.mixture.prepare import group_members, make_members
@@ -236,7 +238,7 @@ class AttachedMixture(nn.Module):
             settings: `top_k`, `temperature`, `scale`, ... of the mixture's own gate; for X-LoRA
                 also `freeze_after` and `lagged`.
         """
-        own = self.mixture.spec
+        own, names = self.mixture.spec, self.mixture.names
         if self.two_pass is not None:
             self.two_pass.freeze_after = settings.pop("freeze_after", None)
             self.two_pass.lagged = settings.pop("lagged", False)
@@ -246,9 +248,12 @@ class AttachedMixture(nn.Module):
         if sum((weights is not None, requests is not None, bool(settings))) > 1:
             raise MethodError("set_gate: weights, requests or settings, not several", "choose one")
         if weights is not None:
-            rows, spec = [self._row(weights)], GateSpec("constant", "constant", "model")
+            rows, spec = [weight_row(names, weights)], GateSpec("constant", "constant", "model")
         elif requests is not None:
-            rows, spec = [self._row(r) for r in requests], GateSpec("request", "request", "model")
+            rows, spec = (
+                [weight_row(names, r) for r in requests],
+                GateSpec("request", "request", "model"),
+            )
         elif own.signal == "constant":
             rows, spec = [list(own.weights)], own
         else:
@@ -272,59 +277,17 @@ class AttachedMixture(nn.Module):
         finally:
             self.context.spec, self.context.weights = before, weights
 
-    def _row(self, wanted: str | Mapping[str, float] | Sequence[float] | None) -> list[float]:
-        names = self.mixture.names
-        if wanted is None:
-            return [0.0] * len(names)
-        if isinstance(wanted, str):
-            wanted = {wanted: 1.0}
-        if isinstance(wanted, Mapping):
-            unknown = [name for name in wanted if name not in names]
-            if unknown:
-                raise MethodError(
-                    f"no expert is called {unknown[0]!r}", f"one of {', '.join(names)}"
-                )
-            return [float(wanted.get(name, 0.0)) for name in names]
-        if len(wanted) != len(names):
-            raise MethodError(
-                f"{len(wanted)} weights for {len(names)} experts", "give one weight per expert"
-            )
-        return [float(value) for value in wanted]
-
     def train_gate_only(self) -> list[nn.Parameter]:
         """Let gradients into the gate and nowhere else; returns its parameters."""
         self._model[0].requires_grad_(False)
-        learned = [g.weight for g in self.parts if g.weight is not None]
-        if self.mixture.spec.signal != "input":
-            learned = []
-        if self.classifier is not None:
-            learned += list(self.classifier.parameters())
-        if not learned:
-            raise MethodError(
-                f"the {self.mixture.spec.preset} gate has nothing to train",
-                "train xlora, meteora, smora or phatgoose",
-            )
+        learned = learned_parameters(self.mixture.spec, self.parts, self.classifier)
         for parameter in learned:
             parameter.requires_grad_(True)
         return learned
 
     def gate_tensors(self) -> dict[str, Tensor]:
         """The gate as it is now, by the names of the directory, float32 on the CPU."""
-        if self.classifier is not None:
-            return self.classifier.tensors()
-        tensors = dict(self.mixture.gate)
-        for group in self.parts:
-            if self.mixture.spec.signal == "input" and group.weight is not None:
-                if self.mixture.spec.standardise:
-                    break  # what runs are standardised rows; the file keeps the vectors themselves
-                rows = group.weight.detach().float().cpu()
-                for index, name in enumerate(group.names):
-                    part = rows[group.scores[index] : group.scores[index + 1]]
-                    tensors[f"{name}.weight"] = part.clone()
-                    if isinstance(group.bias, Tensor):
-                        bias = group.bias[group.units[index] : group.units[index + 1]]
-                        tensors[f"{name}.rank_bias"] = bias.cpu().clone()
-        return tensors
+        return gate_tensors(self.mixture, self.parts, self.classifier)
 
     @property
     def _columns(self) -> int:

@@ -90,7 +90,7 @@ class JoinedGroup:
         tokens, joined = x.reshape(-1, x.shape[-1]), self.joined
         if stop - start != len(self.linears) or not self.is_whole():  # siblings apart, or moved
             ys, zs = self._plain(tokens, start, stop), self.group.gated(x, start, stop)
-            ups = self.group.ups[start:stop]
+            ups = self.group.factors()[0][start:stop]
             return [expand(y, z, up) for y, z, up in zip(ys, zs, ups, strict=True)]
         if len(tokens) > concat.FEW_TOKENS:
             u, scores = concat.shrink_alone(tokens, joined)
