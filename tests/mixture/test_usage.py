@@ -28,7 +28,7 @@ def test_weights_are_counted_token_by_token(preset: str) -> None:
     entry = usage.modules[name]
     present = [i for i in range(3) if name in mixture.experts[i].adapter.modules]
     rows = entry.last
-    if preset == "smora":
+    if mixture.spec.granularity == "rank":
         owner = [e for e in present for _ in range(mixture.experts[e].adapter.modules[name].rank)]
         rows = torch.stack(
             [rows[:, [i for i, o in enumerate(owner) if o == e]].mean(1) for e in present], 1
