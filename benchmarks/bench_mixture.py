@@ -166,10 +166,11 @@ def table(title: str, seconds: dict[str, list[float]]) -> str:
 
 def heading(load: tuple[float, ...]) -> str:
     """What was run, where, and how busy the machine was."""
+    shown = [word for word in sys.argv[1:] if not word.startswith(("/", "--out", "--json"))]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     return (
         "# Mixtures: speed and memory\n\n"
-        f"`python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`\n\n"
+        f"`python benchmarks/{Path(sys.argv[0]).name} {' '.join(shown)}`\n\n"
         f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads, "
         f"{versions}. Load average before and after: {load[0]:.1f} and {os.getloadavg()[0]:.1f}: "
         "above the number of threads the machine was shared, and the ratios of the fastest rounds "

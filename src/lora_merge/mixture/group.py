@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lora_merge.errors import MethodError
 from lora_merge.kernels.gated_stack.concat import Joined
@@ -23,6 +22,7 @@ from lora_merge.mixture.context import Context
 from lora_merge.mixture.gate import activate
 from lora_merge.mixture.member import Member
 from lora_merge.mixture.memory import REMEMBERED, remember
+from lora_merge.mixture.standardise import inverse_deviation
 
 
 @dataclass(eq=False)
@@ -302,7 +302,7 @@ class Group(nn.Module):
             if spec.signal == "prototype":
                 scores = scores.abs()
             elif spec.standardise:
-                scores = scores * _inverse_deviation(x)[:, None, None]
+                scores = scores * inverse_deviation(x)[:, None, None]
         else:
             scores = self._strengths(u, start, stop)
         if spec.null_expert and spec.signal != "input":
@@ -404,20 +404,3 @@ def _shrink_of(member: Member) -> Callable[[Tensor, Any], Tensor]:
     if member.form == "conv":
         return partial(shrink_conv, kernel=member.kernel, how=member.how)
     return shrink_linear
-
-
-def _inverse_deviation(x: Tensor) -> Tensor:
-    """1 / std of every token as LayerNorm divides by it, float32, shape (T,)."""
-    flat = x.reshape(-1, x.shape[-1]).float()
-    deviation: Tensor = torch.rsqrt(flat.var(dim=-1, correction=0) + 1e-5)
-    return deviation
-
-
-def standardised_rows(rows: Tensor) -> Tensor:
-    """Rows whose plain product with x, over the deviation of x, is LN(row) . LN(x) / sqrt(d).
-
-    A standardised row sums to zero, so the mean of x drops out (PHATGOOSE, arXiv 2402.05859).
-    """
-    width = rows.shape[-1]
-    centred: Tensor = functional.layer_norm(rows.double(), (width,))
-    return centred.div(width**0.5).to(rows.dtype)

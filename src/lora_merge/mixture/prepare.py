@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from lora_merge.adapters import AlignedModule, ModuleSpec, RankStack, read_stacks
 from lora_merge.errors import AlignmentError, MethodError
 from lora_merge.mixture.gate import GateSpec
-from lora_merge.mixture.group import standardised_rows
 from lora_merge.mixture.initial import svd_form
 from lora_merge.mixture.member import Member
 from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.standardise import standardised_rows
 
 # Names of modules that read one tensor, as the model families call them.
 _SIBLINGS = (
