@@ -198,7 +198,9 @@ def oracles(bench: Bench, paths: list[str]) -> None:
                 weights = late_weights(owners, delay, len(paths))
                 driver._weights = lambda *_, weights=weights: weights  # type: ignore[method-assign]
                 found[name] += list(bench.losses([row]))
-        bench.add("oracle" if delay == 0 else f"oracle, {delay} tokens late", found)
+        bench.add(
+            "oracle" if delay == 0 else f"oracle, {delay} token{'s' * (delay > 1)} late", found
+        )
         print(flush=True)
     handle.detach()
 
