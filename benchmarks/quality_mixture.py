@@ -53,10 +53,9 @@ TRAINED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("recall", {}),
     ("meteora", {"memory": 0.9}),
     ("xlora", {"memory": 0.9}),
-    ("smora", {"top_k": 32, "memory": 0.9}),
+    ("smora", {"top_k": 32}),
     ("meteora", {}),
     ("xlora", {}),
-    ("smora", {"top_k": 32}),
 )
 LEAVES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _CIPHER = str.maketrans("abcdefghijklmnopqrstuvwxyz", "nopqrstuvwxyzabcdefghijklm")

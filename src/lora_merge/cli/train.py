@@ -15,7 +15,7 @@ _training_options = together(
         "--accumulate", type=click.IntRange(min=1), default=1, show_default=True,
         help="Passes per step.",
     ),
-    click.option("--lr", type=float, help="Peak learning rate.  [default: 5e-3 or 1e-3, by gate]"),
+    click.option("--lr", type=float, help="Peak learning rate.  [default: by gate]"),
     click.option("--warmup", type=click.IntRange(min=0), default=10, show_default=True),
     click.option(
         "--schedule", type=click.Choice(["cosine", "constant"]), default="cosine",

@@ -13,8 +13,8 @@ class TrainSettings:
         steps: Optimizer steps.
         batch_size: Rows of one pass, over all processes together.
         accumulate: Passes per step.
-        lr: Peak learning rate of the gate. None takes 5e-3, and 1e-3 for a classifier that was
-            fitted to labels first.
+        lr: Peak learning rate of the gate. None takes 5e-3, 2e-3 for gates over single ranks, and
+            1e-3 for a classifier that was fitted to labels first.
         warmup: Steps of linear warm-up.
         schedule: "cosine" to a tenth of the peak, or "constant".
         weight_decay: AdamW's, on the gate.

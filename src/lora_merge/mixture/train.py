@@ -343,7 +343,8 @@ def _settled(
         weighs = spec.is_learned and spec.granularity != "rank" and not spec.standardise
         task = float(weighs and any(e.is_labelled for e in examples))
     if lr is None:
-        lr = 1e-3 if task and spec.signal == "hidden" else 5e-3
+        lr = 2e-3 if spec.granularity == "rank" else 5e-3
+        lr = 1e-3 if task and spec.signal == "hidden" else lr
     return replace(settings, task_loss=task, lr=lr)
 
 
