@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_merge.errors import MethodError
+from lora_merge.kernels.gated_stack import dispatch
 from lora_merge.mixture.choice import weight_row
 from lora_merge.mixture.companion import companion_of
 from lora_merge.mixture.context import Context
@@ -40,7 +41,7 @@ def load_mixture(
     *,
     name: str = "default",
     dtype: torch.dtype | None = None,
-    layout: Layout = "stack",
+    layout: Layout | None = None,
 ) -> "AttachedMixture":
     """Attach a mixture to a model; afterwards the model runs and generates as always.
 
@@ -52,7 +53,8 @@ def load_mixture(
         layout: "stack" adds the experts to what each module returns. "rows" and "border" put the
             weights of plain `nn.Linear` modules and their experts into one matrix, for fewer
             products where no gradient is wanted: "rows" for few tokens (decoding), "border" for
-            many as well (prefill). The results differ by rounding alone.
+            many as well (prefill). The results differ by rounding alone. Default: "stack", but
+            "border" where LORA_MERGE_KERNELS is concat.
 
     Returns:
         The handle, also reachable as `model.mixture`.
@@ -62,7 +64,8 @@ def load_mixture(
             weights that cannot be moved (tied, quantised, offloaded).
     """
     mixture = source if isinstance(source, Mixture) else Mixture.from_pretrained(source)
-    return AttachedMixture(model, mixture, name=name, dtype=dtype, layout=layout)
+    chosen = layout or ("border" if dispatch.forced() == "concat" else "stack")
+    return AttachedMixture(model, mixture, name=name, dtype=dtype, layout=chosen)
 
 
 class AttachedMixture(nn.Module):

@@ -10,7 +10,7 @@
 | activation  | how scores become weights: `value`, `top_k`, `temperature`                       |
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from lora_merge.errors import MethodError
+from lora_merge.kernels import gated_stack
+from lora_merge.kernels.gated_stack import Rule, Value
 
 Signal = Literal["constant", "request", "hidden", "input", "prototype", "spectrum"]
 Granularity = Literal["model", "module", "rank"]
-Value = Literal["softmax", "softmax_all", "softmax_twice", "sigmoid", "raw", "binary"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,23 @@ class GateSpec:
             return float(min(self.top_k or num_scores, num_scores))
         return 1.0
 
+    def rule(self, num_scores: int) -> Rule:
+        """How a module's scores become weights, for a kernel.
+
+        Args:
+            num_scores: Rows of the gate, a learned null expert's among them.
+        """
+        constant_null = self.null_expert and self.signal != "input"
+        return Rule(
+            self.value,
+            self.top_k,
+            self.temperature,
+            self.factor(num_scores + constant_null),
+            absolute=self.signal == "prototype",
+            null_row=self.null_expert and not constant_null,
+            null_score=self.null_score if constant_null else None,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {**asdict(self), "weights": list(self.weights)}
@@ -224,37 +242,37 @@ def activate(scores: Tensor, spec: GateSpec, bias: Tensor | None = None) -> Tens
     Returns:
         Weights, shape (..., n), exactly zero outside the kept.
     """
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()
-    size = scores.shape[-1]
-    factor = spec.factor(size)
-    if spec.top_k is None or spec.top_k >= size:
-        weights = _values(scores, spec)
-        if spec.value == "softmax_twice":
-            weights = torch.softmax(weights, dim=-1)
-        return weights if factor == 1.0 else weights * factor
-    if spec.value in ("softmax_all", "softmax_twice"):
-        scores = torch.softmax(scores / spec.temperature, dim=-1)
-    if bias is None:
-        kept, index = scores.topk(spec.top_k, dim=-1, sorted=False)
-    else:
-        index = (scores + bias).topk(spec.top_k, dim=-1, sorted=False).indices
-        kept = scores.gather(-1, index)
-    if spec.value == "softmax_twice":
-        kept = torch.softmax(kept, dim=-1)
-    elif spec.value != "softmax_all":
-        kept = _values(kept, spec)
-    if factor != 1.0:
-        kept = kept * factor
-    return torch.zeros_like(scores).scatter(-1, index, kept)
+    return gated_stack.activate(scores, spec, bias, factor=spec.factor(scores.shape[-1]))
 
 
-def _values(scores: Tensor, spec: GateSpec) -> Tensor:
-    """Weights of scores that are all kept."""
-    if spec.value == "raw":
-        return scores
-    if spec.value == "binary":
-        return torch.ones_like(scores)
-    if spec.temperature != 1.0:
-        scores = scores / spec.temperature
-    return torch.sigmoid(scores) if spec.value == "sigmoid" else torch.softmax(scores, dim=-1)
+def strengths(scaled: Tensor, columns: Tensor | None, count: int) -> Tensor:
+    """|Delta_e x| of every expert (or single rank), in SVD form: |S V^T x| needs no `up`.
+
+    Args:
+        scaled: Units times their singular values, shape (T, R).
+        columns: Expert of each unit, int64, shape (R,); None for each rank alone.
+        count: Experts.
+
+    Returns:
+        Shape (T, count), or (T, R).
+    """
+    energy = scaled.float().square()
+    if columns is None:
+        return energy.sqrt()
+    total = energy.new_zeros(len(scaled), count).index_add(1, columns, energy)
+    # The square root has no derivative at 0, where every expert's delta vanishes.
+    return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
+
+
+def only_of(weights: Tensor, only: Tensor, experts: Sequence[int]) -> Tensor:
+    """Weights with all but one expert's set to zero in each batch row.
+
+    Args:
+        weights: Shape (T', M, E).
+        only: The expert that may act, int64, shape (B,).
+        experts: The experts whose weights these are.
+    """
+    present = torch.tensor(experts, device=weights.device)
+    alone = (only.to(weights.device)[:, None] == present).to(weights.dtype)
+    rows = weights.view(len(alone), -1, *weights.shape[1:])
+    return (rows * alone[:, None, None, :]).view(weights.shape)

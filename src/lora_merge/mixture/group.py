@@ -2,27 +2,25 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import pairwise
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_merge.errors import MethodError
+from lora_merge.kernels.gated_stack import Layout, Units, gated_expand
 from lora_merge.kernels.gated_stack.concat import Joined
-from lora_merge.kernels.gated_stack.eager import (
-    expand,
-    gate_units,
-    shrink_conv,
-    shrink_embedding,
-    shrink_linear,
-)
+from lora_merge.kernels.gated_stack.eager import expand, gate_units
+from lora_merge.kernels.gated_stack.fused import refusal
+from lora_merge.mixture.by_kernel import kernel_units
 from lora_merge.mixture.context import Context
-from lora_merge.mixture.gate import activate
+from lora_merge.mixture.gate import activate, only_of, strengths
 from lora_merge.mixture.member import Member
-from lora_merge.mixture.memory import REMEMBERED, remember
+from lora_merge.mixture.memory import REMEMBERED, over_prompt, remember
 from lora_merge.mixture.standardise import inverse_deviation
+
+P = TypeVar("P")
 
 
 @dataclass(eq=False)
@@ -34,7 +32,7 @@ class _Waiting:
 
     x: Tensor | None = None
     compute: object = None
-    parts: dict[int, Tensor] = field(default_factory=dict)
+    parts: dict[int, Any] = field(default_factory=dict)
 
 
 class Group(nn.Module):
@@ -79,10 +77,10 @@ class Group(nn.Module):
         weight = torch.cat(rows).to(gate_dtype or self.down.dtype) if rows else None
         self.weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
         self.register_parameter("rank_gates", None)
-        self.units = _bounds([len(m.owner) for m in members])
-        self.scores = _bounds([len(r) for r in rows])
+        self.units = list(accumulate([len(m.owner) for m in members], initial=0))
+        self.scores = list(accumulate([len(r) for r in rows], initial=0))
         self._layout(members, num_experts)
-        self._shrink = _shrink_of(members[0])
+        self._shrink = members[0].shrink
         self._packed: Tensor | None = None
         self._waiting = _Waiting()
         self._pack()
@@ -106,7 +104,7 @@ class Group(nn.Module):
         self.uniform = len({(m.experts, m.general, m.owner) for m in members}) == 1
         counts = {p.count(i) for p, w in zip(places, self.widths, strict=True) for i in range(w)}
         self.block = counts.pop() if len(counts) == 1 else None
-        starts = _bounds(self.widths)
+        starts = list(accumulate(self.widths, initial=0))
         for index, part in enumerate(places):
             constant(f"columns{index}", torch.tensor(part, device=device))
         joined = [p + starts[i] for i, part in enumerate(places) for p in part]
@@ -115,20 +113,20 @@ class Group(nn.Module):
         per_module = spec.granularity != "model" and spec.signal == "hidden"
         for index, member in enumerate(members):
             offset = member.number * num_experts if per_module else 0
-            taken = [offset + e for e in member.experts]
-            constant(f"outside{index}", torch.tensor(taken, dtype=torch.int64, device=device))
+            own = [offset + e for e in member.experts]
+            constant(f"outside{index}", torch.tensor(own, dtype=torch.int64, device=device))
 
     # -- storage ---------------------------------------------------------------------------------
 
     def factors(self) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """Every up, down, and the gate's rows if they ride along in the shrink (of one dtype)."""
-        ups, down, weight = [up.data for up in self._ups], self.down.data, self.weight
+        ups, down, weight = [up.data for up in self.ups], self.down.data, self.weight
         rides = weight is not None and weight.dtype == down.dtype
         return ups, down, weight.data if weight is not None and rides else None
 
     def adopt(self, joined: Joined) -> None:
         """Take the place of experts and gate in a matrix that holds the base weights too."""
-        for up, view in zip(self._ups, joined.ups, strict=True):
+        for up, view in zip(self.ups, joined.ups, strict=True):
             up.data = view
         self.down.data = joined.down
         if self.weight is not None and joined.scores:
@@ -138,7 +136,9 @@ class Group(nn.Module):
     def _pack(self) -> None:
         """Make `down` and `weight` views of one matrix (same dtype only: half gates stay apart)."""
         # Plain references: looking a parameter up by name is slow, and there are many per token.
-        self._ups = [getattr(self, f"up{index}") for index in range(len(self.names))]
+        self.ups = [getattr(self, f"up{index}") for index in range(len(self.names))]
+        self.has_kernel = not refusal(self.down.device, self.down.dtype)
+        self.layouts: dict[tuple[int, int, bool], Layout] = {}
         self._rows = (self.down, self.weight)
         self._packed = None
         _, down, weight = self.factors()
@@ -176,8 +176,10 @@ class Group(nn.Module):
             y: Output of its base module.
             in_place: Whether `y` may be overwritten.
         """
-        up: Tensor = self._ups[index]
-        z = self.share(index, x, self.gated)
+        up: Tensor = self.ups[index]
+        z = self.share(index, x, self.parts)
+        if isinstance(z, Units):
+            return gated_expand(y, z, up)
         if self.rank_gates is not None:
             z = z * self.rank_gates[self.units[index] : self.units[index + 1]].to(z.dtype)
         if self.output_scales[index] != 1.0:
@@ -186,9 +188,11 @@ class Group(nn.Module):
             return expand(y.movedim(1, -1), z, up).movedim(-1, 1)
         return expand(y, z, up, in_place=in_place)
 
-    def share(
-        self, index: int, x: Tensor, compute: Callable[[Tensor, int, int], Sequence[Tensor]]
-    ) -> Tensor:
+    def parts(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor | Units]:
+        """Gated units of members start..stop, from whichever implementation is fastest."""
+        return kernel_units(self, x, start, stop) or self.gated(x, start, stop)
+
+    def share(self, index: int, x: Tensor, compute: Callable[[Tensor, int, int], Sequence[P]]) -> P:
         """What `compute(x, start, stop)` gives for one member; the siblings' parts wait for them.
 
         That siblings read the same tensor is checked by identity, never assumed: a cross-attention,
@@ -199,7 +203,7 @@ class Group(nn.Module):
         waiting = self._waiting
         if index in waiting.parts and waiting.compute == compute:
             if waiting.x is x:
-                part = waiting.parts.pop(index)
+                part: P = waiting.parts.pop(index)
                 if not waiting.parts:
                     waiting.x = None
                 return part
@@ -243,13 +247,10 @@ class Group(nn.Module):
         Returns:
             Gated units of each, shape (T, R_m).
         """
-        _, weight = self._rows
-        if scores is None and weight is not None and self.context.spec.is_local:
-            rows = weight[self.scores[start] : self.scores[stop]]
-            cast = x.is_floating_point() and x.dtype != rows.dtype
-            scores = self._shrink(x.to(rows.dtype) if cast else x, rows)
+        if scores is None:
+            scores = self._products(x, start, stop)
         if stop - start > 1 and not self.uniform:
-            bounds = self.scores if weight is not None else [0] * (stop + 1)
+            bounds = self.scores if scores is not None else [0] * (stop + 1)
             pieces = []
             for m in range(start, stop):
                 one = u[:, self.units[m] : self.units[m + 1]]
@@ -267,8 +268,35 @@ class Group(nn.Module):
             return None
         return self._packed if not torch.compiler.is_compiling() and self.is_packed() else None
 
+    def _products(self, x: Tensor, start: int, stop: int) -> Tensor | None:
+        """Products with the gate's rows, shape (T, n), if its scores are made of them."""
+        _, weight = self._rows
+        if weight is None or not self.context.spec.is_local:
+            return None
+        rows = weight[self.scores[start] : self.scores[stop]]
+        cast = x.is_floating_point() and x.dtype != rows.dtype
+        return self._shrink(x.to(rows.dtype) if cast else x, rows)
+
     def _gate(self, x: Tensor, u: Tensor, raw: Tensor | None, start: int, stop: int) -> Tensor:
         """Gate members start..stop, which are alike (or one)."""
+        weights = self._weigh(x, u, raw, start, stop).flatten(1)
+        if self.context.spec.granularity == "rank":
+            return gate_units(u, weights, None, None)
+        columns = None if self.block is not None else self.columns_of(start, stop - start)
+        return gate_units(u, weights, self.block, columns)
+
+    def weights_of(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Weights of members start..stop, which are alike (or one), where they need no units.
+
+        Returns:
+            Shape (T', M C), T' dividing the number of tokens; C with the general experts.
+        """
+        return self._weigh(x, None, self._products(x, start, stop), start, stop).flatten(1)
+
+    def _weigh(
+        self, x: Tensor, u: Tensor | None, raw: Tensor | None, start: int, stop: int
+    ) -> Tensor:
+        """Weights of members start..stop, shape (T', M, C)."""
         context, spec = self.context, self.context.spec
         if spec.is_local:
             scores = self._scores(x, u, raw, start, stop)
@@ -276,52 +304,54 @@ class Group(nn.Module):
                 scores = self._remembered(x, scores, start, stop)
             weights = self._decide(x, scores, start, stop)
         else:
-            scores = None
-            weights = self._outside(x, u.shape[0], start, stop)
+            tokens = x.numel() // x.shape[-1] if u is None else u.shape[0]
+            given, scores = self._given(x, tokens), None
+            outside = [getattr(self, f"outside{member}") for member in range(start, stop)]
+            weights = torch.stack([given.index_select(1, own) for own in outside], dim=1)
         if context.observe is not None:
             context.observe(self, start, stop, weights, scores)
-        if spec.granularity == "rank":
-            return gate_units(u, weights.flatten(1), None, None)
-        if self.num_general:
+        if self.num_general and spec.granularity != "rank":
             general = self.widths[start] - len(self.experts[start])
             share = -weights.sum(-1, keepdim=True) / self.num_general
             weights = torch.cat([weights, share.expand(*share.shape[:-1], general)], dim=-1)
-        columns = None if self.block is not None else self.columns_of(start, stop - start)
-        return gate_units(u, weights.flatten(1), self.block, columns)
+        return weights
+
+    def gate_of(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Gate rows of members start..stop, and their bias for the selection."""
+        assert self.weight is not None
+        rows = self.weight[self.scores[start] : self.scores[stop]]
+        bias = self.bias
+        own = bias[self.units[start] : self.units[stop]] if isinstance(bias, Tensor) else None
+        return rows, own
 
     def columns_of(self, start: int, count: int = 1) -> Tensor:
         """Place of each unit's expert among the members' experts, int64, shape (units,)."""
         columns: Tensor = getattr(self, "columns" if count > 1 else f"columns{start}")
         return columns
 
-    def _scores(self, x: Tensor, u: Tensor, raw: Tensor | None, start: int, stop: int) -> Tensor:
-        """Scores of shape (T, M, n)."""
+    def _scores(
+        self, x: Tensor, u: Tensor | None, raw: Tensor | None, start: int, stop: int
+    ) -> Tensor:
+        """Scores of shape (T, M, n), from products with rows or else from the units."""
         spec, count = self.context.spec, stop - start
-        if raw is not None:
+        if u is None or raw is not None:
+            assert raw is not None
             scores = raw.view(raw.shape[0], count, raw.shape[1] // count)
             if spec.signal == "prototype":
                 scores = scores.abs()
             elif spec.standardise:
                 scores = scores * inverse_deviation(x)[:, None, None]
         else:
-            scores = self._strengths(u, start, stop)
+            spectrum: Tensor = self.spectrum  # type: ignore[assignment]
+            scaled = u * spectrum[self.units[start] : self.units[stop]]
+            by_rank = spec.granularity == "rank"
+            columns = None if by_rank else self.columns_of(start, count)
+            scores = strengths(scaled, columns, count * len(self.experts[start]))
+            scores = scores.view(len(u), count, -1)
         if spec.null_expert and spec.signal != "input":
             null = scores.new_full((*scores.shape[:-1], 1), spec.null_score)
             scores = torch.cat([scores, null], dim=-1)
         return scores
-
-    def _strengths(self, u: Tensor, start: int, stop: int) -> Tensor:
-        """|Delta_e x| of every expert (or single rank), in SVD form: |S V^T x| needs no `up`."""
-        spectrum: Tensor = self.spectrum  # type: ignore[assignment]
-        first, last = self.units[start], self.units[stop]
-        energy = (u * spectrum[first:last]).float().square()
-        if self.context.spec.granularity == "rank":
-            return energy.sqrt().view(len(u), stop - start, -1)
-        size = len(self.experts[start])
-        total = energy.new_zeros(len(u), (stop - start) * size)
-        total = total.index_add(1, self.columns_of(start, stop - start), energy)
-        # The square root has no derivative at 0, where every expert's delta vanishes.
-        return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt().view(len(u), -1, size)
 
     def _remembered(self, x: Tensor, scores: Tensor, start: int, stop: int) -> Tensor:
         """Scores with those of earlier tokens, shape (T, M, n)."""
@@ -342,7 +372,8 @@ class Group(nn.Module):
         if spec.sequence:
             if store is not None and key in store:
                 return store[key]
-            scores = self._over_prompt(x, scores)
+            rows = scores.view(self._batch(x), -1, *scores.shape[1:])
+            scores = over_prompt(rows, self.context.mask)
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         if bias is not None:
             bias = bias[self.units[start] : self.units[stop]].view(stop - start, -1)
@@ -350,57 +381,27 @@ class Group(nn.Module):
         if spec.null_expert:
             weights = weights[..., :-1]
         if self.context.only is not None:
-            present = torch.tensor(self.experts[start], device=weights.device)
-            only = self.context.only.to(weights.device)
-            alone = (only[:, None] == present).to(weights.dtype)
-            rows = weights.view(len(alone), -1, *weights.shape[1:])
-            weights = (rows * alone[:, None, None, :]).view(weights.shape)
+            weights = only_of(weights, self.context.only, self.experts[start])
         if spec.sequence and store is not None:
             store[key] = weights
         return weights
 
-    def _over_prompt(self, x: Tensor, scores: Tensor) -> Tensor:
-        """Mean of the scores over the tokens that count, shape (B, M, n)."""
-        rows = scores.view(self._batch(x), -1, *scores.shape[1:])
-        mask = self.context.mask
-        if mask is None or mask.shape != rows.shape[:2]:
-            return rows.mean(dim=1)
-        keep = mask.to(rows)[:, :, None, None]
-        return (rows * keep).sum(dim=1) / keep.sum(dim=1).clamp_min(1)
-
-    def _outside(self, x: Tensor, tokens: int, start: int, stop: int) -> Tensor:
-        """Weights that were decided outside, shape (T', M, E)."""
+    def _given(self, x: Tensor, tokens: int) -> Tensor:
+        """Weights that were decided outside, shape (T', columns)."""
         context = self.context
         weights = context.weights
         if weights is None:
             raise RuntimeError("the model's forward pre-hook did not run")
-        weights = weights.to(self.down.device)  # spread over devices, each module has its own
         rows, batch = weights.shape[0], x.shape[0]
         # Beam search and num_return_sequences repeat each row in place, so a divisor is right.
         fits = tokens == rows or (context.spec.signal != "hidden" and batch % rows == 0)
         if rows != 1 and not fits:
             hidden = context.spec.signal == "hidden"
             raise MethodError(
-                f"{self.names[start]}: a batch of {batch} rows and {tokens} tokens, but weights "
+                f"{self.names[0]}: a batch of {batch} rows and {tokens} tokens, but weights "
                 f"for {rows} {'tokens' if hidden else 'rows'}",
                 "leave the module out: it does not see the tokens of the first pass"
                 if hidden
                 else "name one expert per row of the batch",
             )
-        parts = [weights.index_select(1, getattr(self, f"outside{m}")) for m in range(start, stop)]
-        return torch.stack(parts, dim=1) if len(parts) > 1 else parts[0][:, None]
-
-
-def _bounds(sizes: Sequence[int]) -> list[int]:
-    bounds = [0]
-    for size in sizes:
-        bounds.append(bounds[-1] + size)
-    return bounds
-
-
-def _shrink_of(member: Member) -> Callable[[Tensor, Any], Tensor]:
-    if member.form == "embedding":
-        return shrink_embedding
-    if member.form == "conv":
-        return partial(shrink_conv, kernel=member.kernel, how=member.how)
-    return shrink_linear
+        return weights.to(self.down.device)  # spread over devices, each module has its own

@@ -1,9 +1,13 @@
 """One wrapped module, ready to run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+
+from lora_merge.kernels.gated_stack.eager import shrink_conv, shrink_embedding, shrink_linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,3 +45,12 @@ class Member:
     kernel: tuple[int, ...] = ()
     how: dict[str, Any] = field(default_factory=dict)
     output_scale: float = 1.0
+
+    @property
+    def shrink(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Products of an input with rows, as the form has it."""
+        if self.form == "embedding":
+            return shrink_embedding
+        if self.form == "conv":
+            return partial(shrink_conv, kernel=self.kernel, how=self.how)
+        return shrink_linear

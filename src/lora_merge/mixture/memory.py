@@ -68,3 +68,19 @@ def remember(
     if store is not None:
         store[key] = scores[:, -1].detach()
     return scores
+
+
+def over_prompt(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of the scores over the tokens that count.
+
+    Args:
+        scores: Shape (B, S, M, n).
+        mask: Which tokens count, bool, shape (B, S); None, or another shape, for all.
+
+    Returns:
+        Shape (B, M, n).
+    """
+    if mask is None or mask.shape != scores.shape[:2]:
+        return scores.mean(dim=1)
+    keep = mask.to(scores)[:, :, None, None]
+    return (scores * keep).sum(dim=1) / keep.sum(dim=1).clamp_min(1)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_merge.adapters import AlignedModule, ModuleSpec, RankStack, read_stacks
 from lora_merge.errors import AlignmentError, MethodError
+from lora_merge.kernels.gated_stack.tune import StackShape
 from lora_merge.mixture.gate import GateSpec
 from lora_merge.mixture.initial import svd_form
 from lora_merge.mixture.member import Member
@@ -97,17 +98,22 @@ def find_targets(model: nn.Module, mixture: Mixture) -> dict[str, nn.Module]:
     return targets
 
 
+def siblings(name: str) -> list[str]:
+    """Modules that are known to read the tensor that this one reads, and itself, by name."""
+    parent, _, leaf = name.rpartition(".")
+    family: tuple[str, ...] = next((f for f in _SIBLINGS if leaf in f), (leaf,))
+    return [f"{parent}.{sibling}" if parent else sibling for sibling in family]
+
+
 def group_members(members: Sequence[Member]) -> Iterator[list[Member]]:
     """Put modules together that are known to read one tensor, if their kind agrees."""
     waiting = {member.name: member for member in members}
     for member in members:
         if member.name not in waiting:
             continue
-        parent, _, leaf = member.name.rpartition(".")
-        family: tuple[str, ...] = next((f for f in _SIBLINGS if leaf in f), (leaf,))
         part = []
-        for sibling in family:
-            other = waiting.get(f"{parent}.{sibling}" if parent else sibling)
+        for sibling in siblings(member.name):
+            other = waiting.get(sibling)
             if other is not None and _alike(other, member):
                 part.append(other)
                 del waiting[other.name]
@@ -211,3 +217,18 @@ def _device_of(target: nn.Module, model: nn.Module) -> torch.device:
 
 def _kind(target: nn.Module) -> str:
     return f"a {type(target).__name__}"
+
+
+def stack_shapes(mixture: Mixture) -> list[StackShape]:
+    """The different stacks that a mixture runs, as `kernels.gated_stack.tune` wants them.
+
+    Embeddings and convolutions have no other implementation and are left out.
+    """
+    waiting = {m.name: m for m in mixture.alignment.modules if m.first.form == "linear"}
+    shapes: dict[StackShape, None] = {}
+    for name, module in list(waiting.items()):
+        ranks = tuple(spec.rank for spec in module.specs.values())
+        group = [waiting.pop(n) for n in siblings(name) if n in waiting]
+        if group:
+            shapes[StackShape(module.first.d_in, tuple(m.first.d_out for m in group), ranks)] = None
+    return list(shapes)

@@ -1,0 +1,140 @@
+"""Mixtures in a model, on the kernels, against the same mixtures on plain PyTorch."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from builders import save_adapter
+from lora_merge.kernels.gated_stack import _launch, dispatch
+from lora_merge.mixture import Mixture, load_mixture
+from mixture.tiny import experts_for, llama, shapes_of, tokens
+
+
+def small_llama(device: str) -> torch.nn.Module:
+    return llama(num_hidden_layers=1).to(device)
+
+
+def saved_experts(folder: Path, model: torch.nn.Module) -> list[str]:
+    """Experts on two modules that share their input and one alone."""
+    shapes = shapes_of(model, "q_proj", "v_proj", "down_proj")
+    return [
+        str(save_adapter(folder / f"expert{i}", r=4, alpha=8, seed=10 + i, shapes=shapes))
+        for i in range(3)
+    ]
+
+
+GATES = {
+    "constant": {"weights": (0.5, 0.0, 2.0)},
+    "request": {},
+    "xlora": {"top_k": 2},
+    "meteora": {"top_k": 2},
+    "meteora-null": {"null_expert": True, "top_k": 2},
+    "smora": {"top_k": 5},
+    "arrow": {"top_k": 2},
+    "arrow-null": {"null_expert": True, "null_score": 0.1},
+    "spectr": {},
+    "phatgoose": {},
+    "sequence": {"top_k": 2},
+}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often units were weighed by given weights, by their scores, and expanded."""
+    counts: Counter[str] = Counter()
+    gate, expand = _launch.gate, _launch.expand
+
+    def counted_gate(*args: object, **how: object) -> object:
+        counts["given" if how.get("rule") is None else "routed"] += 1
+        return gate(*args, **how)
+
+    def counted_expand(*args: object) -> object:
+        counts["expand"] += 1
+        return expand(*args)
+
+    monkeypatch.setattr(_launch, "gate", counted_gate)
+    monkeypatch.setattr(_launch, "expand", counted_expand)
+    return counts
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_every_gate(gate: str, device: str, calls, monkeypatch, tmp_path: Path) -> None:
+    model = small_llama(device)
+    mixture = Mixture(saved_experts(tmp_path, model), gate.partition("-")[0], **GATES[gate])
+    load_mixture(model, mixture)
+    if gate == "request":
+        model.mixture.set_gate(requests=["expert1", None])
+    ids = tokens(2, 3).to(device)
+    outputs = {}
+    for how in ("eager", "triton"):
+        monkeypatch.setenv(dispatch.VARIABLE, how)
+        with torch.no_grad():
+            outputs[how] = model(input_ids=ids).logits
+        if how == "eager":
+            assert not calls
+    torch.testing.assert_close(outputs["triton"], outputs["eager"], rtol=1e-4, atol=1e-4)
+    routed = gate.partition("-")[0] in ("meteora", "smora", "arrow")
+    groups = len(model.mixture.parts)
+    assert calls["routed"] == (groups if routed else 0)
+    assert calls["given"] == (0 if routed or gate == "spectr" else groups)
+    assert calls["expand"] == (0 if gate == "spectr" else len(mixture.modules))
+
+
+def test_experts_that_leave_modules_out(device: str, monkeypatch) -> None:
+    model = small_llama(device)
+    load_mixture(model, Mixture(experts_for(model), "arrow", top_k=2))
+    ids = tokens(1, 3).to(device)
+    outputs = {}
+    for how in ("eager", "triton"):
+        monkeypatch.setenv(dispatch.VARIABLE, how)
+        with torch.no_grad():
+            outputs[how] = model(input_ids=ids).logits
+    torch.testing.assert_close(outputs["triton"], outputs["eager"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gate", ["meteora", "phatgoose"])
+def test_training_a_gate(gate: str, device: str, calls, monkeypatch, tmp_path: Path) -> None:
+    model = small_llama(device)
+    load_mixture(model, Mixture(saved_experts(tmp_path, model), gate))
+    model.train()
+    learned = model.mixture.train_gate_only()
+    ids = tokens(1, 6).to(device)
+    gradients = {}
+    for how in ("eager", "triton"):
+        monkeypatch.setenv(dispatch.VARIABLE, how)
+        loss = model(input_ids=ids, labels=ids).loss
+        gradients[how] = torch.autograd.grad(loss, learned)
+    torch.testing.assert_close(gradients["triton"], gradients["eager"], rtol=1e-3, atol=1e-6)
+    assert calls["given"] == len(model.mixture.parts)
+
+
+def test_watching_and_generating(device: str, monkeypatch, tmp_path: Path) -> None:
+    """An observer sees the weights, and a cache makes no difference."""
+    model = small_llama(device)
+    load_mixture(model, Mixture(saved_experts(tmp_path, model), "arrow", top_k=2))
+    ids = tokens(1, 4).to(device)
+    texts, seen = {}, {}
+    for how in ("eager", "triton"):
+        monkeypatch.setenv(dispatch.VARIABLE, how)
+        with model.mixture.watch() as usage:
+            model(input_ids=ids)
+        seen[how] = usage.by(lambda _: "all")["all"]
+        texts[how] = model.generate(input_ids=ids, max_new_tokens=2, do_sample=False).tolist()
+    assert texts["triton"] == texts["eager"]
+    torch.testing.assert_close(seen["triton"], seen["eager"], rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_modules(device: str, calls, monkeypatch, tmp_path: Path) -> None:
+    model = small_llama(device)
+    load_mixture(model, Mixture(saved_experts(tmp_path, model), "meteora"))
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    block = model.model.layers[0].mlp
+    x = torch.randn(1, 5, 32, device=device)
+    with torch.no_grad():
+        expected = block(x)
+        calls.clear()
+        compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+    assert calls["routed"] and calls["expand"]
