@@ -34,6 +34,7 @@ _COMMANDS = {
     "describe": "lora_merge.cli.describe",
     "novelty": "lora_merge.cli.novelty",
     "export": "lora_merge.cli.export",
+    "tune": "lora_merge.cli.tune",
 }
 
 

@@ -1,0 +1,156 @@
+"""Measuring implementations and keeping the table, on the CPU with small shapes."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from builders import save_adapter
+from lora_merge.cli.app import run
+from lora_merge.errors import MethodError, OutputError
+from lora_merge.kernels.gated_stack import dispatch
+from lora_merge.kernels.gated_stack import tune as tuning
+from lora_merge.kernels.gated_stack.tune import StackShape, store, tune
+from lora_merge.kernels.timing import Timing, measure
+from lora_merge.mixture import Mixture
+from lora_merge.mixture.prepare import stack_shapes
+
+SMALL = StackShape(24, (16, 8), (2, 3, 4))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "_COLD", 1 << 12)
+    monkeypatch.setattr(tuning, "measure", quick)
+    dispatch.forget()
+    yield tmp_path / "cache"
+    dispatch.forget()
+
+
+def quick(work, device, **how):
+    return measure(work, device, rounds=2, least=0.0)
+
+
+def test_timings_are_of_one_call() -> None:
+    calls = {"a": 0, "b": 0}
+
+    def count(name: str) -> None:
+        calls[name] += 1
+
+    timings = measure({n: lambda n=n: count(n) for n in calls}, CPU, rounds=3, least=0.0)
+    assert calls["a"] == calls["b"]
+    assert all(t.low <= t.median <= t.high and t.rounds == 3 for t in timings.values())
+    assert Timing.of([2.0]) == Timing(2.0, 2.0, 2.0, 1)
+    assert Timing.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Timing(3.0, 2.0, 4.0, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_implementation_is_timed_and_means_the_same(dtype, monkeypatch) -> None:
+    """What is timed is what a model would compute: all ways agree."""
+    seen: list[dict[str, list[torch.Tensor]]] = []
+
+    def look(work, device, **how):
+        ways = {name: call.args[0](0) for name, call in work.items()}
+        seen.append(ways)
+        return quick(work, device)
+
+    monkeypatch.setattr(tuning, "measure", look)
+    rows = list(tune([SMALL], CPU, dtype, tokens=[3, 40]))
+    assert [(row.case.tokens, row.case.gate) for row in rows] == [
+        (3, "dense"), (3, "top-k"), (40, "dense"), (40, "top-k"),
+    ]  # fmt: skip
+    for row, ways in zip(rows, seen, strict=True):
+        assert set(row.timings) == {"base", "eager", "concat"}
+        assert "triton" in row.excluded
+        for a, b, base in zip(ways["eager"], ways["concat"], ways["base"], strict=True):
+            torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+            assert (a - base).abs().max() > 0.01
+
+
+def test_the_table_is_what_dispatch_reads(cache: Path) -> None:
+    (first, *rest) = tune([SMALL], CPU, torch.float32, tokens=[2])
+    assert dispatch.choose(first.case, ("triton",)) == "triton"
+    path = store([first], CPU)
+    assert path == cache / "lora-merge" / "kernels" / "cpu.json"
+    timed = {n: t.median for n, t in first.timings.items() if n != "base"}
+    assert dispatch.table("cpu") == {first.case.key: timed}
+    assert dispatch.choose(first.case, ("concat", "eager")) == min(timed, key=timed.get)
+    store(rest, CPU)  # adds to what is there
+    assert len(dispatch.table("cpu")) == 2
+    assert [p.name for p in path.parent.iterdir()] == ["cpu.json"]
+
+
+def test_a_damaged_table_is_replaced(cache: Path) -> None:
+    rows = list(tune([SMALL], CPU, torch.float32, tokens=[2]))
+    path = store(rows, CPU)
+    path.write_text("{")
+    assert store(rows, CPU) == path
+    assert len(dispatch.table("cpu")) == 2
+
+
+def test_what_cannot_be_kept_is_said(cache: Path) -> None:
+    cache.mkdir()
+    (cache / "lora-merge").write_text("a file")
+    with pytest.raises(OutputError, match="cannot write"):
+        store(list(tune([SMALL], CPU, torch.float32, tokens=[1])), CPU)
+    with pytest.raises(MethodError, match="float64"):
+        list(tune([SMALL], CPU, torch.float64))
+
+
+@pytest.mark.parametrize("fault", ["raises", "differs"])
+def test_kernels_that_are_wrong_here_are_not_chosen(fault: str, monkeypatch) -> None:
+    stacked = tuning._stacked
+
+    def wrong(x, modules, layout, rule, how):
+        if how == "triton" and fault == "raises":
+            raise RuntimeError("no such instruction")
+        outputs = stacked(x, modules, layout, rule, "eager")
+        return [y * 1.01 for y in outputs] if how == "triton" else outputs
+
+    monkeypatch.setattr(tuning, "_stacked", wrong)
+    monkeypatch.setattr(tuning.fused, "refusal", lambda *_: "")
+    (row, _) = tune([SMALL], CPU, torch.float32, tokens=[2])
+    reason = {"raises": "no such instruction", "differs": "not those of eager"}[fault]
+    assert reason in row.excluded["triton"]
+    assert "triton" not in row.timings
+
+
+def test_shapes_of_a_mixture(tmp_path: Path) -> None:
+    shapes = {
+        f"model.layers.{layer}.self_attn.{name}_proj": (width, 12)
+        for layer in range(2)
+        for name, width in (("q", 8), ("k", 4), ("v", 4), ("o", 12))
+    }
+    paths = [
+        str(save_adapter(tmp_path / f"expert{r}", r=r, alpha=r, seed=r, shapes=shapes))
+        for r in (2, 3)
+    ]
+    mixture = Mixture(paths)
+    assert set(stack_shapes(mixture)) == {
+        StackShape(12, (8, 4, 4), (2, 3)), StackShape(12, (12,), (2, 3)),
+    }  # fmt: skip
+    mixture.save_pretrained(tmp_path / "mix")
+    assert run(["tune", str(tmp_path / "mix"), "--device", "cpu", "--tokens", "1"]) == 0
+    assert len(dispatch.table("cpu")) == 2  # dense; two experts have no top 2
+
+
+def test_the_command_says_that_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path
+) -> None:
+    monkeypatch.setattr(tuning, "llama_shapes", lambda *_: [SMALL])
+    assert run(["tune", "--device", "cpu", "--tokens", "2", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "no GPU" in shown.err and "24x24 R18 T2 top-k" in shown.out
+    assert not cache.exists()
+    assert max(map(len, shown.out.splitlines())) <= 80
+    assert run(["tune", "--device", "cpu", "--tokens", "2", "--json"]) == 0
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    assert not shown.err and not result["gpu"] and result["device"] == "cpu"
+    assert Path(result["table"]).exists()
+    assert {row["fastest"] for row in result["rows"]} <= {"eager", "concat"}
+    assert "no kernel" in result["rows"][0]["excluded"]["triton"]
