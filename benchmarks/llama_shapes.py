@@ -24,7 +24,13 @@ PROJECTIONS = {  # name: (d_out, d_in)
 }
 
 
-def make_adapter(folder: Path, rank: int, seed: int, num_layers: int = NUM_LAYERS) -> Path:
+def make_adapter(
+    folder: Path,
+    rank: int,
+    seed: int,
+    num_layers: int = NUM_LAYERS,
+    projections: dict[str, tuple[int, int]] = PROJECTIONS,
+) -> Path:
     """Write one adapter unless it is there."""
     weights = folder / "adapter_model.safetensors"
     if weights.exists():
@@ -33,7 +39,7 @@ def make_adapter(folder: Path, rank: int, seed: int, num_layers: int = NUM_LAYER
     random = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(num_layers):
-        for name, (d_out, d_in) in PROJECTIONS.items():
+        for name, (d_out, d_in) in projections.items():
             stem = f"base_model.model.model.layers.{layer}.{name}"
             a = torch.randn(rank, d_in, generator=random) * d_in**-0.5
             b = torch.randn(d_out, rank, generator=random) * 0.02

@@ -1,0 +1,63 @@
+"""The rows of the table in docs/kernels.md: what is timed, and what the aim is."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row.
+
+    Attributes:
+        name: Short name.
+        title: What the table says.
+        kind: "decode", "prefill", "generate", "training" or "cluster".
+        experts: Experts of the mixture, or adapters to cluster.
+        rank: Rank of each.
+        aim: What the ratio should not exceed, or not fall below if `faster`.
+        tokens: Sequences that decode one token each, or tokens of a prompt.
+        top_k: Experts kept per token; None keeps all.
+        graph: Timed as a CUDA graph, where there is a GPU.
+        against: Gate of PEFT's that the row compares with.
+        faster: The ratio is how many times faster than the reference.
+    """
+
+    name: str
+    title: str
+    kind: str
+    experts: int
+    rank: int
+    aim: float
+    tokens: int = 1
+    top_k: int | None = None
+    graph: bool = False
+    against: str = ""
+    faster: bool = False
+
+    @property
+    def reference(self) -> str:
+        """The candidate that ratios are to: the base model, or PEFT's."""
+        return "peft" if self.against or self.kind == "training" else "base"
+
+    def ratio(self, seconds: float, reference: float) -> float:
+        """The number that stands in the table."""
+        return reference / seconds if self.faster else seconds / reference
+
+
+CASES = (
+    Case("decode-1-dense", "decode, 1 token, 28 x r8, dense gate", "decode", 28, 8, 1.15,
+         graph=True),
+    Case("decode-1-top2", "decode, 1 token, 28 x r8, top-2", "decode", 28, 8, 1.10, top_k=2,
+         graph=True),
+    Case("decode-16-top2", "decode, 16 tokens, 28 x r8, top-2", "decode", 28, 8, 1.15, tokens=16,
+         top_k=2, graph=True),
+    Case("generate", "decode, 1 token, 8 x r16, generate, no graph", "generate", 8, 16, 1.15),
+    Case("prefill-dense", "prefill, 4096 tokens, 28 x r8", "prefill", 28, 8, 1.10, tokens=4096),
+    Case("prefill-top2", "prefill, 4096 tokens, 64 x r16, top-2", "prefill", 64, 16, 1.25,
+         tokens=4096, top_k=2),
+    Case("against-xlora", "against PEFT X-LoRA, 4 x r16, 128 tokens after 512", "generate", 4, 16,
+         20.0, against="xlora", faster=True),
+    Case("against-arrow", "against PEFT Arrow, 4 x r16, top-2, same", "generate", 4, 16, 3.0,
+         top_k=2, against="arrow", faster=True),
+    Case("training", "gate training step, 8 x r16, against one PEFT LoRA", "training", 8, 16, 1.3),
+    Case("cluster", "cluster 64 adapters r16, against reading them", "cluster", 64, 16, 2.0),
+)  # fmt: skip
