@@ -72,7 +72,7 @@ def command(
     kind = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
     rows = []
     counts = tokens or (1, 16, 256)
-    with output.progress("cases", 2 * len(shapes) * len(counts)) as step:
+    with output.progress("cases", 3 * len(shapes) * len(counts)) as step:
         for row in tune(shapes, place, kind, tokens=counts, rounds=rounds, graph=graph):
             rows.append(row)
             step()

@@ -34,13 +34,12 @@ def kernel_units(group: "Group", x: Tensor, start: int, stop: int) -> Sequence[U
         return None
     if stop - start > 1 and not group.uniform:
         return None
-    down = group.down[group.units[start] : group.units[stop]]
-    layout = _layout(group, start, stop)
     routed = _makes_own_weights(group)
     kind: dispatch.GateKind = "given"
     if routed:
         kind = "dense" if spec.top_k is None else "top-k"
-    how = chosen(x, down, layout, kind)
+    down = group.down[group.units[start] : group.units[stop]]
+    layout, how = _plan(group, x, down, start, stop, kind)
     if how not in ("triton", "reference"):
         return None
     if x.dtype != down.dtype:
@@ -64,17 +63,26 @@ def _makes_own_weights(group: "Group") -> bool:
     )
 
 
-def _layout(group: "Group", start: int, stop: int) -> Layout:
-    """The units of members that are alike (or one)."""
+def _plan(
+    group: "Group", x: Tensor, down: Tensor, start: int, stop: int, kind: dispatch.GateKind
+) -> tuple[Layout, str]:
+    """Layout and implementation, remembered: to ask the table anew costs as much as a launch."""
     by_rank = group.context.spec.granularity == "rank"
-    key = (start, stop, by_rank)
-    if key not in group.layouts:
-        columns = group.columns_of(start)
-        outputs = sum(up.shape[1] for up in group.ups[start:stop])
-        if by_rank:
-            units = torch.arange(len(columns), device=columns.device)
-            layout = Layout(units, len(units), 1, stop - start, outputs)
-        else:
-            layout = Layout(columns, group.widths[start], group.block, stop - start, outputs)
-        group.layouts[key] = layout
-    return group.layouts[key]
+    if torch.compiler.is_compiling():
+        layout = _layout(group, start, stop, by_rank)
+        return layout, chosen(x, down, layout, kind)
+    key = (start, stop, by_rank, kind, x.numel(), dispatch.forced())
+    if key not in group.plans:
+        layout = _layout(group, start, stop, by_rank)
+        group.plans[key] = layout, chosen(x, down, layout, kind)
+    return group.plans[key]
+
+
+def _layout(group: "Group", start: int, stop: int, by_rank: bool) -> Layout:
+    """The units of members that are alike (or one)."""
+    columns = group.columns_of(start)
+    outputs = sum(up.shape[1] for up in group.ups[start:stop])
+    if by_rank:
+        units = torch.arange(len(columns), device=columns.device)
+        return Layout(units, len(units), 1, stop - start, outputs)
+    return Layout(columns, group.widths[start], group.block, stop - start, outputs)

@@ -138,7 +138,7 @@ class Group(nn.Module):
         # Plain references: looking a parameter up by name is slow, and there are many per token.
         self.ups = [getattr(self, f"up{index}") for index in range(len(self.names))]
         self.has_kernel = not refusal(self.down.device, self.down.dtype)
-        self.layouts: dict[tuple[int, int, bool], Layout] = {}
+        self.plans: dict[tuple[Any, ...], tuple[Layout, str]] = {}
         self._rows = (self.down, self.weight)
         self._packed = None
         _, down, weight = self.factors()

@@ -82,6 +82,26 @@ def test_every_gate(gate: str, device: str, calls, monkeypatch, tmp_path: Path) 
     assert calls["expand"] == (0 if gate == "spectr" else len(mixture.modules))
 
 
+def test_auto_asks_the_table(device: str, calls, monkeypatch, tmp_path: Path) -> None:
+    """A row for one case alone: the top-k gate of the module that shares its input with nobody."""
+    model = small_llama(device)
+    load_mixture(model, Mixture(saved_experts(tmp_path, model), "meteora"))
+    width = model.config.intermediate_size
+    name = dispatch.device_name(torch.device(device))
+    case = dispatch.Case(name, width, 32, 12, 3, "float32", "top-k")
+    table = {case.key: {"triton": 1.0, "eager": 2.0}}
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    dispatch.forget()
+    monkeypatch.setattr(dispatch, "table", lambda _: table)
+    with torch.no_grad():
+        model(input_ids=tokens(1, 3).to(device))
+        assert calls == {"routed": 1, "expand": 1}
+        model(input_ids=tokens(1, 9).to(device))  # nobody measured nine tokens
+    assert calls == {"routed": 1, "expand": 1}
+    monkeypatch.undo()
+    dispatch.forget()
+
+
 def test_experts_that_leave_modules_out(device: str, monkeypatch) -> None:
     model = small_llama(device)
     load_mixture(model, Mixture(experts_for(model), "arrow", top_k=2))
@@ -138,3 +158,28 @@ def test_compiled_modules(device: str, calls, monkeypatch, tmp_path: Path) -> No
         compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
     assert calls["routed"] and calls["expand"]
+
+
+@pytest.mark.skipif(_launch.INTERPRETED, reason="there are no CUDA graphs in the interpreter")
+@pytest.mark.parametrize("gate", ["meteora", "smora", "arrow", "constant", "phatgoose"])
+def test_in_a_cuda_graph(gate: str, device: str, monkeypatch, tmp_path: Path) -> None:
+    """Recorded once, replayed on other tokens."""
+    model = small_llama(device)
+    settings = {"weights": (0.5, 0.0, 2.0)} if gate == "constant" else {}
+    load_mixture(model, Mixture(saved_experts(tmp_path, model), gate, **settings))
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    block = model.model.layers[0].mlp
+    x, other = torch.randn(2, 1, 3, 32, device=device)
+    with torch.no_grad():
+        expected = block(other)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            block(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = block(x)
+        x.copy_(other)
+        graph.replay()
+    assert torch.equal(got, expected)

@@ -29,12 +29,12 @@ from lora_merge.kernels.gated_stack.dispatch import Case, GateKind, case_of
 from lora_merge.kernels.gated_stack.eager import gate_units
 from lora_merge.kernels.gated_stack.gate import Rule, weights_of
 from lora_merge.kernels.gated_stack.layout import Layout
-from lora_merge.kernels.gated_stack.operation import gated_expand, routed_shrink
+from lora_merge.kernels.gated_stack.operation import gated_expand, gated_shrink, routed_shrink
 from lora_merge.kernels.timing import Timing, measure
 
 _COLD = 256 << 20  # bytes that are gone through before the same weights come round again
 _CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_RULES: dict[GateKind, Rule] = {"dense": Rule(), "top-k": Rule(top_k=2)}
+_RULES: dict[GateKind, Rule | None] = {"given": None, "dense": Rule(), "top-k": Rule(top_k=2)}
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def tune(
     if dtype not in _CLOSE:
         raise MethodError(f"cannot tune for {dtype}", "float32, float16 or bfloat16")
     for shape, count, (kind, rule) in product(shapes, tokens, _RULES.items()):
-        if rule.top_k is None or rule.top_k < len(shape.ranks):
+        if rule is None or rule.top_k is None or rule.top_k < len(shape.ranks):
             yield _time(shape, count, kind, device, dtype, rounds, graph)
 
 
@@ -190,11 +190,14 @@ def _time(
     block = shape.ranks[0] if len(set(shape.ranks)) == 1 else None
     columns = torch.tensor(owners, device=device)
     layout = Layout(columns, experts, block, members, sum(shape.d_out))
-    x, rule = draw(tokens, shape.d_in), _RULES[kind]
+    x = draw(tokens, shape.d_in)
+    rule = _RULES[kind] or torch.rand(tokens, members * experts, device=device)
     first = modules()
     size = sum(t.numel() * t.element_size() for t in (*first.weights, first.down, *first.ups))
     copies = [first, *(modules() for _ in range(min(15, _COLD // size)))]
-    rides = dtype == torch.float32  # only then can gate rows stand in the matrix
+    rides = dtype == torch.float32 and isinstance(
+        rule, Rule
+    )  # only then can gate rows stand in the matrix
     joined = [
         join(c.weights, c.ups, c.down, c.gate if rides else None, border=tokens > FEW)
         for c in copies
@@ -228,9 +231,14 @@ def _all(way: Callable[[int], list[Tensor]], copies: int) -> None:
         way(index)
 
 
-def _stacked(x: Tensor, modules: _Modules, layout: Layout, rule: Rule, how: str) -> list[Tensor]:
+def _stacked(
+    x: Tensor, modules: _Modules, layout: Layout, rule: Rule | Tensor, how: str
+) -> list[Tensor]:
     ys = [functional.linear(x, weight) for weight in modules.weights]
-    units = routed_shrink(x, modules.down, modules.gate, layout, rule, implementation=how)
+    if isinstance(rule, Rule):
+        units = routed_shrink(x, modules.down, modules.gate, layout, rule, implementation=how)
+    else:
+        units = gated_shrink(x, modules.down, rule, layout, implementation=how)
     return [
         gated_expand(y, part, up, implementation=how)
         for y, part, up in zip(ys, units, modules.ups, strict=True)
@@ -238,13 +246,14 @@ def _stacked(x: Tensor, modules: _Modules, layout: Layout, rule: Rule, how: str)
 
 
 def _concat(
-    x: Tensor, modules: _Modules, joined: Joined, layout: Layout, rule: Rule
+    x: Tensor, modules: _Modules, joined: Joined, layout: Layout, rule: Rule | Tensor
 ) -> list[Tensor]:
     def gated(u: Tensor, raw: Tensor) -> list[Tensor]:
-        if not joined.scores:
-            raw = functional.linear(x.float(), modules.gate)
-        scores = raw.unflatten(1, (layout.members, -1))
-        weights = weights_of(scores, rule).flatten(1)
+        if isinstance(rule, Rule):
+            scores = raw if joined.scores else functional.linear(x.float(), modules.gate)
+            weights = weights_of(scores.unflatten(1, (layout.members, -1)), rule).flatten(1)
+        else:
+            weights = rule
         columns = layout.joined if layout.block is None else None
         z = gate_units(u, weights, layout.block, columns)
         return list(z.split(layout.num_units, dim=1))
