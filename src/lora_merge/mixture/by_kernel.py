@@ -81,7 +81,7 @@ def _plan(
 def _layout(group: "Group", start: int, stop: int, by_rank: bool) -> Layout:
     """The units of members that are alike (or one)."""
     columns = group.columns_of(start)
-    outputs = sum(up.shape[1] for up in group.ups[start:stop])
+    outputs = sum(up.shape[1] for up in group.factors()[0][start:stop])
     if by_rank:
         units = torch.arange(len(columns), device=columns.device)
         return Layout(units, len(units), 1, stop - start, outputs)

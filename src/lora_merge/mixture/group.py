@@ -113,20 +113,20 @@ class Group(nn.Module):
         per_module = spec.granularity != "model" and spec.signal == "hidden"
         for index, member in enumerate(members):
             offset = member.number * num_experts if per_module else 0
-            own = [offset + e for e in member.experts]
-            constant(f"outside{index}", torch.tensor(own, dtype=torch.int64, device=device))
+            taken = [offset + e for e in member.experts]
+            constant(f"outside{index}", torch.tensor(taken, dtype=torch.int64, device=device))
 
     # -- storage ---------------------------------------------------------------------------------
 
     def factors(self) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """Every up, down, and the gate's rows if they ride along in the shrink (of one dtype)."""
-        ups, down, weight = [up.data for up in self.ups], self.down.data, self.weight
+        ups, down, weight = [up.data for up in self._ups], self.down.data, self.weight
         rides = weight is not None and weight.dtype == down.dtype
         return ups, down, weight.data if weight is not None and rides else None
 
     def adopt(self, joined: Joined) -> None:
         """Take the place of experts and gate in a matrix that holds the base weights too."""
-        for up, view in zip(self.ups, joined.ups, strict=True):
+        for up, view in zip(self._ups, joined.ups, strict=True):
             up.data = view
         self.down.data = joined.down
         if self.weight is not None and joined.scores:
@@ -136,7 +136,7 @@ class Group(nn.Module):
     def _pack(self) -> None:
         """Make `down` and `weight` views of one matrix (same dtype only: half gates stay apart)."""
         # Plain references: looking a parameter up by name is slow, and there are many per token.
-        self.ups = [getattr(self, f"up{index}") for index in range(len(self.names))]
+        self._ups = [getattr(self, f"up{index}") for index in range(len(self.names))]
         self.has_kernel = not refusal(self.down.device, self.down.dtype)
         self.plans: dict[tuple[Any, ...], tuple[Layout, str]] = {}
         self._rows = (self.down, self.weight)
@@ -176,7 +176,7 @@ class Group(nn.Module):
             y: Output of its base module.
             in_place: Whether `y` may be overwritten.
         """
-        up: Tensor = self.ups[index]
+        up: Tensor = self._ups[index]
         z = self.share(index, x, self.parts)
         if isinstance(z, Units):
             return gated_expand(y, z, up)
@@ -304,10 +304,9 @@ class Group(nn.Module):
                 scores = self._remembered(x, scores, start, stop)
             weights = self._decide(x, scores, start, stop)
         else:
+            scores = None
             tokens = x.numel() // x.shape[-1] if u is None else u.shape[0]
-            given, scores = self._given(x, tokens), None
-            outside = [getattr(self, f"outside{member}") for member in range(start, stop)]
-            weights = torch.stack([given.index_select(1, own) for own in outside], dim=1)
+            weights = self._outside(x, tokens, start, stop)
         if context.observe is not None:
             context.observe(self, start, stop, weights, scores)
         if self.num_general and spec.granularity != "rank":
@@ -386,22 +385,24 @@ class Group(nn.Module):
             store[key] = weights
         return weights
 
-    def _given(self, x: Tensor, tokens: int) -> Tensor:
-        """Weights that were decided outside, shape (T', columns)."""
+    def _outside(self, x: Tensor, tokens: int, start: int, stop: int) -> Tensor:
+        """Weights that were decided outside, shape (T', M, E)."""
         context = self.context
         weights = context.weights
         if weights is None:
             raise RuntimeError("the model's forward pre-hook did not run")
+        weights = weights.to(self.down.device)  # spread over devices, each module has its own
         rows, batch = weights.shape[0], x.shape[0]
         # Beam search and num_return_sequences repeat each row in place, so a divisor is right.
         fits = tokens == rows or (context.spec.signal != "hidden" and batch % rows == 0)
         if rows != 1 and not fits:
             hidden = context.spec.signal == "hidden"
             raise MethodError(
-                f"{self.names[0]}: a batch of {batch} rows and {tokens} tokens, but weights "
+                f"{self.names[start]}: a batch of {batch} rows and {tokens} tokens, but weights "
                 f"for {rows} {'tokens' if hidden else 'rows'}",
                 "leave the module out: it does not see the tokens of the first pass"
                 if hidden
                 else "name one expert per row of the batch",
             )
-        return weights.to(self.down.device)  # spread over devices, each module has its own
+        parts = [weights.index_select(1, getattr(self, f"outside{m}")) for m in range(start, stop)]
+        return torch.stack(parts, dim=1) if len(parts) > 1 else parts[0][:, None]
