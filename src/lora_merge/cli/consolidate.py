@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from lora_merge.cli._options import json_option
+from lora_merge.cli._texts import batch_options, load_texts, text_options
 
 
 @click.command(
@@ -15,16 +16,12 @@ Examples:
 """,
     short_help="Merge a mixture's experts by how they are used.",
 )
-@click.argument("mixture", type=click.Path(path_type=Path))
-@click.option("--base", required=True, help="Base model: a directory or a Hub id.")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSON lines.")
+@text_options
 @click.option(
     "--experts", type=click.IntRange(min=1), default=1, show_default=True, help="How many remain."
 )
 @click.option("--rank", type=click.IntRange(min=1), help="Largest rank of each.  [default: all]")
-@click.option("--max-length", type=click.IntRange(min=2), default=512, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@batch_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="To make.")
 @click.option("--force", is_flag=True, help="Replace a directory that is there.")
 @json_option
@@ -49,19 +46,16 @@ def command(
     """
     from lora_merge.adapters import check_target
     from lora_merge.cli._output import Output, percent
-    from lora_merge.mixture import Mixture, load_mixture
-    from lora_merge.mixture.base import load_base, watch_rows
+    from lora_merge.mixture import load_mixture
+    from lora_merge.mixture.base import watch_rows
     from lora_merge.mixture.consolidate import consolidate
-    from lora_merge.mixture.data import read_examples
     from lora_merge.mixture.exporters import export_static
 
     output = Output(as_json)
-    opened = Mixture.from_pretrained(mixture)
     check_target(out, force=force)
-    model, tokenizer = load_base(base, device)
-    rows = read_examples(data, tokenizer, experts=opened.names, max_length=max_length)
-    for fault in rows.faults[:5]:
-        output.note(f"left out: {fault}")
+    opened, model, rows = load_texts(
+        output, mixture, base=base, data=data, max_length=max_length, device=device
+    )
     usage = watch_rows(model, load_mixture(model, opened), rows.examples, batch_size)
     if experts == 1:
         error = export_static(opened, out, weights=usage.mean_weights(), rank=rank, force=force)

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from lora_merge.cli._options import json_option
+from lora_merge.cli._texts import batch_options, load_texts, text_options
 
 
 @click.command(
@@ -14,9 +15,7 @@ Examples:
 """,
     short_help="Say whether texts need a new expert.",
 )
-@click.argument("mixture", type=click.Path(path_type=Path))
-@click.option("--base", required=True, help="Base model: a directory or a Hub id.")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSON lines.")
+@text_options
 @click.option(
     "--threshold",
     type=float,
@@ -24,9 +23,7 @@ Examples:
     show_default=True,
     help="Deviations above an expert's own texts that are strange.",
 )
-@click.option("--max-length", type=click.IntRange(min=2), default=512, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@batch_options
 @json_option
 def command(
     mixture: Path,
@@ -44,17 +41,12 @@ def command(
     module every score is above the threshold, no expert knows the texts.
     """
     from lora_merge.cli._output import Output, table
-    from lora_merge.mixture import Mixture
-    from lora_merge.mixture.base import load_base
-    from lora_merge.mixture.data import read_examples
     from lora_merge.mixture.descriptors import novelty
 
     output = Output(as_json)
-    opened = Mixture.from_pretrained(mixture)
-    model, tokenizer = load_base(base, device)
-    rows = read_examples(data, tokenizer, experts=opened.names, max_length=max_length)
-    for fault in rows.faults[:5]:
-        output.note(f"left out: {fault}")
+    opened, model, rows = load_texts(
+        output, mixture, base=base, data=data, max_length=max_length, device=device
+    )
     found = novelty(model, opened, rows.examples, threshold=threshold, batch_size=batch_size)
     result = {
         "schema": 1,

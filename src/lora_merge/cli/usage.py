@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_merge.cli._options import json_option
+from lora_merge.cli._texts import batch_options, load_texts, text_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,15 +23,11 @@ Examples:
 """,
     short_help="Show which expert speaks where, on your text.",
 )
-@click.argument("mixture", type=click.Path(path_type=Path))
-@click.option("--base", required=True, help="Base model: a directory or a Hub id.")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSON lines.")
+@text_options
 @click.option(
     "--by", type=click.Choice(["layer", "kind", "module"]), default="layer", show_default=True
 )
-@click.option("--max-length", type=click.IntRange(min=2), default=512, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@batch_options
 @click.option("--plot", type=click.Path(path_type=Path), help="Also draw it into this picture.")
 @json_option
 def command(
@@ -49,18 +46,15 @@ def command(
     If the rows name their expert, the texts of each are shown apart as well.
     """
     from lora_merge.cli._output import Output
-    from lora_merge.mixture import Mixture, load_mixture
-    from lora_merge.mixture.base import load_base, watch_rows
-    from lora_merge.mixture.data import read_examples
+    from lora_merge.mixture import load_mixture
+    from lora_merge.mixture.base import watch_rows
     from lora_merge.mixture.picture import draw_usage
     from lora_merge.mixture.usage import kind_of, layer_of
 
     output = Output(as_json)
-    opened = Mixture.from_pretrained(mixture)
-    model, tokenizer = load_base(base, device)
-    rows = read_examples(data, tokenizer, experts=opened.names, max_length=max_length)
-    for fault in rows.faults[:5]:
-        output.note(f"left out: {fault}")
+    opened, model, rows = load_texts(
+        output, mixture, base=base, data=data, max_length=max_length, device=device
+    )
     handle = load_mixture(model, opened)
 
     everything = watch_rows(model, handle, rows.examples, batch_size)
