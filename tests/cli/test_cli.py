@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from builders import adapter_parts, save_adapter, save_parts
-from lora_merge.cli.app import run
+from lora_merge.cli.app import _COMMANDS, run
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,16 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def three(tmp_path: Path) -> list[str]:
     return [str(save_adapter(tmp_path / n, seed=i)) for i, n in enumerate("abc")]
+
+
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_help_fits_80_columns(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "\\b" not in shown and max(map(len, shown.splitlines())) <= 80
 
 
 def test_help_answers_without_torch() -> None:

@@ -137,6 +137,7 @@ def test_shapes_of_a_mixture(tmp_path: Path) -> None:
     mixture.save_pretrained(tmp_path / "mix")
     assert run(["tune", str(tmp_path / "mix"), "--device", "cpu", "--tokens", "1"]) == 0
     assert len(dispatch.table("cpu")) == 4  # two experts have no top 2
+    assert run(["tune", str(tmp_path / "mix"), "--rank", "3"]) == 2  # its own shapes count
 
 
 def test_the_command_says_that_there_is_no_gpu(
@@ -147,6 +148,8 @@ def test_the_command_says_that_there_is_no_gpu(
     shown = capsys.readouterr()
     assert "no GPU" in shown.err and "24x24 R18 T2 top-k" in shown.out
     assert not cache.exists()
+    assert run(["tune", "--device", "cpu", "--graph"]) == 2
+    assert "no GPU" in capsys.readouterr().err
     assert max(map(len, shown.out.splitlines())) <= 80
     assert run(["tune", "--device", "cpu", "--tokens", "2", "--json"]) == 0
     shown = capsys.readouterr()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import experts_for, llama, tokens
 
+from lora_merge.errors import MethodError
 from lora_merge.kernels.gated_stack import dispatch, reference
 from lora_merge.mixture import Mixture, load_mixture
 
@@ -35,3 +36,14 @@ def test_concat_is_chosen_when_a_mixture_is_attached(monkeypatch: pytest.MonkeyP
     model.mixture.detach()
     load_mixture(model, mixture, layout="stack")
     assert weight.is_contiguous()
+
+
+def test_names_that_are_none_are_refused_at_attaching(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama(num_hidden_layers=1)
+    mixture = Mixture(experts_for(model, (2, 3, 1)), "arrow")
+    with pytest.raises(MethodError, match="layout is 'diagonal'"):
+        load_mixture(model, mixture, layout="diagonal")
+    monkeypatch.setenv(dispatch.VARIABLE, "fastest")
+    with pytest.raises(MethodError, match="LORA_MERGE_KERNELS is 'fastest'"):
+        load_mixture(model, mixture)
+    assert not hasattr(model, "mixture")

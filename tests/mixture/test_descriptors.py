@@ -71,6 +71,8 @@ def test_a_new_kind_of_text_is_noticed_and_learned(tmp_path: Path) -> None:
     mixture.descriptors = describe(model, mixture, texts(2, 0, 30) + texts(20, 1, 30))
     own, strange = texts(2, -1, 20, seed=1), texts(45, -1, 20, seed=1)
     assert not novelty(model, mixture, own).is_new
+    with pytest.raises(MethodError, match="threshold is nan"):
+        novelty(model, mixture, own, threshold=float("nan"))
     found = novelty(model, mixture, strange)
     assert found.is_new and found.strangest in found.modules
     folder = mixture.save_pretrained(tmp_path / "mix")

@@ -113,6 +113,10 @@ def test_settings_survive_json(preset: str) -> None:
         ({"value": "hard"}, "value is 'hard'"),
         ({"granularity": "rank", "null_expert": True}, "no null expert"),
         ({"depth": 0}, "depth 0"),
+        ({"depth": 2}, "it has no depth"),
+        ({"weights": (1.0, 2.0)}, "it has no weights"),
+        ({"scale": float("inf")}, "scale inf"),
+        ({"null_score": float("nan")}, "null_score nan"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings: dict, message: str) -> None:

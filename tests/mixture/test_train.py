@@ -335,6 +335,13 @@ def test_batches_depend_on_their_number_alone() -> None:
     )
 
 
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["lr", "expert_lr", "rank_l1", "rank_lr", "z_loss", "clip"])
+def test_settings_that_train_uphill_or_nowhere_are_refused(name: str, value: float) -> None:
+    with pytest.raises(MethodError, match=f"{name} is {value}"):
+        TrainSettings(**{name: value})
+
+
 def test_what_cannot_be_trained_is_said_first(setting, tmp_path: Path) -> None:
     model, examples = setting
     with pytest.raises(MethodError, match="arrow gate has nothing to train"):

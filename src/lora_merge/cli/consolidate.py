@@ -11,8 +11,8 @@ from lora_merge.cli._texts import batch_options, load_texts, text_options
 @click.command(
     epilog="""\b
 Examples:
-  lora-merge consolidate mix --base ./llama --data texts.jsonl --experts 2 -o small
-  lora-merge consolidate mix --base ./llama --data texts.jsonl --rank 16 -o one
+  lora-merge consolidate mix --base ./llama --data a.jsonl --experts 2 -o two
+  lora-merge consolidate mix --base ./llama --data a.jsonl --rank 16 -o one
 """,
     short_help="Merge a mixture's experts by how they are used.",
 )

@@ -34,13 +34,13 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    r"""Write MIXTURE as plain adapters.
+    """Write MIXTURE as plain adapters.
 
     \b
     experts  one LoRA folder per expert, for engines that choose by request
     static   one LoRA, the gate held still at the weights (default 1/N each)
     xlora    PEFT's X-LoRA layout, as PEFT 0.19 and earlier read it
-    """
+    """  # noqa: D301 -- click's mark is the character itself
     from lora_merge.cli._output import Output, percent
     from lora_merge.mixture import Mixture
     from lora_merge.mixture.exporters import export_experts, export_static, export_xlora

@@ -18,7 +18,7 @@ _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF
     epilog="""\b
 Examples:
   lora-merge extract --base llama --tuned llama-chat -o adapter
-  lora-merge extract --base llama --tuned llama-chat -o adapter --rank 32 --include '*_proj'
+  lora-merge extract --base a --tuned b -o out --rank 32 --include '*_proj'
 """,
     short_help="A LoRA from a model and its fine-tuned version.",
 )

@@ -61,7 +61,12 @@ Examples:
 )
 @click.argument("adapters", nargs=-1, metavar="ADAPTER...")
 @click.option(
-    "--preset", type=click.Choice(_PRESETS), default="arrow", show_default=True, help="The gate."
+    "--preset",
+    type=click.Choice(_PRESETS),
+    metavar="PRESET",
+    default="arrow",
+    show_default=True,
+    help="The gate, one of those above.",
 )
 @_gate_options
 @click.option("--name", "names", multiple=True, help="Name of an expert; repeat it, in order.")
@@ -111,16 +116,16 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    r"""Put ADAPTERs and a gate into one directory that `load_mixture` attaches to a model.
+    """Put ADAPTERs and a gate into one directory that `load_mixture` attaches to a model.
 
     \b
-    arrow, spectr, hilora, sequence
-                             need no training
-    constant, request        weights, or one expert per batch row, from the caller
-    recall, xlora, meteora, smora
-                             start untrained: run `lora-merge train` on the result
-    phatgoose                one gate vector per expert, each trained on its own
-    """
+    arrow, spectr, hilora,  need no training
+    sequence
+    constant, request       weights, or one expert per batch row, from the caller
+    recall, xlora, meteora, start untrained: run `lora-merge train` on the result
+    smora
+    phatgoose               one gate vector per expert, each trained on its own
+    """  # noqa: D301 -- click's mark is the character itself
     from lora_merge.adapters import Adapter, expand
     from lora_merge.cli._output import Output
     from lora_merge.mixture import Mixture

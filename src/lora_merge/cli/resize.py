@@ -21,7 +21,7 @@ _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF
 @click.command(
     epilog="""\b
 Examples:
-  lora-merge resize ADAPTER -o small                  95 % of the energy per module
+  lora-merge resize ADAPTER -o small           95 % of the energy per module
   lora-merge resize ADAPTER -o small --budget x0.5 --dry-run
   lora-merge resize ADAPTER -o small --rank 8 --dtype bfloat16
 """,

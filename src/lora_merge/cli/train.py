@@ -57,8 +57,8 @@ _training_options = together(
 Examples:
   lora-merge train mix --base ./llama --data train.jsonl -o trained
   lora-merge train mix --base ./llama --data train.jsonl -o trained --resume
-  lora-merge train mix --base ./llama --data train.jsonl --rank-l1 1e-4 -o small
-  accelerate launch -m lora_merge train mix --base ./llama --data ... -o trained
+  lora-merge train mix --base ./llama --data a.jsonl --rank-l1 1e-4 -o small
+  torchrun --nproc-per-node 4 -m lora_merge train mix --base ./llama ...
 
 Rows are {"text": ...} or {"prompt": ..., "response": ...}, with an optional
 "expert", or {"parts": [{"text": ..., "expert": ...}, ...]} for texts that

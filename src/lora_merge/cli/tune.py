@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 @click.command(
     epilog="""\b
 Examples:
-  lora-merge tune                             shapes of Llama-3-8B, 8 experts of rank 16
-  lora-merge tune my-mixture                  the mixture's own shapes
+  lora-merge tune                   shapes of Llama-3-8B, 8 experts of rank 16
+  lora-merge tune my-mixture        the mixture's own shapes
   lora-merge tune --tokens 1 --experts 28 --rank 8 --json
 """,
     short_help="Measure which kernels are fastest on this machine.",
@@ -63,7 +63,17 @@ def command(
     from lora_merge.mixture.prepare import stack_shapes
 
     output = Output(as_json)
+    context = click.get_current_context()
+    given = [
+        name
+        for name in ("experts", "rank")
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+    ]
+    if mixture is not None and given:
+        raise click.UsageError(f"a MIXTURE has its own shapes: no --{given[0]}")
     place = pick_device(device)
+    if graph and place.type != "cuda":
+        raise click.UsageError("--graph times CUDA graphs, and there is no GPU here")
     if place.type != "cuda":
         output.note(f"no GPU: measuring on {place.type}, where only eager and concat run")
     shapes = llama_shapes(experts, rank)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   lora-merge usage mix --base ./llama --data texts.jsonl
-  lora-merge usage mix --base ./llama --data texts.jsonl --by module --plot usage.png
+  lora-merge usage mix --base ./llama --data a.jsonl --by module --plot a.png
 """,
     short_help="Show which expert speaks where, on your text.",
 )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +61,14 @@ def load_mixture(
 
     Raises:
         MethodError: If the model has not the modules, has a mixture of that name already, or has
-            weights that cannot be moved (tied, quantised, offloaded).
+            weights that cannot be moved (tied, quantised, offloaded); or if the layout or
+            LORA_MERGE_KERNELS is none of the names.
     """
+    forced = dispatch.forced()  # a name that is none is told now, whatever will run
+    if layout is not None and layout not in get_args(Layout):
+        raise MethodError(f"layout is {layout!r}", f"one of {', '.join(get_args(Layout))}")
     mixture = source if isinstance(source, Mixture) else Mixture.from_pretrained(source)
-    chosen = layout or ("border" if dispatch.forced() == "concat" else "stack")
+    chosen = layout or ("border" if forced == "concat" else "stack")
     return AttachedMixture(model, mixture, name=name, dtype=dtype, layout=chosen)
 
 

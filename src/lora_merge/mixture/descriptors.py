@@ -7,6 +7,7 @@ needed. Everything is measured in the base model with the mixture off, so neithe
 matter, and describing a new expert leaves the others' descriptors as they are.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -163,8 +164,10 @@ def novelty(
         batch_size: Rows of one pass.
 
     Raises:
-        MethodError: If no expert is described.
+        MethodError: If no expert is described, or the threshold is no number.
     """
+    if not math.isfinite(threshold):
+        raise MethodError(f"the threshold is {threshold}", "a number, such as 1.5")
     known = mixture.descriptors
     if known is None:
         raise MethodError("no expert is described", "run `lora-merge describe` first")

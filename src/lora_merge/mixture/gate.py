@@ -10,6 +10,7 @@
 | activation  | how scores become weights: `value`, `top_k`, `temperature`                       |
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -81,8 +82,16 @@ class GateSpec:
                 )
         if self.top_k is not None and self.top_k < 1:
             raise MethodError(f"gate {self.preset}: top_k is {self.top_k}", "at least 1")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise MethodError(f"gate {self.preset}: temperature {self.temperature}", "above 0")
+        for name, numbers in (
+            ("scale", (self.scale or 0.0,)),
+            ("null_score", (self.null_score,)),
+            ("weights", self.weights),
+        ):
+            if not all(map(math.isfinite, numbers)):
+                shown = ", ".join(map(str, numbers))
+                raise MethodError(f"gate {self.preset}: {name} {shown}", "finite numbers")
         if self.depth < 1 or self.width < 1:
             raise MethodError(
                 f"gate {self.preset}: depth {self.depth}, width {self.width}", "at least 1"
@@ -227,7 +236,18 @@ def gate_spec(preset: str, **settings: Any) -> GateSpec:
     for name in settings:
         if name not in known:
             raise MethodError(f"gate {preset}: no setting {name!r}", f"one of {sorted(known)}")
-    return replace(PRESETS[preset][1], **{k: v for k, v in settings.items() if v is not None})
+    row, given = PRESETS[preset][1], {k: v for k, v in settings.items() if v is not None}
+    for name, signal in (("depth", "hidden"), ("width", "hidden"), ("weights", "constant")):
+        if given.get(name) and row.signal != signal:
+            raise MethodError(
+                f"gate {preset}: it has no {name}",
+                f"leave it out, or use {' or '.join(_with_signal(signal))}",
+            )
+    return replace(row, **given)
+
+
+def _with_signal(signal: str) -> list[str]:
+    return [name for name, (_, spec) in PRESETS.items() if spec.signal == signal]
 
 
 def activate(scores: Tensor, spec: GateSpec, bias: Tensor | None = None) -> Tensor:

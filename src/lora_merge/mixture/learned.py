@@ -25,7 +25,7 @@ def learned_parameters(
     if not found:
         raise MethodError(
             f"the {spec.preset} gate has nothing to train",
-            "train xlora, meteora, smora or phatgoose",
+            "train xlora, recall, meteora, smora or phatgoose",
         )
     return found
 

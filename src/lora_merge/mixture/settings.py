@@ -1,8 +1,14 @@
 """How a gate is trained."""
 
+import math
 from dataclasses import dataclass
 
 from lora_merge.errors import MethodError
+
+_AT_LEAST_0 = (
+    "lr", "weight_decay", "clip", "task_loss", "balance_loss", "z_loss", "bias_rate", "expert_lr",
+    "rank_l1",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,12 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot mean anything."""
-        if self.rank_l1 < 0 or (self.rank_lr is not None and self.rank_lr <= 0):
-            raise MethodError(
-                f"rank_l1 {self.rank_l1}, rank_lr {self.rank_lr}", "at least 0, above 0"
-            )
+        for name in _AT_LEAST_0:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise MethodError(f"{name} is {value}", "a number, at least 0")
+        if self.rank_lr is not None and not 0 < self.rank_lr < math.inf:
+            raise MethodError(f"rank_lr is {self.rank_lr}", "a number above 0")
 
     @property
     def rank_step(self) -> float:

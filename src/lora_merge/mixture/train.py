@@ -312,7 +312,7 @@ def _check(mixture: Mixture, examples: Sequence[Example], settings: TrainSetting
     if not spec.is_learned and not settings.changes_experts:
         raise MethodError(
             f"the {spec.preset} gate has nothing to train",
-            "train xlora, meteora, smora or phatgoose, or the experts",
+            "train xlora, recall, meteora, smora or phatgoose, or the experts",
         )
     if settings.rank_l1:
         check_prunable(mixture)

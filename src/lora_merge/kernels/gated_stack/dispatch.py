@@ -76,8 +76,7 @@ def choose(case: Case, able: Sequence[Name]) -> Name:
     Raises:
         MethodError: If `LORA_MERGE_KERNELS` is none of the names.
     """
-    wanted = os.environ.get(VARIABLE) or "auto"
-    return _choose(case, tuple(able), wanted)
+    return _choose(case, tuple(able), forced())
 
 
 @lru_cache(maxsize=4096)
@@ -87,15 +86,19 @@ def _choose(case: Case, able: tuple[Name, ...], wanted: str) -> Name:
         return min(
             (name for name in able if name in seconds), key=seconds.__getitem__, default=able[0]
         )
-    for name in NAMES:
-        if name == wanted:
-            return name if name in able else able[0]
-    raise MethodError(f"{VARIABLE} is {wanted!r}", f"auto, {', '.join(NAMES)}")
+    return next((name for name in able if name == wanted), able[0])
 
 
 def forced() -> str:
-    """What the user asked for: a name, or auto."""
-    return os.environ.get(VARIABLE) or "auto"
+    """What the user asked for: a name, or auto.
+
+    Raises:
+        MethodError: If `LORA_MERGE_KERNELS` is something else.
+    """
+    wanted = os.environ.get(VARIABLE) or "auto"
+    if wanted != "auto" and wanted not in NAMES:
+        raise MethodError(f"{VARIABLE} is {wanted!r}", f"auto, {', '.join(NAMES)}")
+    return wanted
 
 
 def guarded(name: str, fast: Callable[[], T], plain: Callable[[], T]) -> T:
