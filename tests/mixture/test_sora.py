@@ -122,5 +122,5 @@ def test_gates_made_of_ranks_are_not_pruned(preset: str) -> None:
 
 @pytest.mark.parametrize("bad", [{"rank_l1": -1.0}, {"rank_l1": 0.1, "rank_lr": 0.0}])
 def test_settings_that_mean_nothing_are_refused(bad: dict) -> None:
-    with pytest.raises(MethodError, match="rank_l[1r] is"):
+    with pytest.raises(MethodError, match=r"rank_l[1r] is"):
         TrainSettings(**bad)
