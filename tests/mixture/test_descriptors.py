@@ -90,6 +90,16 @@ def test_a_new_kind_of_text_is_noticed_and_learned(tmp_path: Path) -> None:
         Mixture.from_pretrained(folder)
 
 
+def test_a_score_counts_in_shares_of_the_inputs_variance_at_least() -> None:
+    model = llama()
+    mixture = Mixture(experts_for(model), "request")
+    row = texts(2, 0, 1)
+    mixture.descriptors = describe(model, mixture, row * 6, rank=12)
+    known, other = novelty(model, mixture, row), novelty(model, mixture, texts(40, -1, 4))
+    assert not known.is_new and other.is_new
+    assert max(max(scores) for scores in other.scores) < 1000
+
+
 def test_describing_again_replaces(tmp_path: Path) -> None:
     model = llama()
     mixture = Mixture(experts_for(model), "request")
@@ -108,6 +118,7 @@ def test_describing_again_replaces(tmp_path: Path) -> None:
         (texts(2, 0, 3), {}, "expert0 has 3 rows"),
         (texts(2, -1), {}, "no row names its expert"),
         (texts(2, 0), {"modules": ["head"]}, "no module head"),
+        (texts(2, 0), {"rank": 4096}, "rank 4096 keeps all of"),
     ],
 )
 def test_what_cannot_be_described_is_said(rows: list, options: dict, said: str) -> None:

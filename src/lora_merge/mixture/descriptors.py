@@ -23,6 +23,10 @@ from lora_merge.mixture.usage import layer_of, natural
 
 PARTS = ("mean", "basis", "error")
 
+# Texts that are nearly alike have nearly no spread, and any other would be strange: a deviation is
+# at least this share of the variance of the inputs.
+_LEAST_SPREAD = 0.01
+
 
 @dataclass(frozen=True, eq=False)
 class Descriptors:
@@ -121,7 +125,8 @@ def describe(
         batch_size: Rows of one pass.
 
     Raises:
-        MethodError: If an expert has fewer than four rows, or the modules are not the old ones.
+        MethodError: If an expert has fewer than four rows, the modules are not the old ones, or the
+            rank is not below their width.
     """
     known = mixture.descriptors
     places = list(modules or (known.modules if known else default_modules(mixture)))
@@ -204,9 +209,16 @@ def _describe(
 
     _watch(model, mixture, rows[:half], modules, collect, batch_size)
     tensors: dict[str, Tensor] = {}
+    least: dict[str, float] = {}
     for name, (count, first, second) in moments.items():
+        if rank >= len(first):
+            raise MethodError(
+                f"rank {rank} keeps all of {name}'s {len(first)} inputs, so no text is strange",
+                "take a smaller rank",
+            )
         mean = first / count
         covariance = second / count - torch.outer(mean, mean)
+        least[name] = _LEAST_SPREAD * float(covariance.trace())
         vectors = torch.linalg.eigh(covariance).eigenvectors
         tensors[f"{name}.mean"] = mean.float().cpu()
         tensors[f"{name}.basis"] = vectors[:, -rank:].mT.flip(0).float().cpu().contiguous()
@@ -219,7 +231,7 @@ def _describe(
     _watch(model, mixture, rows[half:], modules, measure, batch_size)
     for name, values in errors.items():
         own = torch.tensor(values, dtype=torch.float64)
-        spread = own.std().clamp_min(1e-6 * own.mean().clamp_min(1e-12))
+        spread = own.std().clamp_min(max(least[name], 1e-12))
         tensors[f"{name}.error"] = torch.stack([own.mean(), spread]).float()
     return tensors
 
