@@ -7,7 +7,7 @@ from lora_merge.adapters.config import AdapterConfig, parse_config, read_config
 from lora_merge.adapters.modules import ModuleSpec
 from lora_merge.adapters.source import Source, expand, pin, resolve, sha256
 from lora_merge.adapters.stack import RankStack
-from lora_merge.adapters.tensors import DTYPES, SafetensorsFile, TensorDict
+from lora_merge.adapters.tensors import DTYPES, SafetensorsFile, TensorDict, load_pickle
 from lora_merge.adapters.writer import (
     AdapterWriter,
     MemoryWriter,
@@ -37,6 +37,7 @@ __all__ = [
     "build_adapter",
     "check_target",
     "expand",
+    "load_pickle",
     "open_adapter",
     "parse_config",
     "pin",

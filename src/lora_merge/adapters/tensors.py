@@ -91,17 +91,18 @@ class TensorDict:
 
 
 def load_pickle(path: Path, adapter: str) -> TensorDict:
-    """Load a `.bin` checkpoint with `weights_only=True`; only after the user allowed pickles."""
+    """Load a pickled checkpoint with `weights_only=True`; only after the user allowed pickles."""
     _refuse_pointer(path, adapter)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here, and all mean the same to the user
         raise AdapterError(
-            f"{adapter}: {path} cannot be unpickled safely: {str(error).splitlines()[0]}",
+            f"{adapter}: {path} cannot be unpickled safely, it is no plain dictionary of tensors: "
+            f"{str(error).splitlines()[0]}",
             "ask its author for a safetensors file",
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
-        raise AdapterError(f"{adapter}: {path} holds no dictionary of tensors", "convert it")
+        raise AdapterError(f"{adapter}: {path} is no plain dictionary of tensors", "convert it")
     return TensorDict(loaded)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from lora_merge.cli._options import json_option, together
+from lora_merge.cli._texts import text_options
 
 _training_options = together(
     click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True),
@@ -66,9 +67,7 @@ change their task.
 """,
     short_help="Train a mixture's gate, prune its ranks or train its experts.",
 )
-@click.argument("mixture", type=click.Path(path_type=Path))
-@click.option("--base", required=True, help="Base model: a directory or a Hub id.")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSON lines.")
+@text_options
 @click.option("--eval", "evaluation", type=click.Path(path_type=Path), help="JSON lines.")
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True)
 @click.option("--strict", is_flag=True, help="Refuse the data if any row is bad.")

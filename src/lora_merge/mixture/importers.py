@@ -15,7 +15,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from lora_merge.adapters import (
     SafetensorsFile,
     TensorDict,
     build_adapter,
+    load_pickle,
 )
 from lora_merge.errors import AdapterError, MethodError
 from lora_merge.mixture.gate import gate_spec
@@ -253,16 +253,8 @@ def _original_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
             f"{folder}: the classifier is a pickle (xlora_classifier.pt)",
             "--allow-pickle reads it with torch's restricted unpickler, if you trust the source",
         )
-    try:
-        state = torch.load(pickled, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
-        raise AdapterError(
-            f"{pickled} is no plain dictionary of tensors: {str(error).splitlines()[0]}",
-            "save the classifier's state_dict as safetensors",
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise AdapterError(f"{pickled} is no plain dictionary of tensors", "get it again")
-    return {str(name): tensor for name, tensor in state.items()}
+    loaded = load_pickle(pickled, str(folder))
+    return {str(name): loaded.read(name) for name in loaded.entries()}
 
 
 def _check_layers(
