@@ -44,11 +44,6 @@ class Joined:
     ups: tuple[Tensor, ...]
     scores: int
 
-    @property
-    def has_border(self) -> bool:
-        """Whether the ups stand beside the weights."""
-        return self.matrix.shape[1] > self.d_in
-
     @cached_property
     def num_units(self) -> int:
         """R, units of all modules together."""
