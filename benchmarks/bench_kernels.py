@@ -119,9 +119,9 @@ def twin(model: nn.Module, *, share: bool = True) -> Any:
 
 def attached(base: nn.Module, mixture: Mixture, how: str) -> Any:
     """The base with a mixture on one implementation; the joined layouts move its weights."""
-    joined = how in ("rows", "border")
-    model = twin(base, share=not joined)
-    load_mixture(model, mixture, layout=how if joined else "stack")
+    layouts = {"rows": "rows", "border": "border", "joined": "rows"}
+    model = twin(base, share=how not in layouts)
+    load_mixture(model, mixture, layout=layouts.get(how, "stack"))
     return model
 
 
@@ -167,7 +167,7 @@ class Context(DynamicCache):
 
 def implementations(setting: Setting) -> list[str]:
     refused = fused.refusal(setting.device, setting.dtype)
-    return ["eager", "rows", "border", *([] if refused else ["triton"])]
+    return ["eager", "rows", "border", *([] if refused else ["triton", "joined"])]
 
 
 def call_of(setting: Setting, how: str, call: Callable[[], Any]) -> Callable[[], Any]:
@@ -215,7 +215,8 @@ def prefill(setting: Setting, case: Case) -> dict[str, Callable[[], Any]]:
     base, mixture = build(setting), mixture_of(setting, case)
     ids = tokens(setting, 1, 32 if setting.small else case.tokens)
     models = {"base": base}
-    models |= {how: attached(base, mixture, how) for how in implementations(setting)}
+    ways = (how for how in implementations(setting) if how != "joined")  # for few tokens
+    models |= {how: attached(base, mixture, how) for how in ways}
 
     def way(model: nn.Module, how: str) -> Callable[[], Any]:
         call = lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1)  # noqa: E731
@@ -284,7 +285,9 @@ def training(setting: Setting, case: Case) -> dict[str, Callable[[], Any]]:
         target_modules=[name.rpartition(".")[2] for name in setting.shapes],
     )  # fmt: skip
     models = {"peft": get_peft_model(twin(base), config).train()}
-    for how in (how for how in implementations(setting) if how in dispatch.NAMES):
+    for how in ("eager", "triton"):
+        if how not in implementations(setting):
+            continue
         models[how] = attached(base, mixture, how).train()
         models[how].mixture.train_gate_only()
 

@@ -106,18 +106,26 @@ def test_what_cannot_be_kept_is_said(cache: Path) -> None:
 def test_kernels_that_are_wrong_here_are_not_chosen(fault: str, monkeypatch) -> None:
     stacked = tuning._stacked
 
-    def wrong(x, modules, layout, rule, how):
-        if how == "triton" and fault == "raises":
+    def spoilt(outputs):
+        if fault == "raises":
             raise RuntimeError("no such instruction")
+        return [y * 1.01 for y in outputs]
+
+    def wrong(x, modules, layout, rule, how):
         outputs = stacked(x, modules, layout, rule, "eager")
-        return [y * 1.01 for y in outputs] if how == "triton" else outputs
+        return spoilt(outputs) if how == "triton" else outputs
+
+    def wrong_joined(x, joined, layout, rule):
+        return spoilt([x.new_ones(len(x), w.shape[0]) for w in joined.weights])
 
     monkeypatch.setattr(tuning, "_stacked", wrong)
+    monkeypatch.setattr(tuning, "_joined", wrong_joined)
     monkeypatch.setattr(tuning.fused, "refusal", lambda *_: "")
     row, *_ = tune([SMALL], CPU, torch.float32, tokens=[2])
     reason = {"raises": "no such instruction", "differs": "not those of eager"}[fault]
-    assert reason in row.excluded["triton"]
-    assert "triton" not in row.timings
+    for name in ("triton", "joined"):
+        assert reason in row.excluded[name]
+        assert name not in row.timings
 
 
 def test_shapes_of_a_mixture(tmp_path: Path) -> None:

@@ -103,7 +103,8 @@ def _view(rows: "list[Measured]") -> "Table":
     """Times as ratios to the modules without experts."""
     from lora_merge.cli._output import table
 
-    names = [n for n in ("eager", "concat", "triton") if any(n in row.timings for row in rows)]
+    timed = {name for row in rows for name in row.timings}
+    names = [name for name in ("eager", "concat", "triton", "joined") if name in timed]
     grid = table("modules, units, tokens, gate", "base ms", *names, "fastest")
     for row in rows:
         case, base = row.case, row.timings["base"].median

@@ -54,7 +54,7 @@ def load_mixture(
             weights of plain `nn.Linear` modules and their experts into one matrix, for fewer
             products where no gradient is wanted: "rows" for few tokens (decoding), "border" for
             many as well (prefill). The results differ by rounding alone. Default: "stack", but
-            "border" where LORA_MERGE_KERNELS is concat.
+            "border" where LORA_MERGE_KERNELS is concat and "rows" where it is joined.
 
     Returns:
         The handle, also reachable as `model.mixture`.
@@ -68,7 +68,8 @@ def load_mixture(
     if layout is not None and layout not in get_args(Layout):
         raise MethodError(f"layout is {layout!r}", f"one of {', '.join(get_args(Layout))}")
     mixture = source if isinstance(source, Mixture) else Mixture.from_pretrained(source)
-    chosen = layout or ("border" if forced == "concat" else "stack")
+    wanted: dict[str, Layout] = {"concat": "border", "joined": "rows"}
+    chosen = layout or wanted.get(forced, "stack")
     return AttachedMixture(model, mixture, name=name, dtype=dtype, layout=chosen)
 
 

@@ -6,14 +6,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lora_merge.kernels.gated_stack import Layout, Units, dispatch, gated_shrink, routed_shrink
+from lora_merge.kernels.gated_stack import (
+    Layout,
+    Shrunk,
+    dispatch,
+    fused,
+    gated_shrink,
+    routed_shrink,
+)
+from lora_merge.kernels.gated_stack.concat import FEW_TOKENS, Joined
+from lora_merge.kernels.gated_stack.joined import joined_stack
 from lora_merge.kernels.gated_stack.operation import chosen
 
 if TYPE_CHECKING:
     from lora_merge.mixture.group import Group
 
 
-def kernel_units(group: "Group", x: Tensor, start: int, stop: int) -> Sequence[Units] | None:
+def kernel_units(group: "Group", x: Tensor, start: int, stop: int) -> Sequence[Shrunk] | None:
     """Gated units of members start..stop.
 
     Args:
@@ -28,28 +37,72 @@ def kernel_units(group: "Group", x: Tensor, start: int, stop: int) -> Sequence[U
         wherever nothing else is faster or asked for.
     """
     spec = group.context.spec
-    if group.form != "linear" or spec.signal == "spectrum" or group.rank_gates is not None:
+    if not _suits(group) or (stop - start > 1 and not group.uniform):
         return None
     if not group.has_kernel and dispatch.forced() != "reference":
         return None
-    if stop - start > 1 and not group.uniform:
-        return None
-    routed = _makes_own_weights(group)
-    kind: dispatch.GateKind = "given"
-    if routed:
-        kind = "dense" if spec.top_k is None else "top-k"
+    kind = _kind(group)
     down = group.down[group.units[start] : group.units[stop]]
     layout, how = _plan(group, x, down, start, stop, kind)
     if how not in ("triton", "reference"):
         return None
     if x.dtype != down.dtype:
         x = x.to(down.dtype)
-    if not routed:
+    if kind == "given":
         weights = group.weights_of(x, start, stop)
         return gated_shrink(x, down, weights, layout, implementation=how)
     gate, bias = group.gate_of(start, stop)
     rule = spec.rule(len(gate) // (stop - start))
     return routed_shrink(x, down, gate, layout, rule, bias=bias, implementation=how)
+
+
+def joined_outputs(group: "Group", x: Tensor, joined: Joined) -> Sequence[Tensor] | None:
+    """Outputs of all members, experts included, where the base weights stand beside the experts.
+
+    Args:
+        group: The modules.
+        x: Their input, shape (..., d_in), T tokens.
+        joined: Their matrix.
+
+    Returns:
+        Of each member, shape (T, d_out), without its bias; or None, as above.
+    """
+    count, tokens = len(group.names), x.reshape(-1, x.shape[-1])
+    if not group.has_kernel or joined.up is None or len(tokens) > FEW_TOKENS or not _suits(group):
+        return None
+    if count > 1 and not group.uniform:
+        return None
+    kind = _kind(group)
+    key = (joined.outputs, kind, len(tokens), dispatch.forced())
+    if key not in group.plans:
+        layout = _layout(group, 0, count, group.context.spec.granularity == "rank")
+        able: list[dispatch.Name] = ["concat"]
+        if len(tokens) and joined.num_units and fused.holds(len(tokens), layout.num_weights + 1):
+            able.append("joined")
+        case = dispatch.case_of(x, layout.outputs, joined.num_units, x.dtype, kind)
+        group.plans[key] = layout, dispatch.choose(case, able)
+    layout, how = group.plans[key]
+    if how != "joined":
+        return None
+    if kind == "given" or not joined.scores:
+        weights = group.weights_of(x, 0, count)
+        return joined_stack(tokens, joined, layout.columns, weights=weights)
+    gate, bias = group.gate_of(0, count)
+    rule = group.context.spec.rule(len(gate) // count)
+    return joined_stack(tokens, joined, layout.columns, rule=rule, bias=bias)
+
+
+def _suits(group: "Group") -> bool:
+    """Whether the kernels know such modules and gates at all."""
+    spectrum = group.context.spec.signal == "spectrum"
+    return group.form == "linear" and not spectrum and group.rank_gates is None
+
+
+def _kind(group: "Group") -> dispatch.GateKind:
+    """What the dispatch table calls the group's gate."""
+    if not _makes_own_weights(group):
+        return "given"
+    return "dense" if group.context.spec.top_k is None else "top-k"
 
 
 def _makes_own_weights(group: "Group") -> bool:

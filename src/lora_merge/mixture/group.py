@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_merge.errors import MethodError
-from lora_merge.kernels.gated_stack import Layout, Units, gated_expand
+from lora_merge.kernels.gated_stack import Layout, Shrunk, gated_expand
 from lora_merge.kernels.gated_stack.concat import Joined
 from lora_merge.kernels.gated_stack.eager import expand, gate_units
 from lora_merge.kernels.gated_stack.fused import refusal
@@ -129,7 +129,7 @@ class Group(nn.Module):
         for up, view in zip(self._ups, joined.ups, strict=True):
             up.data = view
         self.down.data = joined.down
-        if self.weight is not None and joined.scores:
+        if self.weight is not None and joined.scores == len(self.weight):
             self.weight.data = joined.gate
             self._remember(joined.rows[joined.outputs[-1] :])
 
@@ -178,7 +178,7 @@ class Group(nn.Module):
         """
         up: Tensor = self._ups[index]
         z = self.share(index, x, self.parts)
-        if isinstance(z, Units):
+        if not isinstance(z, Tensor):
             return gated_expand(y, z, up)
         if self.rank_gates is not None:
             z = z * self.rank_gates[self.units[index] : self.units[index + 1]].to(z.dtype)
@@ -188,7 +188,7 @@ class Group(nn.Module):
             return expand(y.movedim(1, -1), z, up).movedim(-1, 1)
         return expand(y, z, up, in_place=in_place)
 
-    def parts(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor | Units]:
+    def parts(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor | Shrunk]:
         """Gated units of members start..stop, from whichever implementation is fastest."""
         return kernel_units(self, x, start, stop) or self.gated(x, start, stop)
 

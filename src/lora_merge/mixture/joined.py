@@ -15,6 +15,8 @@ from lora_merge.errors import MethodError
 from lora_merge.kernels.gated_stack import concat
 from lora_merge.kernels.gated_stack.concat import Joined
 from lora_merge.kernels.gated_stack.eager import expand
+from lora_merge.kernels.gated_stack.joined import gate_pieces
+from lora_merge.mixture.by_kernel import joined_outputs
 from lora_merge.mixture.group import Group
 
 
@@ -37,7 +39,12 @@ class JoinedGroup:
     def join(self) -> None:
         """Move weights and experts into a matrix of their own."""
         weights = [linear.weight.data for linear in self.linears]
-        self.joined: Joined = concat.join(weights, *self.group.factors(), border=self.border)
+        ups, down, gate = self.group.factors()
+        self._pieces = self._gate_apart(gate)
+        if self._pieces is not None:
+            gate = gate_pieces(self._pieces.data, down.dtype)
+            self._version = self._pieces._version
+        self.joined: Joined = concat.join(weights, ups, down, gate, border=self.border)
         for linear, view in zip(self.linears, self.joined.weights, strict=True):
             linear.weight.data = view
         self.group.adopt(self.joined)
@@ -48,6 +55,14 @@ class JoinedGroup:
             for module, name in held
             if (parameter := module._parameters[name]) is not None
         ]
+
+    def _gate_apart(self, gate: Tensor | None) -> Tensor | None:
+        """The float32 gate of bfloat16 modules, where a kernel could use it in three pieces."""
+        weight, few = self.group.weight, not self.border
+        if gate is not None or weight is None or not (few and self.group.has_kernel):
+            return None
+        exact = weight.dtype == torch.float32 and self.group.down.dtype == torch.bfloat16
+        return weight if exact and not weight.is_inference() else None
 
     def part(self) -> None:
         """Give the modules their own forward and memory back."""
@@ -60,6 +75,10 @@ class JoinedGroup:
         for module, name, parameter, address in self._places:
             if module._parameters[name] is not parameter or parameter.data_ptr() != address:
                 return False
+        pieces = self._pieces
+        if pieces is not None and pieces._version != self._version:  # the gate was trained
+            self.joined.gate.copy_(gate_pieces(pieces.data, self.joined.matrix.dtype))
+            self._version = pieces._version
         return True
 
     def run(self, index: int, input: Tensor) -> Tensor:
@@ -92,6 +111,9 @@ class JoinedGroup:
             ys, zs = self._plain(tokens, start, stop), self.group.gated(x, start, stop)
             ups = self.group.factors()[0][start:stop]
             return [expand(y, z, up) for y, z, up in zip(ys, zs, ups, strict=True)]
+        outputs = joined_outputs(self.group, x, joined)
+        if outputs is not None:
+            return outputs
         if len(tokens) > concat.FEW_TOKENS:
             u, scores = concat.shrink_alone(tokens, joined)
             return concat.expand_with_base(tokens, self._gated(x, u, scores), joined)
@@ -113,7 +135,7 @@ class JoinedGroup:
 
     def _gated(self, x: Tensor, u: Tensor, scores: Tensor) -> Sequence[Tensor]:
         """Gated units of all members; without rows in the matrix the gate makes its own scores."""
-        given = scores if self.joined.scores else None
+        given = scores if self.joined.scores and self._pieces is None else None
         return self.group.gate_parts(x, u, given, 0, len(self.linears))
 
 

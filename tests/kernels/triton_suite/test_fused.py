@@ -159,12 +159,13 @@ def test_nothing_to_do(device) -> None:
         (units,) = gated_shrink(stack.x, stack.down, weights, stack.layout, implementation="triton")
         out = gated_expand(stack.ys[0], units, stack.ups[0], implementation="triton")
         assert torch.equal(out, stack.ys[0])
-    stack = make_stack(4, [2, 3], device=device)
-    zero = torch.zeros(1, 2, device=device)
-    (units,) = gated_shrink(stack.x, stack.down, zero, stack.layout, implementation="triton")
-    assert units.words is not None and not units.words.any()
-    bad = torch.full_like(stack.ups[0], torch.nan)
-    assert torch.equal(gated_expand(stack.ys[0], units, bad, implementation="triton"), stack.ys[0])
+    for tokens in (1, 4, 20):
+        stack = make_stack(tokens, [2, 3], device=device)
+        zero = torch.zeros(1, 2, device=device)
+        (units,) = gated_shrink(stack.x, stack.down, zero, stack.layout, implementation="triton")
+        bad = torch.full_like(stack.ups[0], torch.nan)
+        out = gated_expand(stack.ys[0], units, bad, implementation="triton")
+        assert torch.equal(out, stack.ys[0])
 
 
 def test_the_same_bits_every_time(device) -> None:
@@ -238,18 +239,24 @@ def test_a_failing_kernel_is_named_once_and_replaced(device, monkeypatch) -> Non
     from lora_merge.kernels.gated_stack import _launch, dispatch
 
     dispatch.forget()
-    stack = make_stack(4, [2, 3], device=device)
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("out of shared memory")
 
-    monkeypatch.setattr(_launch, "gate", broken)
-    with pytest.warns(RuntimeWarning, match="routed_shrink failed .*shared memory"):
-        first = stack.run("triton")[0]
-    again = stack.run("triton")[0]  # a second warning would be an error
-    assert_near(first, stack.expected()[0], torch.float32)
-    assert torch.equal(first, again)
-    dispatch.forget()
+    for name, step, tokens in (
+        ("gate", "routed_shrink", 20),
+        ("gate_expand", "gate_expand", 4),
+        ("shrink", "routed_shrink", 4),
+    ):
+        stack = make_stack(tokens, [2, 3], device=device)
+        with monkeypatch.context() as patch:
+            patch.setattr(_launch, name, broken)
+            with pytest.warns(RuntimeWarning, match=f"{step} failed .*shared memory"):
+                first = stack.run("triton")[0]
+            again = stack.run("triton")[0]  # a second warning would be an error
+        assert_near(first, stack.expected()[0], torch.float32)
+        assert torch.equal(first, again)
+        dispatch.forget()
 
 
 def test_units_of_eager_can_be_expanded_by_a_kernel(device) -> None:

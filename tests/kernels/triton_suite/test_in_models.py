@@ -42,44 +42,78 @@ GATES = {
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often units were weighed by given weights, by their scores, and expanded."""
+    """How often each kernel ran; those that gate, with given weights or by their scores."""
     counts: Counter[str] = Counter()
-    gate, expand = _launch.gate, _launch.expand
 
-    def counted_gate(*args: object, **how: object) -> object:
-        counts["given" if how.get("rule") is None else "routed"] += 1
-        return gate(*args, **how)
+    def count(name: str) -> None:
+        launch = getattr(_launch, name)
 
-    def counted_expand(*args: object) -> object:
-        counts["expand"] += 1
-        return expand(*args)
+        def counted(*args: object, **how: object) -> object:
+            kind = "" if "gate" not in name else " given" if how.get("rule") is None else " routed"
+            counts[name + kind] += 1
+            return launch(*args, **how)
 
-    monkeypatch.setattr(_launch, "gate", counted_gate)
-    monkeypatch.setattr(_launch, "expand", counted_expand)
+        monkeypatch.setattr(_launch, name, counted)
+
+    for name in ("gate", "expand", "gate_expand"):
+        count(name)
     return counts
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_every_gate(gate: str, device: str, calls, monkeypatch, tmp_path: Path) -> None:
+    """Few tokens, many, and few where the base weights stand beside the experts."""
     model = small_llama(device)
-    mixture = Mixture(saved_experts(tmp_path, model), gate.partition("-")[0], **GATES[gate])
-    load_mixture(model, mixture)
-    if gate == "request":
-        model.mixture.set_gate(requests=["expert1", None])
-    ids = tokens(2, 3).to(device)
-    outputs = {}
-    for how in ("eager", "triton"):
+    paths = saved_experts(tmp_path, model)
+
+    def logits(how: str, layout: str, batch: int) -> torch.Tensor:
+        mixture = Mixture(paths, gate.partition("-")[0], **GATES[gate])
+        handle = load_mixture(model, mixture, layout=layout)
+        if gate == "request":
+            handle.set_gate(requests=["expert1", None])
+        monkeypatch.setenv(dispatch.VARIABLE, how)
+        calls.clear()
+        with torch.no_grad():
+            found = model(input_ids=tokens(2, batch).to(device)).logits
+        handle.detach()
+        return found
+
+    plain = {batch: logits("eager", "stack", batch) for batch in (3, 9)}
+    assert not calls
+    kind = "routed" if gate.partition("-")[0] in ("meteora", "smora", "arrow") else "given"
+    groups, modules = (0, 0) if gate == "spectr" else (2, 3)  # q and v share their input
+    for how, layout, batch, expected in (
+        ("triton", "stack", 3, {f"gate_expand {kind}": modules}),
+        ("triton", "stack", 9, {f"gate {kind}": groups, "expand": modules}),
+        ("joined", "rows", 3, {f"gate_expand {kind}": groups}),
+    ):
+        found = logits(how, layout, batch)
+        torch.testing.assert_close(found, plain[batch], rtol=1e-4, atol=1e-4)
+        assert calls == (Counter(expected) if groups else Counter())
+
+
+def test_a_float32_gate_beside_bfloat16_weights(device: str, calls, monkeypatch, tmp_path) -> None:
+    """Its rows stand in the matrix in three pieces, and follow what training makes of it."""
+    model = small_llama(device).bfloat16()
+    handle = load_mixture(
+        model, Mixture(saved_experts(tmp_path, model), "meteora", top_k=1), layout="rows"
+    )
+    ids = tokens(1, 1).to(device)
+
+    def logits(how: str) -> torch.Tensor:
         monkeypatch.setenv(dispatch.VARIABLE, how)
         with torch.no_grad():
-            outputs[how] = model(input_ids=ids).logits
-        if how == "eager":
-            assert not calls
-    torch.testing.assert_close(outputs["triton"], outputs["eager"], rtol=1e-4, atol=1e-4)
-    routed = gate.partition("-")[0] in ("meteora", "smora", "arrow")
-    groups = len(model.mixture.parts)
-    assert calls["routed"] == (groups if routed else 0)
-    assert calls["given"] == (0 if routed or gate == "spectr" else groups)
-    assert calls["expand"] == (0 if gate == "spectr" else len(mixture.modules))
+            return model(input_ids=ids).logits.float()
+
+    first = logits("eager")
+    torch.testing.assert_close(logits("joined"), first, rtol=0, atol=0.02)
+    assert calls == {"gate_expand routed": 2}
+    with torch.no_grad():
+        for group in handle.parts:
+            group.weight.neg_()  # the least expert is the first choice now
+    second = logits("eager")
+    assert (second - first).abs().max() > 0.1
+    torch.testing.assert_close(logits("joined"), second, rtol=0, atol=0.02)
 
 
 def test_auto_asks_the_table(device: str, calls, monkeypatch, tmp_path: Path) -> None:
@@ -95,9 +129,9 @@ def test_auto_asks_the_table(device: str, calls, monkeypatch, tmp_path: Path) ->
     monkeypatch.setattr(dispatch, "table", lambda _: table)
     with torch.no_grad():
         model(input_ids=tokens(1, 3).to(device))
-        assert calls == {"routed": 1, "expand": 1}
+        assert calls == {"gate_expand routed": 1}
         model(input_ids=tokens(1, 9).to(device))  # nobody measured nine tokens
-    assert calls == {"routed": 1, "expand": 1}
+    assert calls == {"gate_expand routed": 1}
     monkeypatch.undo()
     dispatch.forget()
 
@@ -127,7 +161,7 @@ def test_training_a_gate(gate: str, device: str, calls, monkeypatch, tmp_path: P
         loss = model(input_ids=ids, labels=ids).loss
         gradients[how] = torch.autograd.grad(loss, learned)
     torch.testing.assert_close(gradients["triton"], gradients["eager"], rtol=1e-3, atol=1e-6)
-    assert calls["given"] == len(model.mixture.parts)
+    assert calls["gate given"] == len(model.mixture.parts)
 
 
 def test_watching_and_generating(device: str, monkeypatch, tmp_path: Path) -> None:
@@ -157,7 +191,7 @@ def test_compiled_modules(device: str, calls, monkeypatch, tmp_path: Path) -> No
         calls.clear()
         compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
-    assert calls["routed"] and calls["expand"]
+    assert calls["gate routed"] and calls["expand"]
 
 
 @pytest.mark.skipif(_launch.INTERPRETED, reason="there are no CUDA graphs in the interpreter")

@@ -20,6 +20,7 @@ def draw(*shape: int, device: str, dtype: torch.dtype = torch.float32, seed: int
     ("tokens", "rows", "width", "tiles"),
     [
         (1, 1, 16, Tiles(16, 32, 32)),
+        (1, 33, 100, Tiles(1, 16, 32, 2)),  # entry by entry
         (2, 33, 100, Tiles(16, 32, 32, 2)),
         (17, 48, 257, Tiles(16, 32, 64, 4)),
         (5, 7, 3, Tiles(16, 32, 64, 2)),  # the second piece is empty
@@ -59,7 +60,7 @@ def test_gate_with_given_weights(rows, ranks, block, device) -> None:
     weights = draw(rows, members * count, device=device, seed=1)
     weights[:, ::2] = 0
     z, words, u = _launch.gate(
-        parts, parts, layout, torch.float32, weights=weights, keep_u=True, block=block
+        parts, weights[None], layout, torch.float32, keep_u=True, block=block
     )
     total = parts[0] + parts[1] + parts[2]
     each = weights.repeat_interleave(tokens // rows, 0)[:, layout.joined]
@@ -143,11 +144,11 @@ def test_a_gate_over_two_thousand_single_ranks(device) -> None:
     assert torch.equal(z.nonzero()[:, 1].view(3, 16), best)
 
 
-EXPANDS = [Tiles(16, 32), Tiles(32, 64), Tiles(16, 32, branch=True)]
+EXPANDS = [Tiles(16, 32), Tiles(32, 64)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tiles", EXPANDS, ids=["small", "large", "branch"])
+@pytest.mark.parametrize("tiles", EXPANDS, ids=["small", "large"])
 @pytest.mark.parametrize(("tokens", "units", "width"), [(1, 1, 1), (17, 33, 70), (2, 100, 129)])
 def test_expand(tokens, units, width, tiles, dtype, device) -> None:
     y = draw(tokens, width, device=device, dtype=dtype)
@@ -157,7 +158,7 @@ def test_expand(tokens, units, width, tiles, dtype, device) -> None:
     assert_near(got, y.double() + z.double() @ up.double(), dtype, scale=units**0.5)
 
 
-@pytest.mark.parametrize("tiles", EXPANDS, ids=["small", "large", "branch"])
+@pytest.mark.parametrize("tiles", EXPANDS, ids=["small", "large"])
 def test_rows_that_no_token_of_a_tile_uses_are_not_read(tiles, device) -> None:
     """They hold NaN here, which any product would spread."""
     tokens, units, width = 40, 150, 50
@@ -180,6 +181,4 @@ def test_nothing_used_gives_the_base_back(device) -> None:
     y, z = draw(5, 33, device=device), torch.zeros(5, 40, device=device)
     up = torch.full((40, 33), torch.nan, device=device)
     words = torch.zeros(5, 2, dtype=torch.int32, device=device)
-    for branch in (False, True):
-        out = _launch.expand(y, z, up, words, Tiles(16, 32, branch=branch))
-        assert torch.equal(out, y)
+    assert torch.equal(_launch.expand(y, z, up, words, Tiles(16, 32)), y)

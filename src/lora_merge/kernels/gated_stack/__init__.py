@@ -6,7 +6,7 @@ kernels with gradients (`autograd.py`) and operators for torch.compile (`library
 """
 
 from lora_merge.kernels.gated_stack.gate import Rule, Value, activate, weights_of
-from lora_merge.kernels.gated_stack.layout import Layout, Units
+from lora_merge.kernels.gated_stack.layout import Layout, Shrunk, Ungated, Units
 from lora_merge.kernels.gated_stack.operation import (
     gated_expand,
     gated_shrink,
@@ -17,6 +17,8 @@ from lora_merge.kernels.gated_stack.operation import (
 __all__ = [
     "Layout",
     "Rule",
+    "Shrunk",
+    "Ungated",
     "Units",
     "Value",
     "activate",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lora_merge.kernels.gated_stack import _triton
+from lora_merge.kernels.gated_stack import _gate_expand, _triton
 from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.kernels.gated_stack.layout import WORD, Layout
 
@@ -18,23 +18,21 @@ _NARROW = 64  # tokens up to which the own shrink is used; above, a library GEMM
 
 @dataclass(frozen=True)
 class Tiles:
-    """Shape of a launch.
+    """Shape of a launch; chosen by what the compiler makes of it for cc 9.0, not yet by timing.
 
     Attributes:
         m: Tokens of a tile.
         n: Rows (shrink) or outputs (expand) of a tile.
-        k: Width that is read at once (shrink).
+        k: Width (shrink) or units (gate and expand in one) that are read at once.
         split: Pieces the width is cut into (shrink).
-        branch: Step over words that nobody uses (expand).
         warps: Warps of a program.
-        stages: Loads in flight.
+        stages: Loads in flight of a loop, plus one.
     """
 
     m: int
     n: int
     k: int = 0
     split: int = 1
-    branch: bool = False
     warps: int = 4
     stages: int = 3
 
@@ -46,9 +44,10 @@ def shrink_tiles(tokens: int, width: int, num_rows: int, processors: int) -> Til
     """
     if tokens > _NARROW:
         return None
+    if tokens == 1:
+        return Tiles(1, 16, 512, split=min(8, _cdiv(width, 512)))
     m, n, k = (16 if tokens <= 16 else 32), 32, 256
-    programs = -(-num_rows // n)
-    split = max(1, min(2 * processors // programs, -(-width // k), 16))
+    split = max(1, min(2 * processors // _cdiv(num_rows, n), _cdiv(width, k), 16))
     return Tiles(m, n, k, split)
 
 
@@ -58,7 +57,13 @@ def expand_tiles(tokens: int, width: int) -> Tiles:
         return Tiles(16, 32 if width <= 4096 else 64)
     if tokens <= 128:
         return Tiles(32, 64 if width <= 4096 else 128)
-    return Tiles(128, 128, branch=True, warps=8)
+    return Tiles(128, 128, warps=8)
+
+
+def gate_expand_tiles(tokens: int, width: int) -> Tiles:
+    """How to gate and expand at once; `width` is that of all members together."""
+    n = 32 if width <= 8192 else 64
+    return Tiles(1, n, 256, stages=1) if tokens == 1 else Tiles(16, n, 128, warps=8, stages=1)
 
 
 def shrink(
@@ -84,12 +89,15 @@ def shrink(
     scores = 0 if gate is None else gate.shape[0]
     parts = torch.empty(tiles.split, tokens, units + scores, dtype=torch.float32, device=x.device)
     tiles_n = _cdiv(units, tiles.n) + _cdiv(scores, tiles.n)
-    arithmetic = _arithmetic(x.dtype)
+    arithmetic, mixed = _arithmetic(x.dtype), other.dtype != x.dtype
     with _on(x.device):
         _triton.shrink_kernel[(_cdiv(tokens, tiles.m), tiles_n, tiles.split)](
             x, down, other, parts, tokens, x.stride(0), units, scores, width,
-            BM=tiles.m, BN=tiles.n, BK=tiles.k, GATE_BK=min(tiles.k, 64), SPLIT=tiles.split,
-            GATE_UPCAST=other.dtype != x.dtype or arithmetic["UPCAST"], **arithmetic,
+            BM=tiles.m, BN=tiles.n, BK=tiles.k, GATE_BK=tiles.k // 2, SPLIT=tiles.split,
+            GATE_UPCAST=mixed or arithmetic["UPCAST"], **arithmetic,
+            # A half precision number is a TF32 number; three of its products with the parts of a
+            # float32 number are exact but for 2^-21.
+            GATE_PRECISION="tf32x3" if mixed and not INTERPRETED else arithmetic["PRECISION"],
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return parts[:, :, :units], parts[:, :, units:]
@@ -101,21 +109,20 @@ def gate(
     layout: Layout,
     dtype: torch.dtype,
     *,
-    weights: Tensor | None = None,
     rule: Rule | None = None,
     bias: Tensor | None = None,
     keep_u: bool = False,
     block: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add the pieces up, and weigh the units by given weights or by their scores.
+    """Add the pieces up, and weigh the units.
 
     Args:
         parts: Pieces of the units, shape (split, T, M R), as `shrink` gives them.
-        scores: Pieces of the scores, shape (split, T, M n); not looked at for given weights.
+        scores: Pieces of the scores, shape (split, T, M n); without a rule the weights themselves,
+            shape (1, T', M C), T' dividing T.
         layout: Units and their weights.
         dtype: Of the result.
-        weights: Shape (T', M C), T' dividing T; or None.
-        rule: How scores become weights, where no weights are given.
+        rule: How scores become weights.
         bias: For the selection alone, shape (M n,).
         keep_u: Whether the units before the gate are wanted.
         block: Tokens of a program, a power of two; default: so that there are enough programs.
@@ -130,26 +137,15 @@ def gate(
     z = torch.empty(tokens, members * units, dtype=dtype, device=device)
     words = torch.empty(tokens, members * num_words, dtype=torch.int32, device=device)
     u = torch.empty((tokens, members * units) if keep_u else (0,), dtype=dtype, device=device)
-    rule = rule or Rule()
-    count = layout.num_weights + rule.null_row
-    null = rule.null_score is not None
-    kept = rule.top_k or 0
+    count = layout.num_weights + (rule is not None and rule.null_row)
     block = block or (1 if tokens <= 64 else 4)
     with _on(device):
         _triton.gate_kernel[(_cdiv(tokens, block), members)](
-            parts, scores, parts if weights is None else weights, layout.columns,
-            parts if bias is None else bias, z, words, u,
-            tokens, 1 if weights is None else tokens // len(weights),
-            parts.stride(1), scores.stride(1), 0 if weights is None else weights.stride(0),
-            units, count, num_words,
-            float(rule.temperature), float(rule.factor), float(rule.null_score or 0.0),
-            MEMBERS=members, SPLIT=split,
-            KIND=_triton.KINDS.index("given" if weights is not None else rule.value),
-            TOP_K=kept if kept < count + null else 0,
-            ABSOLUTE=rule.absolute, NULL=int(null), BIAS=bias is not None, KEEP_U=keep_u,
-            BT=block, BS=_power(count + null),
-            BR=min(256, max(WORD, _power(units))),
-            # Fused multiply-adds could give a score one value as the limit and another as its own.
+            parts, scores, layout.columns, parts if bias is None else bias, z, words, u,
+            tokens, tokens // scores.shape[1], parts.stride(1), scores.stride(1),
+            parts.stride(0), scores.stride(0), units, count, num_words, *_numbers(rule),
+            MEMBERS=members, SPLIT=split, SCORE_SPLIT=scores.shape[0], **_rule(rule, count),
+            BIAS=bias is not None, KEEP_U=keep_u, BT=block, BR=min(256, max(WORD, _power(units))),
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return z, words, u
@@ -174,9 +170,57 @@ def expand(y: Tensor, z: Tensor, up: Tensor, words: Tensor | None, tiles: Tiles)
         _triton.expand_kernel[(_cdiv(tokens, tiles.m), _cdiv(width, tiles.n))](
             y, z, up, z if words is None else words, out, tokens,
             y.stride(0), z.stride(0), 0 if words is None else words.stride(0), units, width,
-            BM=tiles.m, BN=tiles.n, SKIP=words is not None, BRANCH=tiles.branch,
+            BM=tiles.m, BN=tiles.n, SKIP=words is not None,
             **_arithmetic(z.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
             enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def gate_expand(
+    y: Tensor,
+    parts: Tensor,
+    scores: Tensor,
+    up: Tensor,
+    widths: tuple[int, ...],
+    columns: Tensor,
+    tiles: Tiles,
+    dtype: torch.dtype,
+    *,
+    rule: Rule | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Gate the units of a few tokens, and add their outputs to the base modules'.
+
+    Args:
+        y: The members' outputs side by side, shape (T, sum of d_out), of any floating dtype.
+        parts: Pieces of the units, shape (split, T, M R).
+        scores: Pieces of the scores, shape (split', T, M n); without a rule the weights themselves,
+            shape (1, T', M C), T' dividing T.
+        up: Every up_m of shape (R, d_out), one after another, contiguous.
+        widths: Every d_out.
+        columns: Weight that each unit of one member takes, int64, shape (R,).
+        tiles: The launch.
+        dtype: Of the result.
+        rule: How scores become weights.
+        bias: For the selection alone, shape (M n,).
+
+    Returns:
+        Every (T, d_out), one after another.
+    """
+    tokens, units, members = len(y), len(columns), len(widths)
+    count = scores.shape[2] // members
+    out = torch.empty(tokens * sum(widths), dtype=dtype, device=up.device)
+    programs = sum(_cdiv(width, tiles.n) for width in widths)
+    with _on(up.device):
+        _gate_expand.gate_expand_kernel[(programs, _cdiv(tokens, tiles.m))](
+            y, parts, scores, columns, parts if bias is None else bias, up, out,
+            tokens, tokens // scores.shape[1], y.stride(0), parts.stride(1), scores.stride(1),
+            parts.stride(0), scores.stride(0), units, count, *_numbers(rule), widths,
+            MEMBERS=members, SPLIT=len(parts), SCORE_SPLIT=len(scores), **_rule(rule, count),
+            BIAS=bias is not None, SKIP=rule is None or rule.is_sparse, BT=tiles.m, BN=tiles.n,
+            BR=min(tiles.k, max(16, _power(units))), **_arithmetic(up.dtype),
+            num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -186,6 +230,23 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _rule(rule: Rule | None, count: int) -> dict[str, Any]:
+    """Constants of a gate; without a rule the weights are given."""
+    rule, kind = rule or Rule(), "given" if rule is None else rule.value
+    null = int(rule.null_score is not None)
+    kept = rule.top_k or 0
+    return {
+        "KIND": _triton.KINDS.index(kind), "TOP_K": kept if kept < count + null else 0,
+        "ABSOLUTE": rule.absolute, "NULL": null, "BS": _power(count + null),
+    }  # fmt: skip
+
+
+def _numbers(rule: Rule | None) -> tuple[float, float, float]:
+    """Temperature, factor and score of the null expert."""
+    rule = rule or Rule()
+    return float(rule.temperature), float(rule.factor), float(rule.null_score or 0.0)
 
 
 def _arithmetic(dtype: torch.dtype) -> dict[str, Any]:

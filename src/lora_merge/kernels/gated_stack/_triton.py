@@ -1,12 +1,13 @@
-"""Shrink, gate and expand as three Triton kernels. Imported only when it is chosen.
+"""Shrink, gate and expand as Triton kernels. Imported only when they are chosen.
 
     shrink   partial sums of x [down; gate rows]^T, the width cut into SPLIT pieces
     gate     the pieces added in a fixed order, scores to weights, z = g u, and a bit per unit
     expand   y + z up, reading only the rows of `up` whose bit some token of the tile has set
 
-No atomics, no sorting, nothing whose shape depends on data, no word from the device to the host: a
-CUDA graph can hold it, and the same input gives the same bits. The number of tokens is an ordinary
-argument, so no batch size compiles anew.
+Few tokens take gate and expand in one (`_gate_expand.py`), with the same arithmetic. No atomics, no
+sorting, nothing whose shape depends on data, no word from the device to the host: a CUDA graph can
+hold it, and the same input gives the same bits. The number of tokens is an ordinary argument, so no
+batch size compiles anew.
 """
 
 import triton
@@ -19,7 +20,7 @@ _SOFTMAX = tl.constexpr(1)
 _SOFTMAX_ALL = tl.constexpr(2)
 _SOFTMAX_TWICE = tl.constexpr(3)
 _SIGMOID = tl.constexpr(4)
-_RAW = tl.constexpr(5)
+_BINARY = tl.constexpr(6)
 
 
 @triton.jit
@@ -40,7 +41,11 @@ def _products(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[piece, t, n] = sum over a piece of the width of x[t, k] rows[n, k], for one tile."""
+    """out[piece, t, n] = sum over a piece of the width of x[t, k] rows[n, k], for one tile.
+
+    One token is multiplied entry by entry: a tensor core would want sixteen, and its operands to
+    pass through shared memory.
+    """
     piece = tl.program_id(2).to(tl.int64)
     t = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     n = tile.to(tl.int64) * BN + tl.arange(0, BN)
@@ -50,15 +55,21 @@ def _products(
     in_n = n < num_rows
     steps = tl.cdiv(tl.cdiv(width, BK), SPLIT)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
+    each = tl.zeros((BN, BK), dtype=tl.float32)
     for step in range(steps):
         k = (piece * steps + step) * BK + tl.arange(0, BK)
         in_k = (k < width)[None, :]
         a = tl.load(x_rows + k[None, :], mask=in_t & in_k, other=0.0)
         b = tl.load(other_rows + k[None, :], mask=in_n[:, None] & in_k, other=0.0)
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+        if BM == 1:
+            each += a.to(tl.float32) * b.to(tl.float32)
+        else:
+            if UPCAST:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+    if BM == 1:
+        acc = tl.sum(each, 1)[None, :]
     at = out + (piece * tokens + t[:, None]) * stride_out + n[None, :]
     tl.store(at, acc, mask=in_t & in_n[None, :])
 
@@ -82,6 +93,7 @@ def shrink_kernel(
     UPCAST: tl.constexpr,
     GATE_UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    GATE_PRECISION: tl.constexpr,
 ):
     """parts[piece, t] = products of x[t] with `down`, then with the gate's rows.
 
@@ -98,15 +110,84 @@ def shrink_kernel(
     else:
         _products(
             x, gate, parts + units, tile - unit_tiles, tokens, stride_x, scores, width, stride,
-            BM, BN, GATE_BK, SPLIT, GATE_UPCAST, "ieee" if GATE_UPCAST else PRECISION,
+            BM, BN, GATE_BK, SPLIT, GATE_UPCAST, GATE_PRECISION,
         )  # fmt: skip
+
+
+@triton.jit
+def weights_of(
+    row,
+    step,
+    bias_row,
+    here,
+    scores,
+    temperature,
+    factor,
+    null_score,
+    SPLIT: tl.constexpr,
+    KIND: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
+    NULL: tl.constexpr,
+    BIAS: tl.constexpr,
+    BT: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Weights of some tokens, shape (BT, BS), from given ones or from the pieces of their scores.
+
+    Exactly zero outside the kept; of equal scores the first are kept.
+    """
+    e = tl.arange(0, BS)[None, :]
+    s = tl.zeros((BT, BS), tl.float32)
+    for piece in tl.static_range(SPLIT):
+        s += tl.load(row + piece * step + e, mask=here & (e < scores), other=0.0).to(tl.float32)
+    if KIND == _GIVEN:
+        g = s
+    else:
+        poisoned = tl.max(tl.where(s == s, 0, 1), 1)[:, None] > 0
+        valid = e < scores + NULL
+        if ABSOLUTE:
+            s = tl.abs(s)
+        if NULL:
+            s = tl.where(e == scores, null_score, s)
+        g = s
+        if KIND == _SOFTMAX_ALL or KIND == _SOFTMAX_TWICE:
+            g = _softmax(s / temperature, valid)
+        kept = valid
+        if TOP_K > 0:
+            judged = g
+            if BIAS:
+                judged += tl.load(bias_row + e, mask=e < scores, other=0.0).to(tl.float32)
+            kept = here & (e < 0)
+            for _ in range(TOP_K):
+                left = tl.where(valid & (kept == 0), judged, float("-inf"))
+                most = left == tl.max(left, 1)[:, None]
+                first = tl.min(tl.where(most & valid & (kept == 0), e, BS), 1)[:, None]
+                kept = kept | (e == first)
+        if KIND == _SOFTMAX:
+            g = _softmax(s / temperature, kept)
+        elif KIND == _SOFTMAX_TWICE:
+            g = _softmax(g, kept)
+        elif KIND == _SIGMOID:
+            g = 1.0 / (1.0 + tl.exp(-s / temperature))
+        elif KIND == _BINARY:
+            g = tl.full((BT, BS), 1.0, tl.float32)
+        g = tl.where(poisoned, float("nan"), tl.where(kept, g * factor, 0.0))
+    return g
+
+
+@triton.jit
+def _softmax(s, kept):
+    """Over the kept entries of each row; the others mean nothing."""
+    top = tl.max(tl.where(kept, s, float("-inf")), 1)[:, None]
+    each = tl.exp(s - top)
+    return each / tl.sum(tl.where(kept, each, 0.0), 1)[:, None]
 
 
 @triton.jit(do_not_specialize=["tokens", "share"])
 def gate_kernel(
     parts,
     score_parts,
-    weights,
     columns,
     bias,
     z,
@@ -116,7 +197,8 @@ def gate_kernel(
     share,
     stride_parts,
     stride_scores,
-    stride_weights,
+    part_step,
+    score_step,
     units,
     scores,
     num_words,
@@ -125,6 +207,7 @@ def gate_kernel(
     null_score,
     MEMBERS: tl.constexpr,
     SPLIT: tl.constexpr,
+    SCORE_SPLIT: tl.constexpr,
     KIND: tl.constexpr,
     TOP_K: tl.constexpr,
     ABSOLUTE: tl.constexpr,
@@ -135,99 +218,25 @@ def gate_kernel(
     BS: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Z = g u of one token and member, and a bit for each unit that is not zero.
-
-    A weight is a function of its own score and a few numbers of its token: the least judgement that
-    is kept, where it stands, the maximum and the sum of the softmax. So units look up their score
-    again instead of exchanging weights between threads.
-    """
+    """Z = g u of one token and member, and a bit for each unit that is not zero."""
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     m = tl.program_id(1).to(tl.int64)
     here = (t < tokens)[:, None]
-    step = stride_parts * tokens.to(tl.int64)
-    score_step = stride_scores * tokens.to(tl.int64)
     unit_row = parts + (t * stride_parts)[:, None] + m * units
-    score_row = score_parts + (t * stride_scores)[:, None] + m * scores
-
-    if KIND != _GIVEN:
-        e = tl.arange(0, BS)[None, :]
-        valid = e < scores + NULL
-        s = tl.zeros((BT, BS), tl.float32)
-        for piece in range(SPLIT):
-            at_score = score_row + piece * score_step + e
-            s += tl.load(at_score, mask=here & (e < scores), other=0.0).to(tl.float32)
-        poisoned = tl.max(tl.where(s == s, 0, 1), 1)[:, None] > 0
-        if ABSOLUTE:
-            s = tl.abs(s)
-        if NULL:
-            s = tl.where(e == scores, null_score, s)
-        tempered = s / temperature
-        judged = s
-        if KIND == _SOFTMAX_ALL or KIND == _SOFTMAX_TWICE:
-            top = tl.max(tl.where(valid, tempered, float("-inf")), 1)[:, None]
-            total = tl.sum(tl.where(valid, tl.exp(tempered - top), 0.0), 1)[:, None]
-            judged = tl.exp(tempered - top) / total
-        if BIAS:
-            at_bias = bias + m * scores + e
-            judged += tl.load(at_bias, mask=e < scores, other=0.0).to(tl.float32)
-        kept = valid
-        least = tl.full((BT, 1), float("-inf"), tl.float32)
-        last = tl.full((BT, 1), BS, tl.int32)
-        if TOP_K > 0:
-            kept = here & (e < 0)
-            for _ in range(TOP_K):
-                left = tl.where(valid & (kept == 0), judged, float("-inf"))
-                least = tl.max(left, 1)[:, None]
-                first = tl.where(valid & (kept == 0) & (judged == least), e, BS)
-                last = tl.min(first, 1)[:, None]
-                kept = kept | (e == last)
-        if KIND == _SOFTMAX:
-            top = tl.max(tl.where(kept, tempered, float("-inf")), 1)[:, None]
-            total = tl.sum(tl.where(kept, tl.exp(tempered - top), 0.0), 1)[:, None]
-        if KIND == _SOFTMAX_TWICE:
-            first_share = tl.exp(tempered - top) / total
-            top_kept = tl.max(tl.where(kept, first_share, float("-inf")), 1)[:, None]
-            kept_share = tl.where(kept, tl.exp(first_share - top_kept), 0.0)
-            total_kept = tl.sum(kept_share, 1)[:, None]
-
+    score_row = score_parts + (t // share * stride_scores)[:, None] + m * scores
+    g = weights_of(
+        score_row, score_step, bias + m * scores, here, scores, temperature, factor, null_score,
+        SCORE_SPLIT, KIND, TOP_K, ABSOLUTE, NULL, BIAS, BT, BS,
+    )  # fmt: skip
     for start in range(0, units, BR):
         r = start + tl.arange(0, BR)[None, :]
         inside = here & (r < units)
-        column = tl.load(columns + r, mask=r < units, other=0)
         u = tl.zeros((BT, BR), tl.float32)
-        for piece in range(SPLIT):
-            u += tl.load(unit_row + piece * step + r, mask=inside, other=0.0).to(tl.float32)
-        if KIND == _GIVEN:
-            at_weight = weights + (t // share)[:, None] * stride_weights + m * scores + column
-            g = tl.load(at_weight, mask=inside, other=0.0).to(tl.float32)
-        else:
-            own = tl.zeros((BT, BR), tl.float32)
-            for piece in range(SPLIT):
-                at_own = score_row + piece * score_step + column
-                own += tl.load(at_own, mask=here, other=0.0).to(tl.float32)
-            if ABSOLUTE:
-                own = tl.abs(own)
-            q = own / temperature
-            rank = own
-            if KIND == _SOFTMAX or KIND == _SOFTMAX_ALL or KIND == _SOFTMAX_TWICE:
-                g = tl.exp(q - top) / total
-            elif KIND == _SIGMOID:
-                g = 1.0 / (1.0 + tl.exp(-q))
-            elif KIND == _RAW:
-                g = own
-            else:
-                g = tl.full((BT, BR), 1.0, tl.float32)
-            if KIND == _SOFTMAX_ALL or KIND == _SOFTMAX_TWICE:
-                rank = g
-            if KIND == _SOFTMAX_TWICE:
-                g = tl.exp(g - top_kept) / total_kept
-            if TOP_K > 0:
-                if BIAS:
-                    at_own = bias + m * scores + column
-                    rank += tl.load(at_own, mask=r < units, other=0.0).to(tl.float32)
-                g = tl.where((rank > least) | ((rank == least) & (column <= last)), g, 0.0)
-            g = tl.where(poisoned, float("nan"), g * factor)
-        gated = u * g
+        for piece in tl.static_range(SPLIT):
+            u += tl.load(unit_row + piece * part_step + r, mask=inside, other=0.0).to(tl.float32)
+        column = tl.load(columns + r, mask=r < units, other=0).to(tl.int32)
+        own = tl.gather(g, tl.broadcast_to(column, (BT, BR)), 1)
+        gated = u * own
         at_unit = (t * MEMBERS * units)[:, None] + m * units + r
         tl.store(z + at_unit, gated, mask=inside)
         if KEEP_U:
@@ -260,14 +269,12 @@ def expand_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     SKIP: tl.constexpr,
-    BRANCH: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out[t, n] = y[t, n] + sum over units r of z[t, r] up[r, n].
 
-    A row of `up` that no token of the tile uses is not fetched: its load is masked out. With BRANCH
-    a whole word of unused rows is not multiplied either, which pays where compute is the limit.
+    A row of `up` that no token of the tile uses is not fetched: its load is masked out.
     """
     t = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     n = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
@@ -281,21 +288,17 @@ def expand_kernel(
         r = word * 32 + lane
         inside = r < units
         live = inside
-        go = True
         if SKIP:
             each = tl.load(words + t * stride_words + word, mask=t < tokens, other=0)
             used = tl.reduce(each, 0, _either)
             live = inside & (((used >> lane) & 1) != 0)
-            if BRANCH:
-                go = used != 0
-        if go:
-            a = tl.load(z_rows + r[None, :], mask=in_t & inside[None, :], other=0.0)
-            at = up_columns + r[:, None].to(tl.int64) * width
-            b = tl.load(at, mask=live[:, None] & in_n, other=0.0)
-            if UPCAST:
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        a = tl.load(z_rows + r[None, :], mask=in_t & inside[None, :], other=0.0)
+        at = up_columns + r[:, None].to(tl.int64) * width
+        b = tl.load(at, mask=live[:, None] & in_n, other=0.0)
+        if UPCAST:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
     tile = in_t & in_n
     base = tl.load(y + t[:, None] * stride_y + n[None, :], mask=tile, other=0.0)
     tl.store(out + t[:, None] * width + n[None, :], acc + base.to(tl.float32), mask=tile)

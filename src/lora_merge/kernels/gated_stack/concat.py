@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -35,6 +36,7 @@ class Joined:
         d_in: Input width.
         outputs: Bounds of the modules' outputs among the rows, M + 1.
         ups: Every up_m, shape (R_m, d_out); views of the border if there is one.
+        up: Otherwise they are views of this, one after another, shape (sum of R_m d_out,).
         scores: n, gate rows of all modules together.
     """
 
@@ -43,6 +45,7 @@ class Joined:
     outputs: tuple[int, ...]
     ups: tuple[Tensor, ...]
     scores: int
+    up: Tensor | None = None
 
     @cached_property
     def num_units(self) -> int:
@@ -90,7 +93,7 @@ def join(
         ups: Every up_m, shape (R_m, d_out).
         down: Of all modules, shape (R, d_in).
         gate: Rows whose products with the input are wanted too, shape (n, d_in), or None.
-        border: Whether the ups go into the matrix as well.
+        border: Whether the ups go into the matrix as well; else they stand one after another.
 
     Returns:
         The matrix, in the dtype and on the device of `down`.
@@ -102,10 +105,15 @@ def join(
         step = _ALIGN // down.element_size()
         columns = -(-(d_in + max(len(up) for up in ups)) // step) * step
     matrix = down.new_zeros(outputs[-1] + down.shape[0] + scores, columns)
+    flat = None
     if border:
         places = zip(pairwise(outputs), ups, strict=True)
         ups = [matrix[a:b, d_in : d_in + len(up)].mT.copy_(up) for (a, b), up in places]
-    joined = Joined(matrix, d_in, outputs, tuple(ups), scores)
+    else:
+        flat = torch.cat([up.flatten() for up in ups])
+        parts = flat.split([up.numel() for up in ups])
+        ups = [part.view(up.shape) for part, up in zip(parts, ups, strict=True)]
+    joined = Joined(matrix, d_in, outputs, tuple(ups), scores, flat)
     for place, weight in zip(joined.weights, weights, strict=True):
         place.copy_(weight)
     joined.down.copy_(down)

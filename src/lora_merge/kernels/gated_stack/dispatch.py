@@ -12,15 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
 from lora_merge.errors import MethodError
 
-Name = Literal["reference", "eager", "concat", "triton"]
+Name = Literal["reference", "eager", "concat", "triton", "joined"]
 GateKind = Literal["given", "dense", "top-k"]
-NAMES: tuple[Name, ...] = ("reference", "eager", "concat", "triton")
+NAMES: tuple[Name, ...] = get_args(Name)
 VARIABLE = "LORA_MERGE_KERNELS"
 
 T = TypeVar("T")

@@ -6,8 +6,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from lora_merge.kernels.gated_stack.concat import FEW_TOKENS
 from lora_merge.kernels.gated_stack.gate import Rule
-from lora_merge.kernels.gated_stack.layout import Layout
+from lora_merge.kernels.gated_stack.layout import Layout, Ungated
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -57,8 +58,8 @@ def gated_shrink(
     from lora_merge.kernels.gated_stack import _launch
 
     layout = Layout(columns, weights.shape[1] // members, members=members)
-    parts, scores = _shrink(x, down, None)
-    return _launch.gate(parts, scores, layout, x.dtype, weights=_rows(weights), keep_u=keep_u)
+    parts, _ = _shrink(x, down, None)
+    return _launch.gate(parts, _rows(weights)[None], layout, x.dtype, keep_u=keep_u)
 
 
 def routed_shrink(
@@ -83,6 +84,61 @@ def routed_shrink(
     parts, scores = _shrink(x, down, gate)
     z, words, _ = _launch.gate(parts, scores, layout, x.dtype, rule=rule, bias=bias)
     return z, words
+
+
+def shrink(
+    x: Tensor,
+    down: Tensor,
+    scores: Tensor,
+    layout: Layout,
+    rule: Rule | None = None,
+    bias: Tensor | None = None,
+) -> list[Ungated]:
+    """Shrink a few tokens, and leave the gate to `gate_expand`.
+
+    Args:
+        x: Shape (T, d_in).
+        down: Shape (M R, d_in).
+        scores: Rows whose products with a token are its scores, shape (M n, d_in); without a rule
+            the weights, shape (T', M C), T' dividing T.
+        layout: Units and weights.
+        rule: How scores become weights.
+        bias: Shape (M n,), or None.
+    """
+    parts, pieces = _shrink(x, down, None if rule is None else scores)
+    pieces = _rows(scores)[None] if rule is None else pieces
+    bias = None if bias is None else bias.contiguous()
+    return Ungated(parts, pieces, layout.columns, rule, bias).members(layout.members)
+
+
+def gate_expand(
+    y: Tensor, units: Ungated, up: Tensor, widths: tuple[int, ...] | None = None
+) -> Tensor:
+    """Y + (g u) up for a few tokens, into new memory.
+
+    Args:
+        y: Shape (T, d_out), of any floating dtype; of several members side by side.
+        units: Before their gate, shape (T, R); of several members side by side.
+        up: Shape (R, d_out); of several members one after another, contiguous.
+        widths: Every d_out of several members.
+
+    Returns:
+        Shape (T, d_out), of several members flat and one after another, in the dtype of `y`, or
+        that of `up` for several members.
+    """
+    from lora_merge.kernels.gated_stack import _launch
+
+    tiles = _launch.gate_expand_tiles(*y.shape)
+    out = _launch.gate_expand(
+        _rows(y), units.parts, units.scores, up.contiguous(), widths or (y.shape[1],),
+        units.columns, tiles, up.dtype if widths else y.dtype, rule=units.rule, bias=units.bias,
+    )  # fmt: skip
+    return out.view(y.shape) if widths is None else out
+
+
+def holds(tokens: int, weights: int) -> bool:
+    """Whether a program can hold all the weights of its tokens, so that `gate_expand` runs."""
+    return tokens == 1 or (tokens <= FEW_TOKENS and weights <= 128)
 
 
 def expand(y: Tensor, z: Tensor, up: Tensor, words: Tensor | None) -> Tensor:

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from lora_merge.kernels.gated_stack.gate import Rule
 
 WORD = 32  # units per word of a bitmask
 
@@ -70,9 +73,39 @@ class Units:
     implementation: str = "eager"
 
 
+@dataclass(frozen=True, eq=False)
+class Ungated:
+    """Units of few tokens before their gate, for one module: gate and expand then run as one.
+
+    Attributes:
+        parts: Pieces that add up to down x, shape (split, T, R); columns of a wider tensor.
+        scores: Pieces that add up to the scores, shape (split', T, n); without a rule the weights
+            themselves, shape (1, T', C).
+        columns: Weight that each unit takes, int64, shape (R,).
+        rule: How scores become weights.
+        bias: For the selection alone, shape (n,).
+    """
+
+    parts: Tensor
+    scores: Tensor
+    columns: Tensor
+    rule: Rule | None = None
+    bias: Tensor | None = None
+
+    def members(self, count: int) -> "list[Ungated]":
+        """Those of each member, where the attributes hold all members' side by side."""
+        parts, scores = self.parts.chunk(count, dim=2), self.scores.chunk(count, dim=2)
+        biases = [None] * count if self.bias is None else self.bias.chunk(count)
+        rest = self.columns, self.rule
+        return [Ungated(p, s, *rest, b) for p, s, b in zip(parts, scores, biases, strict=True)]
+
+
+Shrunk: TypeAlias = Units | Ungated
+
+
 def split_members(
     z: Tensor, words: Tensor | None, layout: Layout, implementation: str
-) -> list[Units]:
+) -> list[Shrunk]:
     """Units of each member, as views."""
     r, w = layout.num_units, layout.num_words
     return [

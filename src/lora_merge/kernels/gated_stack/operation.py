@@ -11,12 +11,12 @@ from lora_merge.errors import MethodError
 from lora_merge.kernels.gated_stack import dispatch, eager, fused, library, reference
 from lora_merge.kernels.gated_stack.dispatch import Name, case_of, guarded
 from lora_merge.kernels.gated_stack.gate import Rule, weights_of
-from lora_merge.kernels.gated_stack.layout import Layout, Units, split_members
+from lora_merge.kernels.gated_stack.layout import Layout, Shrunk, Ungated, Units, split_members
 
 
 def gated_shrink(
     x: Tensor, down: Tensor, weights: Tensor, layout: Layout, *, implementation: str | None = None
-) -> list[Units]:
+) -> list[Shrunk]:
     """Shrink tokens to units, and multiply each unit by its given weight.
 
     Args:
@@ -27,8 +27,7 @@ def gated_shrink(
         implementation: "reference", "eager" or "triton"; default: what the dispatch table says.
 
     Returns:
-        Units of each member, z of shape (T, R) in the dtype of `x`. Differentiable in x, down and
-        weights.
+        What `gated_expand` takes, of each member. Differentiable in x, down and weights.
 
     Raises:
         MethodError: If shapes, dtypes or devices do not fit, or the implementation cannot run.
@@ -44,19 +43,20 @@ def gated_shrink(
         )
     _together(flat, down)
 
-    def plain() -> list[Units]:
+    def plain() -> list[Shrunk]:
         u = eager.shrink_linear(flat, down)
         columns = layout.joined if layout.block is None else None
         z = eager.gate_units(u, weights, layout.block, columns)
         return split_members(z, None, layout, "eager")
 
-    def fast() -> list[Units]:
+    def fast() -> list[Shrunk]:
+        operator = _as_operator(flat, down, weights)
+        if not operator and fused.holds(len(flat), layout.num_weights):
+            return [*fused.shrink(flat, down, weights, layout)]
         keep = torch.is_grad_enabled() and weights.requires_grad
         arguments = flat, down, weights, layout.columns, layout.members, keep
-        if _as_operator(flat, down, weights):
-            z, words, _ = library.gated_shrink(*arguments)
-        else:
-            z, words, _ = fused.gated_shrink(*arguments)
+        run = library.gated_shrink if operator else fused.gated_shrink
+        z, words, _ = run(*arguments)
         return split_members(z, words, layout, "triton")
 
     name = implementation or chosen(flat, down, layout, "given")
@@ -77,7 +77,7 @@ def routed_shrink(
     *,
     bias: Tensor | None = None,
     implementation: str | None = None,
-) -> list[Units]:
+) -> list[Shrunk]:
     """Shrink tokens to units and scores at once, and weigh the units by their scores.
 
     Args:
@@ -91,8 +91,7 @@ def routed_shrink(
         implementation: "reference", "eager" or "triton"; default: what the dispatch table says.
 
     Returns:
-        Units of each member, z of shape (T, R) in the dtype of `x`. Differentiable in x, down and
-        gate.
+        What `gated_expand` takes, of each member. Differentiable in x, down and gate.
 
     Raises:
         MethodError: If shapes, dtypes or devices do not fit, or the implementation cannot run.
@@ -114,13 +113,15 @@ def routed_shrink(
         raw = eager.shrink_linear(flat.to(gate.dtype), gate).unflatten(1, (layout.members, -1))
         return weights_of(raw, rule, each).flatten(1)
 
-    def composed(name: str) -> list[Units]:
+    def composed(name: str) -> list[Shrunk]:
         return gated_shrink(flat, down, weights(), layout, implementation=name)
 
-    def fast() -> list[Units]:
+    def fast() -> list[Shrunk]:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (flat, down, gate)):
             return composed("triton")  # the gate's own gradient is small, and autograd's
         arguments = flat, down, gate, bias, layout, rule
+        if not _as_operator() and fused.holds(len(flat), len(gate) // layout.members + 1):
+            return [*fused.shrink(flat, down, gate, layout, rule, bias)]
         if _as_operator():
             z, words = library.routed_shrink(*arguments)
         else:
@@ -138,23 +139,28 @@ def routed_shrink(
 
 
 def gated_expand(
-    y: Tensor, units: Units, up: Tensor, *, implementation: str | None = None
+    y: Tensor, units: Shrunk, up: Tensor, *, implementation: str | None = None
 ) -> Tensor:
     """Add the gated units' outputs to the base module's.
 
     Args:
         y: Output of the base module, shape (..., d_out), T tokens.
-        units: From a shrink of the same tokens, z of shape (T, R).
+        units: From a shrink of the same tokens, R of them.
         up: Rows of every B^T with the scaling folded in, shape (R, d_out).
         implementation: "reference", "eager" or "triton"; default: what made the units.
 
     Returns:
-        Shape and dtype of `y`; `y` itself is left as it is. Differentiable in y, z and up.
+        Shape and dtype of `y`; `y` itself is left as it is. Differentiable in y, the units and up.
 
     Raises:
         MethodError: If shapes, dtypes or devices do not fit, or the implementation cannot run.
     """
-    flat, z = y.reshape(-1, y.shape[-1]), units.z
+    flat = y.reshape(-1, y.shape[-1])
+    if isinstance(units, Ungated):
+        units = units if implementation in (None, "triton") else gate_now(units, up.dtype)
+    if isinstance(units, Ungated):
+        return _gate_and_expand(flat, units, up).view(y.shape)
+    z, words = units.z, units.words
     _same("up", up.shape, (z.shape[1], flat.shape[1]))
     _same("z", z.shape, (len(flat), z.shape[1]))
     _together(z, up)
@@ -164,9 +170,9 @@ def gated_expand(
 
     def fast() -> Tensor:
         if _as_operator(flat, z, up):
-            out: Tensor = library.gated_expand(flat, z, up, units.words)
+            out: Tensor = library.gated_expand(flat, z, up, words)
         else:
-            out = fused.expand(flat, z, up, units.words)
+            out = fused.expand(flat, z, up, words)
         return out.view(y.shape)
 
     name = implementation or units.implementation
@@ -175,6 +181,24 @@ def gated_expand(
     if not _runs_fused(name, z, up, z.shape[1]) or not y.is_floating_point():
         return plain()
     return guarded("gated_expand", fast, plain)
+
+
+def gate_now(units: Ungated, dtype: torch.dtype) -> Units:
+    """Gate units in plain PyTorch that were to be gated with the expand."""
+    scores = units.scores.sum(0)
+    weights = scores if units.rule is None else weights_of(scores, units.rule, units.bias)
+    u = units.parts.sum(0)
+    return Units(eager.gate_units(u, weights, None, units.columns).to(dtype))
+
+
+def _gate_and_expand(flat: Tensor, units: Ungated, up: Tensor) -> Tensor:
+    _same("up", up.shape, (units.parts.shape[2], flat.shape[1]))
+    _same("units", units.parts.shape[1:2], flat.shape[:1])
+    return guarded(
+        "gate_expand",
+        lambda: fused.gate_expand(flat, units, up),
+        lambda: eager.expand(flat, gate_now(units, up.dtype).z, up),
+    )
 
 
 def gated_stack(

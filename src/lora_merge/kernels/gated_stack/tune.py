@@ -28,6 +28,7 @@ from lora_merge.kernels.gated_stack.concat import (
 from lora_merge.kernels.gated_stack.dispatch import Case, GateKind, case_of
 from lora_merge.kernels.gated_stack.eager import gate_units
 from lora_merge.kernels.gated_stack.gate import Rule, weights_of
+from lora_merge.kernels.gated_stack.joined import gate_pieces, joined_stack
 from lora_merge.kernels.gated_stack.layout import Layout
 from lora_merge.kernels.gated_stack.operation import gated_expand, gated_shrink, routed_shrink
 from lora_merge.kernels.timing import Timing, measure
@@ -202,19 +203,24 @@ def _time(
         join(c.weights, c.ups, c.down, c.gate if rides else None, border=tokens > FEW)
         for c in copies
     ]
-
     ways: dict[str, Callable[[int], list[Tensor]]] = {
         "base": lambda i: [functional.linear(x, w) for w in copies[i].weights],
         "eager": lambda i: _stacked(x, copies[i], layout, rule, "eager"),
         "concat": lambda i: _concat(x, copies[i], joined[i], layout, rule),
-        "triton": lambda i: _stacked(x, copies[i], layout, rule, "triton"),
     }
+    kernels = {"triton": lambda i: _stacked(x, copies[i], layout, rule, "triton")}
+    refused = fused.refusal(device, dtype)
+    if tokens <= FEW and not refused and dtype != torch.float16:
+        pieced = joined if rides else [_pieced(c, rule) for c in copies]
+        kernels["joined"] = lambda i: _joined(x, pieced[i], layout, rule)
     excluded = {}
     with torch.inference_mode():
-        reason = fused.refusal(device, dtype) or _differs(ways, dtype)
-        if reason:
-            del ways["triton"]
-            excluded["triton"] = reason
+        for name, way in kernels.items():
+            reason = refused or _differs(way, ways["eager"], dtype)
+            if reason:
+                excluded[name] = reason
+            else:
+                ways[name] = way
         turns = {name: partial(_all, way, len(copies)) for name, way in ways.items()}
         timings = measure(turns, device, rounds=rounds, graph=graph)
     each = {
@@ -264,13 +270,27 @@ def _concat(
     return expand_with_base(x, gated(*shrink_alone(x, joined)), joined)
 
 
-def _differs(ways: Mapping[str, Callable[[int], list[Tensor]]], dtype: torch.dtype) -> str:
-    """Why the kernels' result is not to be trusted here; empty if it is eager's, but for rounding.
+def _pieced(modules: _Modules, rule: Rule | Tensor) -> Joined:
+    """A group's matrix with its float32 gate rows in pieces."""
+    gate = gate_pieces(modules.gate, modules.down.dtype) if isinstance(rule, Rule) else None
+    return join(modules.weights, modules.ups, modules.down, gate, border=False)
+
+
+def _joined(x: Tensor, joined: Joined, layout: Layout, rule: Rule | Tensor) -> list[Tensor]:
+    if isinstance(rule, Rule):
+        return joined_stack(x, joined, layout.columns, rule=rule)
+    return joined_stack(x, joined, layout.columns, weights=rule)
+
+
+def _differs(
+    kernel: Callable[[int], list[Tensor]], eager: Callable[[int], list[Tensor]], dtype: torch.dtype
+) -> str:
+    """Why a kernel's result is not to be trusted here; empty if it is eager's, but for rounding.
 
     One token in a hundred may differ: of two scores that are almost equal either may be kept.
     """
     try:
-        ours, plain = ways["triton"](0), ways["eager"](0)
+        ours, plain = kernel(0), eager(0)
     except Exception as error:
         return f"failed: {type(error).__name__}: {error}"
     for a, b in zip(ours, plain, strict=True):
