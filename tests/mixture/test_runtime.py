@@ -400,7 +400,7 @@ def test_siblings_with_different_inputs_are_told_apart() -> None:
     a, b = torch.randn(2, 4, 32), torch.randn(2, 6, 32)
     expected = [k(b), v(b), q(a)]
     for group in model.mixture.groups:
-        group.release()
+        group.siblings.release()
     mixed = [q(a), k(b), v(b), q(a)]
     torch.testing.assert_close(mixed[1:], expected)
 

@@ -211,7 +211,7 @@ def test_gradients_of_a_gate_are_right() -> None:
     target = model.get_submodule("model.layers.0.self_attn.q_proj")
     group = next(g for g in model.mixture.groups if "q_proj" in g.names[0])
     group.weight.requires_grad_(True)
-    group.shared = False
+    group.siblings.together = False
     x = torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
 
     def forward(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -366,7 +366,9 @@ class AttachedMixture(nn.Module):
             self.two_pass.after(body, args, kwargs, output)
         self.context.store = None
         for group in self.parts:
-            group.release()
+            group.siblings.release()
+        for joined in self._joined:
+            joined.siblings.release()
 
 
 def _gate_dtype(dtype: torch.dtype) -> torch.dtype:

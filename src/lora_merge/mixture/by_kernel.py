@@ -1,6 +1,7 @@
 """A group's units from a kernel, where the dispatch table has one that is faster."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +16,10 @@ from lora_merge.kernels.gated_stack import (
     routed_shrink,
 )
 from lora_merge.kernels.gated_stack.concat import FEW_TOKENS, Joined
-from lora_merge.kernels.gated_stack.joined import joined_stack
+from lora_merge.kernels.gated_stack.joined import JoinedStack
 from lora_merge.kernels.gated_stack.operation import chosen
+from lora_merge.mixture.context import Context
+from lora_merge.mixture.gate import GateSpec
 
 if TYPE_CHECKING:
     from lora_merge.mixture.group import Group
@@ -56,40 +59,56 @@ def kernel_units(group: "Group", x: Tensor, start: int, stop: int) -> Sequence[S
     return routed_shrink(x, down, gate, layout, rule, bias=bias, implementation=how)
 
 
-def joined_outputs(group: "Group", x: Tensor, joined: Joined) -> Sequence[Tensor] | None:
-    """Outputs of all members, experts included, where the base weights stand beside the experts.
+@dataclass(frozen=True, eq=False)
+class JoinedPlan:
+    """What runs a joined group, and while what is so; to think of it anew costs a launch or two.
+
+    Attributes:
+        spec: The gate in force.
+        seen: Whether somebody looks at the weights, or wants some of them alone.
+        wanted: What the user asked for.
+        stack: What runs it; None for the plain operations.
+        given: Whether it wants weights.
+    """
+
+    spec: GateSpec
+    seen: bool
+    wanted: str
+    stack: JoinedStack | None = None
+    given: bool = False
+
+    def holds(self, context: Context) -> bool:
+        """Whether all that is still so."""
+        seen = context.observe is not None or context.only is not None
+        return self.spec is context.spec and self.seen == seen and self.wanted == dispatch.forced()
+
+
+def plan_joined(group: "Group", x: Tensor, joined: Joined) -> JoinedPlan:
+    """How to run all members on some tokens where the base weights stand beside the experts.
 
     Args:
         group: The modules.
         x: Their input, shape (..., d_in), T tokens.
         joined: Their matrix.
-
-    Returns:
-        Of each member, shape (T, d_out), without its bias; or None, as above.
     """
-    count, tokens = len(group.names), x.reshape(-1, x.shape[-1])
-    if not group.has_kernel or joined.up is None or len(tokens) > FEW_TOKENS or not _suits(group):
-        return None
-    if count > 1 and not group.uniform:
-        return None
+    context, count, tokens = group.context, len(group.names), x.numel() // joined.d_in
+    seen = context.observe is not None or context.only is not None
+    plain = JoinedPlan(context.spec, seen, dispatch.forced())
+    if not (group.has_kernel and joined.up is not None and _suits(group)):
+        return plain
+    layout = _layout(group, 0, count, context.spec.granularity == "rank")
+    fits = joined.num_units and fused.holds(tokens, layout.num_weights + 1)
+    if not (fits and 0 < tokens <= FEW_TOKENS and (group.uniform or count == 1)):
+        return plain
     kind = _kind(group)
-    key = (joined.outputs, kind, len(tokens), dispatch.forced())
-    if key not in group.plans:
-        layout = _layout(group, 0, count, group.context.spec.granularity == "rank")
-        able: list[dispatch.Name] = ["concat"]
-        if len(tokens) and joined.num_units and fused.holds(len(tokens), layout.num_weights + 1):
-            able.append("joined")
-        case = dispatch.case_of(x, layout.outputs, joined.num_units, x.dtype, kind)
-        group.plans[key] = layout, dispatch.choose(case, able)
-    layout, how = group.plans[key]
-    if how != "joined":
-        return None
+    case = dispatch.case_of(x, layout.outputs, joined.num_units, x.dtype, kind)
+    if dispatch.choose(case, ["concat", "joined"]) != "joined":
+        return plain
     if kind == "given" or not joined.scores:
-        weights = group.weights_of(x, 0, count)
-        return joined_stack(tokens, joined, layout.columns, weights=weights)
+        return replace(plain, stack=JoinedStack(joined, layout.columns), given=True)
     gate, bias = group.gate_of(0, count)
-    rule = group.context.spec.rule(len(gate) // count)
-    return joined_stack(tokens, joined, layout.columns, rule=rule, bias=bias)
+    rule = context.spec.rule(len(gate) // count)
+    return replace(plain, stack=JoinedStack(joined, layout.columns, rule=rule, bias=bias))
 
 
 def _suits(group: "Group") -> bool:

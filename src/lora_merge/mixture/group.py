@@ -1,9 +1,8 @@
 """Modules that read the same input, gated together: one shrink and one gate for q, k and v."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +17,8 @@ from lora_merge.mixture.context import Context
 from lora_merge.mixture.gate import activate, only_of, strengths
 from lora_merge.mixture.member import Member
 from lora_merge.mixture.memory import REMEMBERED, over_prompt, remember
+from lora_merge.mixture.siblings import Siblings
 from lora_merge.mixture.standardise import inverse_deviation
-
-P = TypeVar("P")
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """What was computed for siblings that have not fetched it yet.
-
-    Not on the module itself: setting a module's attribute costs as much as a small kernel.
-    """
-
-    x: Tensor | None = None
-    compute: object = None
-    parts: dict[int, Any] = field(default_factory=dict)
 
 
 class Group(nn.Module):
@@ -66,7 +52,7 @@ class Group(nn.Module):
         self.names = [m.name for m in members]
         self.experts = [m.experts for m in members]
         self.output_scales = [m.output_scale for m in members]
-        self.shared = len(members) > 1
+        self.siblings = Siblings(len(members))
         self.form = members[0].form
         self.num_general = num_general
         self.down = nn.Parameter(torch.cat([m.down for m in members]), requires_grad=False)
@@ -82,7 +68,7 @@ class Group(nn.Module):
         self._layout(members, num_experts)
         self._shrink = members[0].shrink
         self._packed: Tensor | None = None
-        self._waiting = _Waiting()
+        self._parts = self.parts  # one bound method, to be told by identity
         self._pack()
 
     def _layout(self, members: Sequence[Member], num_experts: int) -> None:
@@ -177,7 +163,7 @@ class Group(nn.Module):
             in_place: Whether `y` may be overwritten.
         """
         up: Tensor = self._ups[index]
-        z = self.share(index, x, self.parts)
+        z = self.siblings.take(index, x, self._parts)
         if not isinstance(z, Tensor):
             return gated_expand(y, z, up)
         if self.rank_gates is not None:
@@ -191,33 +177,6 @@ class Group(nn.Module):
     def parts(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor | Shrunk]:
         """Gated units of members start..stop, from whichever implementation is fastest."""
         return kernel_units(self, x, start, stop) or self.gated(x, start, stop)
-
-    def share(self, index: int, x: Tensor, compute: Callable[[Tensor, int, int], Sequence[P]]) -> P:
-        """What `compute(x, start, stop)` gives for one member; the siblings' parts wait for them.
-
-        That siblings read the same tensor is checked by identity, never assumed: a cross-attention,
-        whose k and v read another tensor than q, is separated at its first call.
-        """
-        if not self.shared or torch.compiler.is_compiling():
-            return compute(x, index, index + 1)[0]
-        waiting = self._waiting
-        if index in waiting.parts and waiting.compute == compute:
-            if waiting.x is x:
-                part: P = waiting.parts.pop(index)
-                if not waiting.parts:
-                    waiting.x = None
-                return part
-            self.shared = False
-            self.release()
-            return compute(x, index, index + 1)[0]
-        parts = compute(x, 0, len(self.names))
-        waiting.x, waiting.compute = x, compute
-        waiting.parts = {i: part for i, part in enumerate(parts) if i != index}
-        return parts[index]
-
-    def release(self) -> None:
-        """Drop activations that wait for a sibling that was not called."""
-        self._waiting.x, self._waiting.parts = None, {}
 
     def gated(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
         """Gated units of members start..stop, each of shape (T, R_m)."""

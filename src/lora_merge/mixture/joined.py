@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_merge.errors import MethodError
-from lora_merge.kernels.gated_stack import concat
+from lora_merge.kernels.gated_stack import concat, dispatch
 from lora_merge.kernels.gated_stack.concat import Joined
 from lora_merge.kernels.gated_stack.eager import expand
 from lora_merge.kernels.gated_stack.joined import gate_pieces
-from lora_merge.mixture.by_kernel import joined_outputs
+from lora_merge.mixture.by_kernel import JoinedPlan, plan_joined
 from lora_merge.mixture.group import Group
+from lora_merge.mixture.siblings import Siblings
 
 
 class JoinedGroup:
@@ -32,6 +33,10 @@ class JoinedGroup:
     def __init__(self, group: Group, linears: Sequence[nn.Linear], *, border: bool) -> None:
         self.group, self.context = group, group.context
         self.linears, self.border = list(linears), border
+        self.siblings = Siblings(len(linears))
+        # Looking up a module's attributes costs as much as a small kernel.
+        self._shapes = [(linear._parameters, linear.out_features) for linear in linears]
+        self._ways = (self._mixed, self._base)  # bound once, to be told by identity
         self.join()
         for index, linear in enumerate(self.linears):
             linear.forward = partial(self.run, index)  # type: ignore[method-assign]
@@ -48,6 +53,7 @@ class JoinedGroup:
         for linear, view in zip(self.linears, self.joined.weights, strict=True):
             linear.weight.data = view
         self.group.adopt(self.joined)
+        self._plans: dict[int, JoinedPlan] = {}
         held: list[tuple[nn.Module, str]] = [(linear, "weight") for linear in self.linears]
         held += [(self.group, name) for name in self.group._parameters]
         self._places = [
@@ -83,16 +89,14 @@ class JoinedGroup:
 
     def run(self, index: int, input: Tensor) -> Tensor:
         """Forward of module `index`."""
-        context, linear = self.context, self.linears[index]
-        if not context.active or not self._may_join(input):
-            y = functional.linear(input, linear.weight, linear.bias)
-            if not context.active or context.bypass:
-                return y
-            return self.group.add(index, input, y, in_place=not torch.is_grad_enabled())
-        y = self.group.share(index, input, self._base if context.bypass else self._mixed)
-        if linear.bias is not None:
-            y = y + linear.bias
-        return y.view(*input.shape[:-1], y.shape[-1])
+        context = self.context
+        if context.active and self._may_join(input):
+            return self.siblings.take(index, input, self._ways[context.bypass])
+        linear = self.linears[index]
+        y = functional.linear(input, linear.weight, linear.bias)
+        if not context.active or context.bypass:
+            return y
+        return self.group.add(index, input, y, in_place=not torch.is_grad_enabled())
 
     def _may_join(self, x: Tensor) -> bool:
         """Whether one product may stand for many: no gradient, no graph, no other dtype."""
@@ -104,34 +108,58 @@ class JoinedGroup:
             or torch.is_autocast_enabled(x.device.type)
         )
 
-    def _mixed(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
-        """Outputs of members start..stop, shape (T, d_out), without bias."""
-        tokens, joined = x.reshape(-1, x.shape[-1]), self.joined
+    def _mixed(self, x: Tensor, start: int, stop: int) -> list[Tensor]:
+        """Outputs of modules start..stop."""
         if stop - start != len(self.linears) or not self.is_whole():  # siblings apart, or moved
-            ys, zs = self._plain(tokens, start, stop), self.group.gated(x, start, stop)
+            ys, zs = self._plain(x, start, stop), self.group.gated(x, start, stop)
             ups = self.group.factors()[0][start:stop]
-            return [expand(y, z, up) for y, z, up in zip(ys, zs, ups, strict=True)]
-        outputs = joined_outputs(self.group, x, joined)
-        if outputs is not None:
-            return outputs
+            outs = [expand(y, z, up) for y, z, up in zip(ys, zs, ups, strict=True)]
+        else:
+            outs = self._by_kernel(x) or self._joined(x)
+        return self._finish(outs, x, start)
+
+    def _base(self, x: Tensor, start: int, stop: int) -> list[Tensor]:
+        """The same without the experts."""
+        tokens, joined = x.reshape(-1, x.shape[-1]), self.joined
+        many = len(tokens) > concat.FEW_TOKENS
+        if many or stop - start != len(self.linears) or not self.is_whole():
+            return self._finish(self._plain(x, start, stop), x, start)
+        both = functional.linear(tokens, joined.rows[: joined.outputs[-1]])
+        ys = both.split_with_sizes(joined.splits[:-2], dim=1)
+        return self._finish([y.contiguous() for y in ys], x, start)
+
+    def _by_kernel(self, x: Tensor) -> list[Tensor] | None:
+        """Outputs of all modules from a kernel, if one is to run."""
+        count = x.numel()
+        plan = self._plans.get(count)
+        if plan is None or not plan.holds(self.context):
+            plan = self._plans[count] = plan_joined(self.group, x, self.joined)
+        if plan.stack is None:
+            return None
+        stack, tokens = plan.stack, x.reshape(-1, x.shape[-1])
+        weights = self.group.weights_of(x, 0, len(self.linears)) if plan.given else None
+        return dispatch.guarded("joined", lambda: stack(tokens, weights), lambda: None)
+
+    def _joined(self, x: Tensor) -> list[Tensor]:
+        """Outputs of all modules from the products of the joined matrix."""
+        tokens, joined = x.reshape(-1, x.shape[-1]), self.joined
         if len(tokens) > concat.FEW_TOKENS:
             u, scores = concat.shrink_alone(tokens, joined)
             return concat.expand_with_base(tokens, self._gated(x, u, scores), joined)
         ys, u, scores = concat.shrink_with_base(tokens, joined)
         return concat.expand_after(ys, self._gated(x, u, scores), joined)
 
-    def _base(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
-        """The same without the experts."""
-        tokens, joined = x.reshape(-1, x.shape[-1]), self.joined
-        many = len(tokens) > concat.FEW_TOKENS
-        if many or stop - start != len(self.linears) or not self.is_whole():
-            return self._plain(tokens, start, stop)
-        both = functional.linear(tokens, joined.rows[: joined.outputs[-1]])
-        return [y.contiguous() for y in both.split_with_sizes(joined.splits[:-2], dim=1)]
+    def _finish(self, outs: Sequence[Tensor], x: Tensor, start: int) -> list[Tensor]:
+        """Outputs with their biases, in the shape of the input."""
+        shape, finished = x.shape[:-1], []
+        for (parameters, width), out in zip(self._shapes[start:], outs, strict=False):
+            y, bias = out.view(*shape, width), parameters["bias"]
+            finished.append(y if bias is None else y + bias)
+        return finished
 
-    def _plain(self, tokens: Tensor, start: int, stop: int) -> list[Tensor]:
+    def _plain(self, x: Tensor, start: int, stop: int) -> list[Tensor]:
         """One product for each base module."""
-        return [functional.linear(tokens, linear.weight) for linear in self.linears[start:stop]]
+        return [functional.linear(x, linear.weight) for linear in self.linears[start:stop]]
 
     def _gated(self, x: Tensor, u: Tensor, scores: Tensor) -> Sequence[Tensor]:
         """Gated units of all members; without rows in the matrix the gate makes its own scores."""

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.stacks import assert_near, owners
-from lora_merge.kernels.gated_stack import Rule, Ungated, fused, reference
+from lora_merge.kernels.gated_stack import Rule, Ungated, _launch, fused, reference
 
 RULES = [
     *(Rule(value, k, 0.7, 1.5) for value in ("softmax", "softmax_all", "raw") for k in (None, 2)),
@@ -45,7 +45,10 @@ def check(
     extra = draw(members * count, device=device, seed=4) if bias else None
     all_units = Ungated(parts, scores, owners(ranks).to(device), rule, extra)
     flat = torch.cat([up.flatten() for up in ups])
-    out = fused.gate_expand(y, all_units, flat, widths)
+    out = _launch.gate_expand(
+        y, parts, scores, flat, widths, all_units.columns,
+        _launch.gate_expand_tiles(tokens, sum(widths)), dtype, rule=rule, bias=extra,
+    )  # fmt: skip
     assert out.dtype == dtype and out.shape == (tokens * sum(widths),)
     each = all_units.members(members)
     for got, one, base, up in zip(

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ def expand_tiles(tokens: int, width: int) -> Tiles:
     return Tiles(128, 128, warps=8)
 
 
+@lru_cache
 def gate_expand_tiles(tokens: int, width: int) -> Tiles:
     """How to gate and expand at once; `width` is that of all members together."""
     n = 32 if width <= 8192 else 64
@@ -208,7 +210,7 @@ def gate_expand(
     Returns:
         Every (T, d_out), one after another.
     """
-    tokens, units, members = len(y), len(columns), len(widths)
+    tokens, units, members = y.shape[0], columns.shape[0], len(widths)
     count = scores.shape[2] // members
     out = torch.empty(tokens * sum(widths), dtype=dtype, device=up.device)
     programs = sum(_cdiv(width, tiles.n) for width in widths)
@@ -217,7 +219,7 @@ def gate_expand(
             y, parts, scores, columns, parts if bias is None else bias, up, out,
             tokens, tokens // scores.shape[1], y.stride(0), parts.stride(1), scores.stride(1),
             parts.stride(0), scores.stride(0), units, count, *_numbers(rule), widths,
-            MEMBERS=members, SPLIT=len(parts), SCORE_SPLIT=len(scores), **_rule(rule, count),
+            MEMBERS=members, SPLIT=parts.shape[0], SCORE_SPLIT=scores.shape[0], **_rule(rule, count),
             BIAS=bias is not None, SKIP=rule is None or rule.is_sparse, BT=tiles.m, BN=tiles.n,
             BR=min(tiles.k, max(16, _power(units))), **_arithmetic(up.dtype),
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False,
@@ -232,6 +234,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache
 def _rule(rule: Rule | None, count: int) -> dict[str, Any]:
     """Constants of a gate; without a rule the weights are given."""
     rule, kind = rule or Rule(), "given" if rule is None else rule.value
@@ -243,6 +246,7 @@ def _rule(rule: Rule | None, count: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@lru_cache
 def _numbers(rule: Rule | None) -> tuple[float, float, float]:
     """Temperature, factor and score of the null expert."""
     rule = rule or Rule()

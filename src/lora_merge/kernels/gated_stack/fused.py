@@ -111,29 +111,25 @@ def shrink(
     return Ungated(parts, pieces, layout.columns, rule, bias).members(layout.members)
 
 
-def gate_expand(
-    y: Tensor, units: Ungated, up: Tensor, widths: tuple[int, ...] | None = None
-) -> Tensor:
+def gate_expand(y: Tensor, units: Ungated, up: Tensor) -> Tensor:
     """Y + (g u) up for a few tokens, into new memory.
 
     Args:
-        y: Shape (T, d_out), of any floating dtype; of several members side by side.
-        units: Before their gate, shape (T, R); of several members side by side.
-        up: Shape (R, d_out); of several members one after another, contiguous.
-        widths: Every d_out of several members.
+        y: Shape (T, d_out), of any floating dtype.
+        units: Before their gate, shape (T, R).
+        up: Shape (R, d_out).
 
     Returns:
-        Shape (T, d_out), of several members flat and one after another, in the dtype of `y`, or
-        that of `up` for several members.
+        Shape (T, d_out), in the dtype of `y`.
     """
     from lora_merge.kernels.gated_stack import _launch
 
-    tiles = _launch.gate_expand_tiles(*y.shape)
+    width = y.shape[1]
     out = _launch.gate_expand(
-        _rows(y), units.parts, units.scores, up.contiguous(), widths or (y.shape[1],),
-        units.columns, tiles, up.dtype if widths else y.dtype, rule=units.rule, bias=units.bias,
+        _rows(y), units.parts, units.scores, up.contiguous(), (width,), units.columns,
+        _launch.gate_expand_tiles(y.shape[0], width), y.dtype, rule=units.rule, bias=units.bias,
     )  # fmt: skip
-    return out.view(y.shape) if widths is None else out
+    return out.view(y.shape)
 
 
 def holds(tokens: int, weights: int) -> bool:

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lora_merge.kernels.gated_stack import fused
 from lora_merge.kernels.gated_stack.concat import Joined
 from lora_merge.kernels.gated_stack.gate import Rule
-from lora_merge.kernels.gated_stack.layout import Ungated
 
 
 def gate_pieces(gate: Tensor, dtype: torch.dtype) -> Tensor:
@@ -34,44 +32,61 @@ def gate_pieces(gate: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat(pieces)
 
 
-def joined_stack(
-    x: Tensor,
-    joined: Joined,
-    columns: Tensor,
-    *,
-    rule: Rule | None = None,
-    bias: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> list[Tensor]:
-    """A whole group for few tokens: one product, and one kernel that gates and expands.
+class JoinedStack:
+    """What runs a joined group of few tokens; made once, called for every token.
 
     Args:
-        x: Shape (T, d_in).
         joined: The modules, alike and without border; gate rows of bfloat16 are `gate_pieces`.
         columns: Weight that each unit of one member takes, int64, shape (R,).
-        rule: How scores become weights.
+        rule: How scores become weights; None if they are given at every call.
         bias: For the selection alone, shape (M n,).
-        weights: Instead of rule and bias, shape (T', M C), T' dividing T.
-
-    Returns:
-        Every output without the module's bias, shape (T, d_out), contiguous.
     """
-    assert joined.up is not None
-    rows, half = joined.rows, rule is not None and joined.matrix.dtype != torch.float32
-    if not half:
-        both = functional.linear(x, rows)
-    elif x.is_cuda:
-        both = torch.mm(x, rows.mT, out_dtype=torch.float32)  # or the scores would be rounded
-    else:
-        both = functional.linear(x.float(), rows.float())
-    y, u, scores = both.split_with_sizes(
-        [joined.outputs[-1], joined.num_units, joined.scores], dim=1
-    )
-    if weights is not None:
-        pieces = weights[None]
-    else:
-        pieces = scores.unflatten(1, (3 if half else 1, -1)).movedim(1, 0)
-    widths = tuple(b - a for a, b in pairwise(joined.outputs))
-    units = Ungated(u[None], pieces, columns, rule, bias)
-    out = fused.gate_expand(y, units, joined.up, widths)
-    return [part.view(len(x), -1) for part in out.split([len(x) * width for width in widths])]
+
+    def __init__(
+        self,
+        joined: Joined,
+        columns: Tensor,
+        *,
+        rule: Rule | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        from lora_merge.kernels.gated_stack import _launch
+
+        assert joined.up is not None
+        self.launch, self.tiles = _launch.gate_expand, _launch.gate_expand_tiles
+        self.up, self.columns, self.rule, self.bias = joined.up, columns, rule, bias
+        # Scores of half precision modules stay float32, or rounding would choose other experts.
+        self.wide = rule is not None and joined.matrix.dtype != torch.float32
+        self.rows, self.rows_t = joined.rows, joined.rows.mT
+        self.widths = tuple(b - a for a, b in pairwise(joined.outputs))
+        self.splits = [joined.outputs[-1], joined.num_units, joined.scores]
+        self.pieces = 3 if self.wide else 1
+
+    def __call__(self, x: Tensor, weights: Tensor | None = None) -> list[Tensor]:
+        """Every output without the module's bias.
+
+        Args:
+            x: Shape (T, d_in).
+            weights: Without a rule, shape (T', M C), T' dividing T.
+
+        Returns:
+            Of each module, flat, T d_out entries.
+        """
+        tokens = x.shape[0]
+        if not self.wide:
+            both = functional.linear(x, self.rows)
+        elif x.is_cuda:
+            both = torch.mm(x, self.rows_t, out_dtype=torch.float32)
+        else:
+            both = functional.linear(x.float(), self.rows.float())
+        y, u, scores = both.split_with_sizes(self.splits, dim=1)
+        if weights is not None:
+            scores = weights[None]
+        else:
+            (step, _), count = scores.stride(), self.splits[2] // self.pieces
+            scores = scores.as_strided((self.pieces, tokens, count), (count, step, 1))
+        out = self.launch(
+            y, u[None], scores, self.up, self.widths, self.columns,
+            self.tiles(tokens, self.splits[0]), self.up.dtype, rule=self.rule, bias=self.bias,
+        )  # fmt: skip
+        return [*out.split_with_sizes([tokens * width for width in self.widths])]

@@ -28,7 +28,7 @@ from lora_merge.kernels.gated_stack.concat import (
 from lora_merge.kernels.gated_stack.dispatch import Case, GateKind, case_of
 from lora_merge.kernels.gated_stack.eager import gate_units
 from lora_merge.kernels.gated_stack.gate import Rule, weights_of
-from lora_merge.kernels.gated_stack.joined import gate_pieces, joined_stack
+from lora_merge.kernels.gated_stack.joined import JoinedStack, gate_pieces
 from lora_merge.kernels.gated_stack.layout import Layout
 from lora_merge.kernels.gated_stack.operation import gated_expand, gated_shrink, routed_shrink
 from lora_merge.kernels.timing import Timing, measure
@@ -278,8 +278,10 @@ def _pieced(modules: _Modules, rule: Rule | Tensor) -> Joined:
 
 def _joined(x: Tensor, joined: Joined, layout: Layout, rule: Rule | Tensor) -> list[Tensor]:
     if isinstance(rule, Rule):
-        return joined_stack(x, joined, layout.columns, rule=rule)
-    return joined_stack(x, joined, layout.columns, weights=rule)
+        outs = JoinedStack(joined, layout.columns, rule=rule)(x)
+    else:
+        outs = JoinedStack(joined, layout.columns)(x, rule)
+    return [out.view(len(x), -1) for out in outs]
 
 
 def _differs(
