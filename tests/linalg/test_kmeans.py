@@ -104,3 +104,17 @@ def test_duplicates_and_zeros_leave_no_cluster_empty() -> None:
 def test_impossible_numbers_of_clusters_are_refused(k: int) -> None:
     with pytest.raises(MethodError, match="3 units"):
         of(points(3, 2, 0), k)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sign_invariant", [False, True])
+def test_a_gpu_finds_the_same_clusters(sign_invariant: bool) -> None:
+    x = points(200, 30, 3, clumps=6)
+    ours = of(x, 6, sign_invariant=sign_invariant)
+    gram = torch.from_numpy(x @ x.T).cuda()
+    theirs = kmeans(gram, 6, rng=np.random.default_rng(0), sign_invariant=sign_invariant)
+    assert theirs.labels.is_cuda
+    assert torch.equal(theirs.labels.cpu(), ours.labels)
+    assert torch.equal(theirs.signs.cpu(), ours.signs)
+    assert theirs.inertia == pytest.approx(ours.inertia)

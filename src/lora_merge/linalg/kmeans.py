@@ -50,7 +50,8 @@ def kmeans(
     """Cluster points that are known by their inner products.
 
     Args:
-        gram: Inner products of the points, float64, shape (R, R).
+        gram: Inner products of the points, float64, shape (R, R); Lloyd's iterations run where it
+            is, the starts are drawn on the CPU.
         num_clusters: k, between 1 and R.
         rng: Source of the k-means++ starts.
         restarts: Independent starts; the one with the least inertia wins.
@@ -68,10 +69,10 @@ def kmeans(
             f"cannot make {num_clusters} clusters of {size} units",
             f"ask for a rank between 1 and {size}",
         )
-    gram = gram.to("cpu", torch.float64)
+    gram = gram.double()
     if starts is None:
-        starts = _plus_plus(gram, num_clusters, restarts, rng, sign_invariant)
-    state = _Lloyd(gram, starts, sign_invariant)
+        starts = _plus_plus(gram.cpu(), num_clusters, restarts, rng, sign_invariant)
+    state = _Lloyd(gram, starts.to(gram.device), sign_invariant)
     iterations = 0
     while iterations < max_iterations and state.step():
         iterations += 1
@@ -84,13 +85,12 @@ class _Lloyd:
     def __init__(self, gram: Tensor, starts: Tensor, sign_invariant: bool) -> None:
         self.gram = gram
         self.sign_invariant = sign_invariant
-        self.points = torch.arange(gram.shape[0])
         self.squares = gram.diagonal()
         # cross[p, c, j] = <centroid c of restart p, point j>; centre[p, c] = |centroid|^2
         self.cross = gram[starts]
         self.centre = self.squares[starts]
-        self.labels = torch.full((starts.shape[0], gram.shape[0]), -1)
-        self.signs = torch.ones(self.labels.shape, dtype=torch.float64)
+        self.labels = starts.new_full((starts.shape[0], gram.shape[0]), -1)
+        self.signs = gram.new_ones(self.labels.shape)
 
     def step(self) -> bool:
         """Assign, then move the centroids. Returns whether any label changed."""
@@ -99,14 +99,14 @@ class _Lloyd:
         if self.sign_invariant:
             chosen = self.cross.gather(1, labels[:, None]).squeeze(1)
             lengths = (self.squares * self.centre.gather(1, labels)).clamp_min(0).sqrt()
-            signs = torch.where(chosen < -_ORTHOGONAL * lengths, -1.0, 1.0).to(torch.float64)
+            signs = torch.where(chosen < -_ORTHOGONAL * lengths, -1.0, 1.0).double()
         else:
             signs = self.signs
         counts = self._fill_empty(labels, distance + self.squares)
         if torch.equal(labels, self.labels) and torch.equal(signs, self.signs):
             return False
         self.labels, self.signs = labels, signs
-        members = torch.zeros(self.cross.shape, dtype=torch.float64)
+        members = torch.zeros_like(self.cross)
         members.scatter_(1, labels[:, None], signs[:, None])
         members /= counts[:, :, None]
         self.cross = members @ self.gram
@@ -115,9 +115,8 @@ class _Lloyd:
 
     def _fill_empty(self, labels: Tensor, distance: Tensor) -> Tensor:
         """Give each empty cluster the point farthest from its centroid; returns the counts."""
-        shape = (labels.shape[0], self.cross.shape[1])
-        counts = torch.zeros(shape, dtype=torch.float64)
-        counts.scatter_add_(1, labels, torch.ones(labels.shape, dtype=torch.float64))
+        counts = self.gram.new_zeros(labels.shape[0], self.cross.shape[1])
+        counts.scatter_add_(1, labels, torch.ones_like(self.signs))  # whole numbers: exact
         for restart in (counts == 0).any(dim=1).nonzero().flatten().tolist():
             farthest = distance[restart].argsort(descending=True, stable=True).tolist()
             for cluster in (counts[restart] == 0).nonzero().flatten().tolist():

@@ -25,6 +25,37 @@ if TYPE_CHECKING:
     from lora_merge.mixture.group import Group
 
 
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What runs a group, and while what is so; to think of it anew costs as much as a launch.
+
+    Attributes:
+        spec: The gate in force.
+        seen: Whether somebody looks at the weights, or wants some of them alone.
+        wanted: What the user asked for.
+        how: The implementation.
+        layout: Units and weights; None if none of the kernels knows such modules and gates.
+        given: Whether weights are made outside the kernel.
+        stack: What runs a joined group.
+    """
+
+    spec: GateSpec
+    seen: bool
+    wanted: str
+    how: str = "eager"
+    layout: Layout | None = None
+    given: bool = False
+    stack: JoinedStack | None = None
+
+    def holds(self, context: Context) -> bool:
+        """Whether all that is still so."""
+        return (
+            self.spec is context.spec
+            and self.seen == _is_seen(context)
+            and self.wanted == dispatch.forced()
+        )
+
+
 def kernel_units(group: "Group", x: Tensor, start: int, stop: int) -> Sequence[Shrunk] | None:
     """Gated units of members start..stop.
 
@@ -39,51 +70,42 @@ def kernel_units(group: "Group", x: Tensor, start: int, stop: int) -> Sequence[S
         convolutions, for members that are not alike, for gates that need the units themselves, and
         wherever nothing else is faster or asked for.
     """
-    spec = group.context.spec
-    if not _suits(group) or (stop - start > 1 and not group.uniform):
-        return None
     if not group.has_kernel and dispatch.forced() != "reference":
         return None
-    kind = _kind(group)
     down = group.down[group.units[start] : group.units[stop]]
-    layout, how = _plan(group, x, down, start, stop, kind)
-    if how not in ("triton", "reference"):
+    if torch.compiler.is_compiling():
+        plan = _plan(group, x, down, start, stop)
+    else:
+        key = start, stop, x.numel(), x.dtype
+        found = group.plans.get(key)
+        if found is None or not found.holds(group.context):
+            found = group.plans[key] = _plan(group, x, down, start, stop)
+        plan = found
+    layout, how = plan.layout, plan.how
+    if layout is None or how not in ("triton", "reference"):
         return None
     if x.dtype != down.dtype:
         x = x.to(down.dtype)
-    if kind == "given":
+    if plan.given:
         weights = group.weights_of(x, start, stop)
         return gated_shrink(x, down, weights, layout, implementation=how)
     gate, bias = group.gate_of(start, stop)
-    rule = spec.rule(len(gate) // (stop - start))
+    rule = group.context.spec.rule(len(gate) // (stop - start))
     return routed_shrink(x, down, gate, layout, rule, bias=bias, implementation=how)
 
 
-@dataclass(frozen=True, eq=False)
-class JoinedPlan:
-    """What runs a joined group, and while what is so; to think of it anew costs a launch or two.
-
-    Attributes:
-        spec: The gate in force.
-        seen: Whether somebody looks at the weights, or wants some of them alone.
-        wanted: What the user asked for.
-        stack: What runs it; None for the plain operations.
-        given: Whether it wants weights.
-    """
-
-    spec: GateSpec
-    seen: bool
-    wanted: str
-    stack: JoinedStack | None = None
-    given: bool = False
-
-    def holds(self, context: Context) -> bool:
-        """Whether all that is still so."""
-        seen = context.observe is not None or context.only is not None
-        return self.spec is context.spec and self.seen == seen and self.wanted == dispatch.forced()
+def _plan(group: "Group", x: Tensor, down: Tensor, start: int, stop: int) -> Plan:
+    """How to run members start..stop."""
+    context = group.context
+    plan = Plan(context.spec, _is_seen(context), dispatch.forced())
+    if not _suits(group) or (stop - start > 1 and not group.uniform):
+        return plan
+    layout, kind = _layout(group, start, stop), _kind(group)
+    how = chosen(x, down, layout, kind)
+    return replace(plan, how=how, layout=layout, given=kind == "given")
 
 
-def plan_joined(group: "Group", x: Tensor, joined: Joined) -> JoinedPlan:
+def plan_joined(group: "Group", x: Tensor, joined: Joined) -> Plan:
     """How to run all members on some tokens where the base weights stand beside the experts.
 
     Args:
@@ -92,23 +114,28 @@ def plan_joined(group: "Group", x: Tensor, joined: Joined) -> JoinedPlan:
         joined: Their matrix.
     """
     context, count, tokens = group.context, len(group.names), x.numel() // joined.d_in
-    seen = context.observe is not None or context.only is not None
-    plain = JoinedPlan(context.spec, seen, dispatch.forced())
+    plan = Plan(context.spec, _is_seen(context), dispatch.forced())
     if not (group.has_kernel and joined.up is not None and _suits(group)):
-        return plain
-    layout = _layout(group, 0, count, context.spec.granularity == "rank")
+        return plan
+    layout = _layout(group, 0, count)
     fits = joined.num_units and fused.holds(tokens, layout.num_weights + 1)
     if not (fits and 0 < tokens <= FEW_TOKENS and (group.uniform or count == 1)):
-        return plain
+        return plan
     kind = _kind(group)
     case = dispatch.case_of(x, layout.outputs, joined.num_units, x.dtype, kind)
     if dispatch.choose(case, ["concat", "joined"]) != "joined":
-        return plain
+        return plan
+    plan = replace(plan, how="joined", layout=layout)
     if kind == "given" or not joined.scores:
-        return replace(plain, stack=JoinedStack(joined, layout.columns), given=True)
+        return replace(plan, given=True, stack=JoinedStack(joined, layout.columns))
     gate, bias = group.gate_of(0, count)
     rule = context.spec.rule(len(gate) // count)
-    return replace(plain, stack=JoinedStack(joined, layout.columns, rule=rule, bias=bias))
+    return replace(plan, stack=JoinedStack(joined, layout.columns, rule=rule, bias=bias))
+
+
+def _is_seen(context: Context) -> bool:
+    """Whether somebody looks at the weights, or wants some of them alone."""
+    return context.observe is not None or context.only is not None
 
 
 def _suits(group: "Group") -> bool:
@@ -126,35 +153,16 @@ def _kind(group: "Group") -> dispatch.GateKind:
 
 def _makes_own_weights(group: "Group") -> bool:
     """Whether a token's weights are a function of its own scores and nobody wants to see them."""
-    context, spec = group.context, group.context.spec
-    return (
-        spec.has_rows
-        and not (spec.standardise or spec.sequence or spec.memory or group.num_general)
-        and context.observe is None
-        and context.only is None
-    )
+    spec = group.context.spec
+    apart = spec.standardise or spec.sequence or spec.memory or group.num_general
+    return spec.has_rows and not apart and not _is_seen(group.context)
 
 
-def _plan(
-    group: "Group", x: Tensor, down: Tensor, start: int, stop: int, kind: dispatch.GateKind
-) -> tuple[Layout, str]:
-    """Layout and implementation, remembered: to ask the table anew costs as much as a launch."""
-    by_rank = group.context.spec.granularity == "rank"
-    if torch.compiler.is_compiling():
-        layout = _layout(group, start, stop, by_rank)
-        return layout, chosen(x, down, layout, kind)
-    key = (start, stop, by_rank, kind, x.numel(), dispatch.forced())
-    if key not in group.plans:
-        layout = _layout(group, start, stop, by_rank)
-        group.plans[key] = layout, chosen(x, down, layout, kind)
-    return group.plans[key]
-
-
-def _layout(group: "Group", start: int, stop: int, by_rank: bool) -> Layout:
+def _layout(group: "Group", start: int, stop: int) -> Layout:
     """The units of members that are alike (or one)."""
     columns = group.columns_of(start)
     outputs = sum(up.shape[1] for up in group.factors()[0][start:stop])
-    if by_rank:
+    if group.context.spec.granularity == "rank":
         units = torch.arange(len(columns), device=columns.device)
         return Layout(units, len(units), 1, stop - start, outputs)
     return Layout(columns, group.widths[start], group.block, stop - start, outputs)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_merge.errors import MethodError
-from lora_merge.kernels.gated_stack import Layout, Shrunk, gated_expand
+from lora_merge.kernels.gated_stack import Shrunk, gated_expand
 from lora_merge.kernels.gated_stack.concat import Joined
 from lora_merge.kernels.gated_stack.eager import expand, gate_units
 from lora_merge.kernels.gated_stack.fused import refusal
-from lora_merge.mixture.by_kernel import kernel_units
+from lora_merge.mixture.by_kernel import Plan, kernel_units
 from lora_merge.mixture.context import Context
 from lora_merge.mixture.gate import activate, only_of, strengths
 from lora_merge.mixture.member import Member
@@ -124,7 +124,7 @@ class Group(nn.Module):
         # Plain references: looking a parameter up by name is slow, and there are many per token.
         self._ups = [getattr(self, f"up{index}") for index in range(len(self.names))]
         self.has_kernel = not refusal(self.down.device, self.down.dtype)
-        self.plans: dict[tuple[Any, ...], tuple[Layout, str]] = {}
+        self.plans: dict[tuple[Any, ...], Plan] = {}
         self._rows = (self.down, self.weight)
         self._packed = None
         _, down, weight = self.factors()

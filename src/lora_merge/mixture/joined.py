@@ -16,7 +16,7 @@ from lora_merge.kernels.gated_stack import concat, dispatch
 from lora_merge.kernels.gated_stack.concat import Joined
 from lora_merge.kernels.gated_stack.eager import expand
 from lora_merge.kernels.gated_stack.joined import gate_pieces
-from lora_merge.mixture.by_kernel import JoinedPlan, plan_joined
+from lora_merge.mixture.by_kernel import Plan, plan_joined
 from lora_merge.mixture.group import Group
 from lora_merge.mixture.siblings import Siblings
 
@@ -53,7 +53,7 @@ class JoinedGroup:
         for linear, view in zip(self.linears, self.joined.weights, strict=True):
             linear.weight.data = view
         self.group.adopt(self.joined)
-        self._plans: dict[int, JoinedPlan] = {}
+        self._plans: dict[int, Plan] = {}
         held: list[tuple[nn.Module, str]] = [(linear, "weight") for linear in self.linears]
         held += [(self.group, name) for name in self.group._parameters]
         self._places = [

@@ -219,9 +219,10 @@ def gate_expand(
             y, parts, scores, columns, parts if bias is None else bias, up, out,
             tokens, tokens // scores.shape[1], y.stride(0), parts.stride(1), scores.stride(1),
             parts.stride(0), scores.stride(0), units, count, *_numbers(rule), widths,
-            MEMBERS=members, SPLIT=parts.shape[0], SCORE_SPLIT=scores.shape[0], **_rule(rule, count),
-            BIAS=bias is not None, SKIP=rule is None or rule.is_sparse, BT=tiles.m, BN=tiles.n,
-            BR=min(tiles.k, max(16, _power(units))), **_arithmetic(up.dtype),
+            MEMBERS=members, SPLIT=parts.shape[0], SCORE_SPLIT=scores.shape[0],
+            **_rule(rule, count), BIAS=bias is not None, SKIP=rule is None or rule.is_sparse,
+            BT=tiles.m, BN=tiles.n, BR=min(tiles.k, max(16, _power(units))),
+            **_arithmetic(up.dtype),
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return out
