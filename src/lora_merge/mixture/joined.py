@@ -15,7 +15,7 @@ from lora_merge.errors import MethodError
 from lora_merge.kernels.gated_stack import concat, dispatch
 from lora_merge.kernels.gated_stack.concat import Joined
 from lora_merge.kernels.gated_stack.eager import expand
-from lora_merge.kernels.gated_stack.joined import gate_pieces
+from lora_merge.kernels.gated_stack.joined import gate_pieces, has_pieces
 from lora_merge.mixture.by_kernel import Plan, plan_joined
 from lora_merge.mixture.group import Group
 from lora_merge.mixture.siblings import Siblings
@@ -67,8 +67,8 @@ class JoinedGroup:
         weight, few = self.group.weight, not self.border
         if gate is not None or weight is None or not (few and self.group.has_kernel):
             return None
-        exact = weight.dtype == torch.float32 and self.group.down.dtype == torch.bfloat16
-        return weight if exact and not weight.is_inference() else None
+        exact = has_pieces(weight, self.group.down.dtype) and not weight.is_inference()
+        return weight if exact else None
 
     def part(self) -> None:
         """Give the modules their own forward and memory back."""

@@ -13,6 +13,12 @@ from lora_merge.kernels.gated_stack.concat import Joined
 from lora_merge.kernels.gated_stack.gate import Rule
 
 
+def has_pieces(gate: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a gate beside factors of another dtype can be cut up without loss, and summed so."""
+    wide_sums = not gate.is_cuda or torch.__version__ >= "2.8"  # mm's out_dtype
+    return gate.dtype == torch.float32 and dtype == torch.bfloat16 and wide_sums
+
+
 def gate_pieces(gate: Tensor, dtype: torch.dtype) -> Tensor:
     """Gate rows as rows of another dtype that add up to them.
 
