@@ -39,7 +39,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Tiles are those of 28 experts of rank 8 on Llama-3-8B's gate_proj and up_proj.
     """
     from kernels.compiled import compile_kernel
-    from lora_merge.kernels.gated_stack import _gate_expand, _launch, _triton
+    from lora_merge.kernels.gated_stack import _launch, _triton, _triton_gate_expand
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     exact = {"UPCAST": False, "PRECISION": "tf32"}
@@ -59,7 +59,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                          "BIAS": False, "SKIP": rule != dense, "BT": tiles.m, "BN": tiles.n,
                          "BR": tiles.k, **_launch._rule(rule, experts), **exact}  # fmt: skip
             done["gate and expand", tokens, rule, split] = compile_kernel(
-                _gate_expand.gate_expand_kernel, constants, tmp_path, warps=tiles.warps,
+                _triton_gate_expand.gate_expand_kernel, constants, tmp_path, warps=tiles.warps,
                 stages=tiles.stages, y="*fp32", widths=("i32", "i32"),
             )  # fmt: skip
     for rule, block in ((odd, 4), (None, 1)):

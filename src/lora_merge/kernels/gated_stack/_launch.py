@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lora_merge.kernels.gated_stack import _gate_expand, _triton
+from lora_merge.kernels.gated_stack import _triton, _triton_gate_expand
 from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.kernels.gated_stack.layout import WORD, Layout
 
@@ -215,7 +215,7 @@ def gate_expand(
     out = torch.empty(tokens * sum(widths), dtype=dtype, device=up.device)
     programs = sum(_cdiv(width, tiles.n) for width in widths)
     with _on(up.device):
-        _gate_expand.gate_expand_kernel[(programs, _cdiv(tokens, tiles.m))](
+        _triton_gate_expand.gate_expand_kernel[(programs, _cdiv(tokens, tiles.m))](
             y, parts, scores, columns, parts if bias is None else bias, up, out,
             tokens, tokens // scores.shape[1], y.stride(0), parts.stride(1), scores.stride(1),
             parts.stride(0), scores.stride(0), units, count, *_numbers(rule), widths,

@@ -4,10 +4,10 @@
     gate     the pieces added in a fixed order, scores to weights, z = g u, and a bit per unit
     expand   y + z up, reading only the rows of `up` whose bit some token of the tile has set
 
-Few tokens take gate and expand in one (`_gate_expand.py`), with the same arithmetic. No atomics, no
-sorting, nothing whose shape depends on data, no word from the device to the host: a CUDA graph can
-hold it, and the same input gives the same bits. The number of tokens is an ordinary argument, so no
-batch size compiles anew.
+Few tokens take gate and expand in one (`_triton_gate_expand.py`), with the same arithmetic. No
+atomics, no sorting, nothing whose shape depends on data, no word from the device to the host: a
+CUDA graph can hold it, and the same input gives the same bits. The number of tokens is an ordinary
+argument, so no batch size compiles anew.
 """
 
 import triton
