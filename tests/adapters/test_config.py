@@ -54,6 +54,10 @@ def test_rslora_divides_by_the_root() -> None:
         ({"rank_pattern": {"q": 0}}, "q = 0"),
         ({"r": "many"}, "wrong type"),
         ({"target_modules": 3}, "target_modules"),
+        ({"rank_pattern": {"q(": 4}}, r"rank_pattern .*'q\('"),
+        ({"alpha_pattern": {"*q": 4}}, r"alpha_pattern .*'\*q'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha = nan"),
+        ({"alpha_pattern": {"q": float("inf")}}, "q = inf"),
     ],
 )
 def test_what_is_not_plain_lora_is_refused(fields: dict[str, Any], word: str) -> None:

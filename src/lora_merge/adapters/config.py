@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +147,38 @@ def parse_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
         raise AdapterError(
             f"{adapter}: adapter_config.json has a field of the wrong type: {error}", "repair it"
         ) from error
-    default = {"init_r": config.init_r} if adaptive else {"r": config.r}
-    ranks = {**default, **config.rank_pattern}
-    wrong = [f"{key} = {value}" for key, value in ranks.items() if value is None or value < 1]
-    if wrong:
-        raise AdapterError(
-            f"{adapter}: adapter_config.json has no positive rank ({', '.join(wrong)})", "repair it"
-        )
+    _check_numbers(config, adapter)
+    _check_patterns(config, adapter)
     return config
+
+
+def _check_numbers(config: AdapterConfig, adapter: str) -> None:
+    """Ranks are positive and alphas finite; JSON as Python writes it may say NaN."""
+    default = {"r": config.r} if config.init_r is None else {"init_r": config.init_r}
+    ranks = {**default, **config.rank_pattern}
+    alphas = {"lora_alpha": config.lora_alpha, **config.alpha_pattern}
+    for what, wrong in (
+        ("positive rank", [f"{k} = {r}" for k, r in ranks.items() if r is None or r < 1]),
+        ("finite alpha", [f"{k} = {a}" for k, a in alphas.items() if not isfinite(a)]),
+    ):
+        if wrong:
+            raise AdapterError(
+                f"{adapter}: adapter_config.json has no {what} ({', '.join(wrong)})", "repair it"
+            )
+
+
+def _check_patterns(config: AdapterConfig, adapter: str) -> None:
+    """Patterns are regular expressions; a broken one would only show at the first module."""
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field_name):
+            try:
+                _pattern(key)
+            except re.error as error:
+                raise AdapterError(
+                    f"{adapter}: {field_name} in adapter_config.json has {key!r}, which is no "
+                    f"regular expression: {error}",
+                    "repair it",
+                ) from error
 
 
 def _refuse_variants(raw: Mapping[str, Any], adapter: str) -> None:
@@ -189,7 +214,11 @@ def _kind(raw: Mapping[str, Any]) -> str:
 
 def _matching(pattern: Iterable[str], module: str) -> str | None:
     """First pattern that matches the module's name or a dotted suffix of it, as PEFT does."""
-    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
+    return next((key for key in pattern if _pattern(key).match(module)), None)
+
+
+def _pattern(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def _targets(value: Any) -> tuple[str, ...] | str | None:
