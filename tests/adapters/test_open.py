@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from builders import adapter_parts, make_adapter, save_adapter, save_parts
-from lora_merge.adapters import Adapter, SafetensorsFile, align, expand, read_stacks, resolve
+from lora_merge.adapters import (
+    Adapter,
+    SafetensorsFile,
+    TensorDict,
+    align,
+    build_adapter,
+    expand,
+    parse_config,
+    read_stacks,
+    resolve,
+)
 from lora_merge.errors import AdapterError, AlignmentError, SourceError
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -51,6 +61,8 @@ def test_a_directory_with_one_oddly_named_file_is_enough(tmp_path: Path) -> None
         (lambda t: t.update({KEY + "A.weight": torch.zeros(64)}), [Q, "flat"]),
         (lambda t: t.update({KEY + "A.weight": torch.zeros(4, 16).long()}), ["I64"]),
         (lambda t: t.update({KEY + "A.default.weight": torch.zeros(4, 16)}), ["both name"]),
+        (lambda t: t.update({KEY + "B.bias": torch.zeros(3)}), [Q, "the bias on B", "[3]"]),
+        (lambda t: t.update({KEY + "B.bias": torch.zeros(24).int()}), [Q, "the bias on B", "I32"]),
         (lambda t: t.update({"x.lora_magnitude_vector": torch.zeros(4)}), ["DoRA"]),
         (lambda t: t.update({"x.lora_down.weight": torch.zeros(4, 4)}), ["kohya"]),
         (lambda t: t.update({"lora_unet_x.hada_w1_a": torch.zeros(4, 4)}), ["LyCORIS (LoHa"]),
@@ -114,6 +126,20 @@ def test_values_that_are_not_finite_are_named(bad: float, tmp_path: Path) -> Non
         list(read_stacks(alignment, module))
     assert str(tmp_path) in str(caught.value)
     assert Q in str(caught.value)
+
+
+def test_biases_and_whole_tensors_that_are_not_finite_are_named() -> None:
+    config, tensors = adapter_parts(lora_bias=True)
+    norm = "base_model.model.model.norm.weight"
+    tensors |= {KEY + "B.bias": torch.zeros(24), norm: torch.ones(16)}
+    adapter = build_adapter("mine", parse_config(config, "mine"), TensorDict(tensors))
+    assert torch.equal(adapter.read_bias(Q), torch.zeros(24).double())
+    assert adapter.read_bias("model.layers.1.self_attn.q_proj") is None
+    tensors[KEY + "B.bias"][3] = tensors[norm][0] = float("nan")
+    with pytest.raises(AdapterError, match=f"mine: {Q}: the bias on B has 1 NaN"):
+        adapter.read_bias(Q)
+    with pytest.raises(AdapterError, match=r"mine: model.norm.weight has 1 NaN"):
+        adapter.read_extra("model.norm.weight")
 
 
 def test_huge_finite_values_are_no_error() -> None:

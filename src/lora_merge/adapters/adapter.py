@@ -13,7 +13,13 @@ from lora_merge.adapters.config import AdapterConfig, read_config
 from lora_merge.adapters.keys import FactorKeys, sort_keys
 from lora_merge.adapters.modules import Form, ModuleSpec
 from lora_merge.adapters.source import Source, resolve
-from lora_merge.adapters.tensors import DTYPES, SafetensorsFile, TensorSource, load_pickle
+from lora_merge.adapters.tensors import (
+    DTYPES,
+    SafetensorsFile,
+    TensorSource,
+    load_pickle,
+    refuse_non_finite,
+)
 from lora_merge.errors import AdapterError
 
 
@@ -113,9 +119,30 @@ class Adapter:
             a = a.to(precise) * gate.to(precise)
         return a, b
 
+    def read_bias(self, module: str) -> Tensor | None:
+        """What a module's `lora_bias` adds to its output: scaling * bias, float64, shape (d_out,).
+
+        None where the module has none.
+
+        Raises:
+            AdapterError: If it is not finite.
+        """
+        spec = self.modules[module]
+        if spec.key_bias is None:
+            return None
+        bias = self.tensors.read(spec.key_bias)
+        refuse_non_finite(bias, f"{self.name}: {module}: the bias on B")
+        return bias.to(torch.float64) * spec.scaling
+
     def read_extra(self, name: str) -> Tensor:
-        """A tensor that is not a factor, as stored."""
-        return self.tensors.read(self.extras[name].key)
+        """A tensor that is not a factor, as stored.
+
+        Raises:
+            AdapterError: If it is not finite.
+        """
+        tensor = self.tensors.read(self.extras[name].key)
+        refuse_non_finite(tensor, f"{self.name}: {name}")
+        return tensor
 
 
 def open_adapter(source: Source, *, fallback: AdapterConfig | None = None) -> Adapter:
@@ -216,6 +243,13 @@ def _module_spec(
     ones = shape_b[2:]
     if shape_b[1] != rank * experts or len(ones) != len(kernel) or any(n != 1 for n in ones):
         raise AdapterError(f"{where}: the shapes do not belong together", "save it again")
+    if keys.bias is not None:
+        code, shape = entries[keys.bias]
+        if code not in DTYPES or shape != shape_b[:1]:
+            raise AdapterError(
+                f"{where}: the bias on B is {code} {list(shape)}, not one number per output",
+                "save it again",
+            )
     return ModuleSpec(
         name=module,
         form=form,

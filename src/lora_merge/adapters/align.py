@@ -9,7 +9,8 @@ from torch import Tensor
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.modules import ModuleSpec, to_matrix
 from lora_merge.adapters.stack import RankStack
-from lora_merge.errors import AdapterError, AlignmentError
+from lora_merge.adapters.tensors import refuse_non_finite
+from lora_merge.errors import AlignmentError
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,13 +146,8 @@ def _refuse_non_finite(alignment: Alignment, module: AlignedModule) -> None:
     for index in module.specs:
         halves = alignment.adapters[index].read(module.name)
         for letter, tensor in zip("AB", halves, strict=True):
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                raise AdapterError(
-                    f"{alignment.adapters[index].name}: {module.name}: lora_{letter} has {bad} "
-                    "NaN or infinite entries",
-                    "the training diverged or the file is damaged; leave this adapter out",
-                )
+            name = alignment.adapters[index].name
+            refuse_non_finite(tensor, f"{name}: {module.name}: lora_{letter}")
 
 
 def _base_models(adapters: Sequence[Adapter], mismatches: list[str], force: bool) -> str | None:

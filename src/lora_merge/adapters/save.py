@@ -41,11 +41,8 @@ def save_adapter(adapter: "Adapter", out: Path, *, force: bool = False) -> None:
     with atomic_directory(out) as folder:
         with AdapterWriter(folder, plan) as writer:
             for module in alignment.modules:
-                spec = module.first
-                bias = None
-                if spec.key_bias:
-                    bias = adapter.tensors.read(spec.key_bias).float() * spec.scaling
-                writer.add(module.name, list(read_stacks(alignment, module)), bias)
+                stacks = list(read_stacks(alignment, module))
+                writer.add(module.name, stacks, adapter.read_bias(module.name))
             for name in adapter.extras:
                 writer.add_extra(name, adapter.read_extra(name))
         for name, text in adapter.texts.items():

@@ -106,6 +106,16 @@ def load_pickle(path: Path, adapter: str) -> TensorDict:
     return TensorDict(loaded)
 
 
+def refuse_non_finite(tensor: Tensor, what: str) -> None:
+    """Raise an AdapterError that counts the NaN and infinite entries, if there are any."""
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise AdapterError(
+            f"{what} has {bad} NaN or infinite entries",
+            "the training diverged or the file is damaged; leave this adapter out",
+        )
+
+
 def _refuse_pointer(path: Path, adapter: str) -> None:
     """Name a Git LFS pointer or an empty file as what it is."""
     try:

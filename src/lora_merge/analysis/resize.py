@@ -255,10 +255,7 @@ def _resize_module(
     cast = 0.0
     if rank:
         cast = sum(cast_error(stack, DTYPES[output.dtype]) ** 2 for stack in stacks)
-        bias = None
-        if spec.key_bias:
-            bias = adapter.tensors.read(spec.key_bias).float() * spec.scaling
-        writer.add(spec.name, stacks, bias)
+        writer.add(spec.name, stacks, adapter.read_bias(spec.name))
     norm = (
         total if experts[0].delta_norm is None else sum((m.delta_norm or 0) ** 2 for m in experts)
     )

@@ -224,17 +224,17 @@ def _prepare(plan: MergePlan, device: torch.device, jobs: int) -> Any:
 
 
 def _merge_bias(plan: MergePlan, module: AlignedModule) -> Tensor | None:
-    """The exact weighted sum of scaling * bias (`lora_bias`), float32, shape (d_out,)."""
+    """The exact weighted sum of scaling * bias (`lora_bias`), float64, shape (d_out,)."""
     total = None
     how = plan.semantics.normalize or plan.method.normalize
     raw = torch.tensor(plan.weights_at(module.name), dtype=torch.float64)
-    weights = (present_weights(raw, list(module.specs), how, module.name)) * plan.semantics.scale
-    for index, spec in module.specs.items():
-        if spec.key_bias:
-            bias = plan.alignment.adapters[index].tensors.read(spec.key_bias).double()
-            part = bias * (spec.scaling * weights[index])
+    weights = present_weights(raw, list(module.specs), how, module.name) * plan.semantics.scale
+    for index in module.specs:
+        bias = plan.alignment.adapters[index].read_bias(module.name)
+        if bias is not None:
+            part = bias * weights[index]
             total = part if total is None else total + part
-    return None if total is None else total.float()
+    return total
 
 
 def _merge_extras(plan: MergePlan, sink: Sink) -> None:

@@ -207,13 +207,7 @@ def _write_whole_tensors(adapter: Adapter, match: Match, editors: _Editors) -> N
             count = min(_BAND_ENTRIES, size - start)
             editors.write(name, start, editors.read(source, start, count))
     for extra, name in match.whole.items():
-        tensor = adapter.read_extra(extra)
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(
-                f"{adapter.name}: {extra} has NaN or infinite entries",
-                "the training diverged or the file is damaged",
-            )
-        editors.write(name, 0, tensor)
+        editors.write(name, 0, adapter.read_extra(extra))
 
 
 def _add_deltas(
@@ -231,8 +225,10 @@ def _add_deltas(
             size = stack.d_out * stack.d_in
             parts = _add_delta(adapter, target, stack, editors, expert * size, weight)
             squares = [total + part for total, part in zip(squares, parts, strict=True)]
-        if target.bias is not None:
-            _add_bias(adapter, target, editors, weight)
+        bias = adapter.read_bias(target.module.name)
+        if bias is not None and target.bias is not None:
+            stored = editors.read(target.bias, 0, bias.numel())
+            editors.write(target.bias, 0, stored.double() + bias * weight)
         if on_module:
             on_module()
     delta, base = squares
@@ -272,13 +268,6 @@ def _add_delta(
 def _square(x: Tensor) -> float:
     flat = x.flatten()
     return float(flat @ flat)
-
-
-def _add_bias(adapter: Adapter, target: Target, editors: _Editors, weight: float) -> None:
-    spec = target.module.first
-    bias = adapter.tensors.read(str(spec.key_bias)).double() * (spec.scaling * weight)
-    stored = editors.read(str(target.bias), 0, bias.numel())
-    editors.write(str(target.bias), 0, stored.double() + bias)
 
 
 def _write_json(
