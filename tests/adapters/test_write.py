@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,21 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from builders import make_adapter, save_adapter
-from lora_merge.adapters import align, atomic_directory, check_target, plan_output
+from builders import adapter_parts, make_adapter, save_adapter, save_parts
+from lora_merge.adapters import (
+    Adapter,
+    AdapterWriter,
+    MemoryWriter,
+    ModuleSpec,
+    OutputPlan,
+    RankStack,
+    align,
+    atomic_directory,
+    check_target,
+    plan_output,
+)
 from lora_merge.adapters.stream import SafetensorsStream
-from lora_merge.errors import OutputError
+from lora_merge.errors import AdapterError, OutputError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -63,6 +75,28 @@ def test_a_tensor_never_written_is_a_bug_that_shows(tmp_path: Path) -> None:
         SafetensorsStream(tmp_path / "x", entries) as stream,
     ):
         stream.write("a", torch.zeros(2))
+
+
+def test_what_a_dtype_cannot_hold_is_not_written_as_infinity(tmp_path: Path) -> None:
+    loud = RankStack.of([(torch.full((1, 3), 1e6), torch.full((2, 1), 1e6), 1.0)])
+    spec = ModuleSpec("m", "linear", 2, 3, 1, 1.0, "F32", "a", "b")
+    plan = OutputPlan({"m": spec}, {"m": 1}, "F16", (), {}, {})
+    with AdapterWriter(tmp_path, plan) as file, MemoryWriter(plan) as memory:
+        for writer in (file, memory):
+            with pytest.raises(OutputError, match=r"m\.lora_A.* float16") as caught:
+                writer.add("m", [loud])
+            assert "bfloat16" in caught.value.remedy
+            writer.add("m", [replace(loud, scale=loud.scale * 1e-9)])
+
+
+def test_whole_numbers_among_the_whole_tensors_are_named(tmp_path: Path) -> None:
+    config, tensors = adapter_parts(modules_to_save=["bn"])
+    tensors["base_model.model.bn.num_batches_tracked"] = torch.tensor(3)
+    save_parts(tmp_path / "in", config, tensors)
+    adapter = Adapter.from_pretrained(tmp_path / "in")
+    with pytest.raises(AdapterError, match=r"bn.num_batches_tracked is I64"):
+        adapter.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_planned_size_is_the_files_size() -> None:

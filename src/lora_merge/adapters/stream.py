@@ -44,6 +44,28 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+def cast_to(tensor: Tensor, code: str, name: str) -> Tensor:
+    """A tensor in the dtype it is stored in.
+
+    Args:
+        tensor: Finite entries.
+        code: safetensors dtype code.
+        name: What it is called, for the message.
+
+    Raises:
+        OutputError: If the dtype's range is too small for an entry.
+    """
+    cast = tensor.to(DTYPES[code])
+    narrower = torch.finfo(cast.dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and not bool(torch.isfinite(cast.sum(dtype=torch.float64))):
+        dtype = str(cast.dtype).removeprefix("torch.")
+        raise OutputError(
+            f"{name}: its largest entry, {float(tensor.abs().max()):.3g}, is beyond {dtype}",
+            "write it as bfloat16 or float32",
+        )
+    return cast
+
+
 def write_at(file: IO[bytes], data: bytes | memoryview, offset: int) -> None:
     """Write bytes at a place of an open file; moves no cursor, so threads may share the file.
 
@@ -92,11 +114,15 @@ class SafetensorsStream:
             raise
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor in its place, cast to the announced dtype. Safe from several threads."""
+        """Put one tensor in its place, cast to the announced dtype. Safe from several threads.
+
+        Raises:
+            OutputError: If the dtype cannot hold it, or the system refuses.
+        """
         code, shape = self._entries[name]
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: {tuple(tensor.shape)} is not the announced {shape}")
-        write_at(self._file, tensor_bytes(tensor.to(DTYPES[code])), self._offsets[name])
+        write_at(self._file, tensor_bytes(cast_to(tensor, code, name)), self._offsets[name])
         self._missing.discard(name)
 
     def __enter__(self) -> "SafetensorsStream":

@@ -19,8 +19,9 @@ from lora_merge.adapters.align import AlignedModule
 from lora_merge.adapters.modules import ModuleSpec, stored_shapes, to_stored
 from lora_merge.adapters.source import CONFIG_NAME, WEIGHTS_NAME
 from lora_merge.adapters.stack import RankStack
-from lora_merge.adapters.stream import SafetensorsStream, header_of
+from lora_merge.adapters.stream import SafetensorsStream, cast_to, header_of
 from lora_merge.adapters.tensors import DTYPES
+from lora_merge.errors import AdapterError
 
 RankLayout = Literal["uniform", "per-module"]
 _PREFIX = "base_model.model."
@@ -87,8 +88,17 @@ def plan_output(
             `rank_pattern` and `alpha_pattern`, which llama.cpp and vLLM do not read.
         extras: Tensors that are not factors and are kept.
         base_model: Base model to name; default: the first one that an adapter names.
+
+    Raises:
+        AdapterError: If one of `extras` is no float tensor.
     """
     extras = extras or {}
+    for name, (code, _) in extras.items():
+        if code not in DTYPES:
+            raise AdapterError(
+                f"{adapters[0].name}: {name} is {code}, and only {', '.join(DTYPES)} are written",
+                "take this tensor out of the adapter first",
+            )
     largest = max(ranks.values())
     if layout == "uniform":
         ranks = dict.fromkeys(ranks, largest)
@@ -182,7 +192,7 @@ class MemoryWriter(AdapterWriter):
 
     def _keep(self, name: str, tensor: Tensor) -> None:
         code, _ = self._entries[name]
-        self.tensors[name] = tensor.detach().to("cpu", DTYPES[code]).contiguous()
+        self.tensors[name] = cast_to(tensor.detach().cpu(), code, name).contiguous()
 
     def __exit__(
         self,

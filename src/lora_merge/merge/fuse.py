@@ -28,6 +28,7 @@ from lora_merge.adapters import (
     read_stacks,
 )
 from lora_merge.adapters.card import fused_card
+from lora_merge.adapters.stream import cast_to
 from lora_merge.errors import AdapterError
 from lora_merge.merge.checkpoint import (
     Checkpoint,
@@ -207,7 +208,8 @@ def _write_whole_tensors(adapter: Adapter, match: Match, editors: _Editors) -> N
             count = min(_BAND_ENTRIES, size - start)
             editors.write(name, start, editors.read(source, start, count))
     for extra, name in match.whole.items():
-        editors.write(name, 0, adapter.read_extra(extra))
+        tensor = adapter.read_extra(extra)
+        editors.write(name, 0, cast_to(tensor, editors.place(name).dtype, name))
 
 
 def _add_deltas(
