@@ -27,6 +27,10 @@ def base_weights(prefix: str = "", shards: int = 1, *, transposed: bool = False,
         for shard in range(shards):
             part = {n: weights[n] for n in names[shard::shards]}
             save_file(part, folder / f"model-{shard}.safetensors")
+        if shards > 1:
+            table = {n: f"model-{i % shards}.safetensors" for i, n in enumerate(names)}
+            index = folder / "model.safetensors.index.json"
+            index.write_text(json.dumps({"weight_map": table}))
     return weights
 
 
@@ -128,6 +132,25 @@ def test_missing_and_untrained_modules(tmp_path):
     assert untrained.intruders == 0
     with pytest.raises(SourceError):
         open_checkpoint(tmp_path / "nothing")
+
+
+def test_a_directory_of_two_checkpoints_is_refused_not_mixed(tmp_path):
+    base_weights(folder=tmp_path)
+    save_file({"model.other.weight": torch.zeros(2, 2)}, tmp_path / "old.safetensors")
+    with pytest.raises(SourceError, match=r"several checkpoints: model-0.safetensors, old"):
+        open_checkpoint(tmp_path)
+    assert set(open_checkpoint(tmp_path / "old.safetensors").tensors) == {"model.other.weight"}
+
+
+def test_a_checkpoint_reads_what_safetensors_reads(tmp_path):
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(2).bfloat16(), "none": torch.zeros(0, 4)}
+    save_file({**tensors, "packed": torch.zeros(4, dtype=torch.uint8)}, tmp_path / "m.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    for name, tensor in tensors.items():
+        assert torch.equal(checkpoint.read(name), tensor)
+        assert checkpoint.read(name).dtype == tensor.dtype
+    with pytest.raises(AdapterError, match="packed is U8"):
+        checkpoint.read("packed")
 
 
 def planted(strength: float) -> tuple[torch.Tensor, torch.Tensor]:

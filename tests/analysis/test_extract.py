@@ -61,6 +61,15 @@ def test_nothing_is_dropped_in_silence(models, tmp_path):
     assert extracted.what == "extracted" and 0 < extracted.change < 1
 
 
+def test_a_change_of_nothing_has_no_relative_size(tmp_path):
+    for folder, tensor in (("base", torch.zeros(6, 4)), ("tuned", torch.ones(6, 4))):
+        (tmp_path / folder).mkdir()
+        save_file({"layer.weight": tensor}, tmp_path / folder / "model.safetensors")
+    models = (tmp_path / "base", tmp_path / "tuned", None)
+    (only,) = run(models, tmp_path / "out", denoise=False).coverage
+    assert (only.what, only.change) == ("extracted", None)
+
+
 def test_energy_is_that_of_the_whole_difference(models, tmp_path):
     report = run(models, tmp_path / "out", "1", denoise=False)
     for name, module in report.plan.modules.items():

@@ -132,7 +132,7 @@ def base_weights(
         weight = weight_of(checkpoint, spec, transposed=adapter.config.fan_in_fan_out)
         if weight is None:
             raise AdapterError(
-                f"{checkpoint.path}: no weight of {name} there", "name the adapter's base model"
+                f"{checkpoint.folder}: no weight of {name} there", "name the adapter's base model"
             )
         square = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
         return 1 / square if square > 0 else 1.0

@@ -5,7 +5,6 @@ rounding noise of full rank, so the threshold of Gavish & Donoho (2014) caps the
 choose below it.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters import (
+    DTYPES,
     Adapter,
     AdapterConfig,
     AdapterWriter,
@@ -31,16 +31,12 @@ from lora_merge.adapters import (
     plan_output,
 )
 from lora_merge.adapters.card import short_card
-from lora_merge.analysis.checkpoint import Checkpoint
+from lora_merge.analysis.checkpoint import Checkpoint, TensorPlace
 from lora_merge.analysis.noise import noise_rank
 from lora_merge.analysis.parallel import in_order
 from lora_merge.analysis.ranks import RankPlan, RankRule, choose_ranks
 from lora_merge.errors import MethodError
 from lora_merge.linalg import leading_svd
-
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -70,6 +66,7 @@ class Difference:
         values: Leading singular values, float64, shape (k,).
         vh: Shape (k, d_in), float32.
         frobenius: Norm of the whole difference.
+        relative_change: That over the norm of the base weight, None where this is zero.
         residual: Norm of what the k triples leave, exact.
         noise_rank: Values above the Gavish-Donoho threshold; all of them where it is not used.
     """
@@ -79,6 +76,7 @@ class Difference:
     values: Tensor
     vh: Tensor
     frobenius: float
+    relative_change: float | None
     residual: float
     noise_rank: int
 
@@ -129,12 +127,12 @@ def survey(
         Names to extract, and the coverage of the rest (changes not yet measured).
     """
     chosen, others = [], []
-    for name in sorted(set(base.entries) | set(tuned.entries)):
-        if name not in tuned.entries or name not in base.entries:
-            others.append(Coverage(name, "new" if name in tuned.entries else "removed", None))
-        elif base.entries[name][1] != tuned.entries[name][1]:
+    for name in sorted(set(base.tensors) | set(tuned.tensors)):
+        if name not in tuned.tensors or name not in base.tensors:
+            others.append(Coverage(name, "new" if name in tuned.tensors else "removed", None))
+        elif base.tensors[name].shape != tuned.tensors[name].shape:
             others.append(Coverage(name, "resized", None))
-        elif _wanted(name, tuned.entries[name], include, exclude):
+        elif _wanted(name, tuned.tensors[name], include, exclude):
             chosen.append(name)
         else:
             others.append(Coverage(name, "left out", None))
@@ -182,9 +180,8 @@ def extract(
         MethodError: If no weight has changed, or none can be extracted.
         OutputError: If the directory cannot be written.
     """
-    inputs = [file.path for c in (base, tuned) for file in c.files.values()]
+    inputs = [*base.paths, *tuned.paths]
     check_target(out, force=force, inputs=inputs)
-    transposed = _transposed(base)
     names, others = survey(base, tuned, include=include, exclude=exclude)
     if not names:
         raise MethodError(
@@ -194,26 +191,25 @@ def extract(
     parts: dict[str, Difference] = {}
 
     def one(name: str) -> Difference | Coverage:
-        return _difference(base, tuned, name, max_rank, denoise, seed, transposed=transposed(name))
+        return _difference(base, tuned, name, max_rank, denoise, seed)
 
     for name, found in zip(names, in_order(one, names, jobs=jobs), strict=True):
         if isinstance(found, Coverage):
             coverage.append(found)
         else:
             parts[found.spec.name] = found
-            change = found.frobenius / _norm(base.read(name))
-            coverage.append(Coverage(name, "extracted", change if math.isfinite(change) else None))
+            coverage.append(Coverage(name, "extracted", found.relative_change))
         if on_module:
             on_module()
     if not parts:
         raise MethodError("no weight differs between the checkpoints", "check both directories")
     plan, capped = _choose(parts, rule, denoise)
-    codes = [tuned.entries[f"{n}.weight"][0] for n in parts]
+    codes = [part.spec.dtype for part in parts.values()]
     config = AdapterConfig(
         base_model=base_model,
         r=None,
         target_modules=tuple(sorted(parts)),
-        fan_in_fan_out=any(transposed(f"{name}.weight") for name in parts),
+        fan_in_fan_out=any(map(base.is_conv1d, parts)),
     )
     source = Adapter("extracted", config, {n: p.spec for n, p in parts.items()}, {}, TensorDict({}))
     output = plan_output(
@@ -268,12 +264,11 @@ def _difference(
     max_rank: int,
     denoise: bool,
     seed: int,
-    *,
-    transposed: bool,
 ) -> Difference | Coverage:
+    module = name.removesuffix(".weight")
     before, after = base.read(name).float(), tuned.read(name).float()
-    delta = (after - before).mT if transposed else after - before
-    norm = _norm(delta)
+    delta = (after - before).mT if base.is_conv1d(module) else after - before
+    norm, base_norm = _norm(delta), _norm(before)
     if not math.isfinite(norm):
         return Coverage(name, "not finite", None)
     if norm == 0:
@@ -281,24 +276,32 @@ def _difference(
     leading = leading_svd(delta, min(max_rank, *delta.shape), seed=seed)
     cap = noise_rank(delta, leading.s, leading.residual) if denoise else len(leading.s)
     spec = ModuleSpec(
-        name=name.removesuffix(".weight"),
+        name=module,
         form="linear",
         d_out=delta.shape[0],
         d_in=delta.shape[1],
         rank=len(leading.s),
         scaling=1.0,
-        dtype=tuned.entries[name][0],
+        dtype=tuned.tensors[name].dtype,
         key_a="",
         key_b="",
     )
     return Difference(
-        spec, leading.u, leading.s, leading.vh, norm, math.sqrt(leading.residual), cap
+        spec=spec,
+        u=leading.u,
+        values=leading.s,
+        vh=leading.vh,
+        frobenius=norm,
+        relative_change=norm / base_norm if base_norm > 0 else None,
+        residual=math.sqrt(leading.residual),
+        noise_rank=cap,
     )
 
 
 def _measured(base: Checkpoint, tuned: Checkpoint, one: Coverage) -> Coverage:
     """The change of a tensor that is not extracted."""
-    if one.what != "left out" or tuned.entries[one.name][0] not in _FLOATS:
+    stored = {c.tensors[one.name].dtype for c in (base, tuned) if one.name in c.tensors}
+    if one.what != "left out" or not stored <= DTYPES.keys():
         return one
     before, after = base.read(one.name).float(), tuned.read(one.name).float()
     change, norm = _norm(after - before), _norm(before)
@@ -325,23 +328,15 @@ def _write(parts: Mapping[str, Difference], plan: RankPlan, output: OutputPlan, 
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _transposed(base: Checkpoint) -> Callable[[str], bool]:
-    """Tells which weights a model stores as (in, out): those of GPT-2's Conv1D."""
-    config = base.path / "config.json"
-    kind = None
-    if config.is_file():
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    if kind not in _CONV1D_MODELS:
-        return lambda name: False
-    return lambda name: name.removesuffix(".weight").rpartition(".")[2] in _CONV1D_MODULES
-
-
-def _wanted(
-    name: str, entry: tuple[str, tuple[int, ...]], include: Sequence[str], exclude: Sequence[str]
-) -> bool:
-    code, shape = entry
+def _wanted(name: str, place: TensorPlace, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    shape = place.shape
     module = name.removesuffix(".weight")
-    if code not in _FLOATS or len(shape) != 2 or not name.endswith(".weight") or min(shape) < 2:
+    if (
+        place.dtype not in DTYPES
+        or len(shape) != 2
+        or not name.endswith(".weight")
+        or min(shape) < 2
+    ):
         return False
     if any(fnmatchcase(module, p) or fnmatchcase(module, f"*.{p}") for p in exclude):
         return False

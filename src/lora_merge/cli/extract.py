@@ -59,7 +59,7 @@ def command(as_json: bool, **arguments: Any) -> None:
             dtype=_DTYPES[dtype] if dtype else None,
             layout="uniform" if arguments.pop("uniform") else "per-module",
             denoise=not arguments.pop("no_denoise"),
-            base_model=arguments.pop("base_name") or base.path.name,
+            base_model=arguments.pop("base_name") or base.folder.name,
             on_module=advance,
             **arguments,
         )

@@ -29,15 +29,10 @@ from lora_merge.adapters import (
 )
 from lora_merge.adapters.card import fused_card
 from lora_merge.adapters.stream import cast_to
+from lora_merge.analysis.checkpoint import Checkpoint, TensorPlace, open_checkpoint
 from lora_merge.errors import AdapterError
-from lora_merge.merge.checkpoint import (
-    Checkpoint,
-    ShardEditor,
-    TensorPlace,
-    copy_shard,
-    open_checkpoint,
-)
 from lora_merge.merge.match import Match, Target, match_adapter
+from lora_merge.merge.shards import ShardEditor, copy_shard
 
 # What a trainer saves beside an adapter when it changed the tokenizer or the chat format.
 _TOKENIZER = (
@@ -111,9 +106,7 @@ def fuse(
     checkpoint = open_checkpoint(base)
     match = match_adapter(adapter, checkpoint)
     new_bytes = sum(prod(shape) * DTYPES[code].itemsize for code, shape in match.new.values())
-    inputs = [checkpoint.folder / shard for shard in checkpoint.shards]
-    if adapter.source:
-        inputs.append(adapter.source.weights)
+    inputs = [*checkpoint.paths, *([adapter.source.weights] if adapter.source else [])]
     check_target(out, force=force, inputs=inputs, needed=checkpoint.num_bytes + new_bytes)
     with atomic_directory(out) as folder:
         for name in checkpoint.other_files():

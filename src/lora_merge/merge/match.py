@@ -7,17 +7,14 @@ from math import prod
 from typing import Literal
 
 from lora_merge.adapters import DTYPES, Adapter, AlignedModule, ModuleSpec, align
+from lora_merge.analysis.checkpoint import Checkpoint
 from lora_merge.errors import AdapterError
-from lora_merge.merge.checkpoint import Checkpoint
 
 # How a weight lies in the base: as B @ A, or transposed.
 Layout = Literal["plain", "transposed"]
 
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 _HEAD = "lm_head.weight"
-# Models whose projections are GPT-2's Conv1D, stored (in, out); told apart by shape unless square.
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt-sw3")
-_CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 # One expert in a module's path.
 _EXPERT = re.compile(r"(?<=experts)\.\d+(?=\.)")
 # Models whose experts are stored (experts, in, out); told apart by shape unless square.
@@ -262,13 +259,13 @@ def _layout(
 
 def _layout_of_square(adapter: Adapter, spec: ModuleSpec, base: Checkpoint) -> Layout:
     """What the shape of a square weight does not tell."""
-    model = str(base.config.get("model_type", ""))
     if spec.form == "embedding":
         return "transposed"
     if spec.form == "experts":
-        return "transposed" if model in _TRANSPOSED_EXPERTS else "plain"
-    conv1d = model in _CONV1D_MODELS and spec.name.rpartition(".")[2] in _CONV1D_NAMES
-    return "transposed" if adapter.config.fan_in_fan_out or conv1d else "plain"
+        turned = base.config.get("model_type") in _TRANSPOSED_EXPERTS
+    else:
+        turned = adapter.config.fan_in_fan_out or base.is_conv1d(spec.name)
+    return "transposed" if turned else "plain"
 
 
 def _whole_tensors(
