@@ -7,7 +7,15 @@ from lora_merge.adapters.config import AdapterConfig, parse_config, read_config
 from lora_merge.adapters.modules import ModuleSpec
 from lora_merge.adapters.source import Source, expand, pin, resolve, sha256
 from lora_merge.adapters.stack import RankStack
-from lora_merge.adapters.tensors import DTYPES, SafetensorsFile, TensorDict, load_pickle
+from lora_merge.adapters.tensors import (
+    DTYPE_CODES,
+    DTYPES,
+    SafetensorsFile,
+    TensorDict,
+    commonest_dtype,
+    load_pickle,
+    widest_dtype,
+)
 from lora_merge.adapters.writer import (
     AdapterWriter,
     MemoryWriter,
@@ -18,6 +26,7 @@ from lora_merge.adapters.writer import (
 
 __all__ = [
     "DTYPES",
+    "DTYPE_CODES",
     "Adapter",
     "AdapterConfig",
     "AdapterWriter",
@@ -36,6 +45,7 @@ __all__ = [
     "atomic_directory",
     "build_adapter",
     "check_target",
+    "commonest_dtype",
     "expand",
     "load_pickle",
     "open_adapter",
@@ -46,4 +56,5 @@ __all__ = [
     "read_stacks",
     "resolve",
     "sha256",
+    "widest_dtype",
 ]

@@ -4,11 +4,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from lora_merge.adapters.align import align, read_stacks
 from lora_merge.adapters.atomic import atomic_directory, check_target
-from lora_merge.adapters.tensors import DTYPES
+from lora_merge.adapters.tensors import widest_dtype
 from lora_merge.adapters.writer import AdapterWriter, plan_output
 from lora_merge.errors import OutputError
 
@@ -32,7 +30,7 @@ def save_adapter(adapter: "Adapter", out: Path, *, force: bool = False) -> None:
         [adapter],
         alignment.modules,
         {name: spec.rank for name, spec in adapter.modules.items()},
-        dtype=_dtype(adapter),
+        dtype=widest_dtype(spec.dtype for spec in adapter.modules.values()),
         extras={name: (extra.dtype, extra.shape) for name, extra in adapter.extras.items()},
     )
     source = adapter.source
@@ -75,12 +73,3 @@ def push_adapter(adapter: "Adapter", repo: str, *, private: bool = False) -> str
                 f"cannot upload to {repo}: {error}", "check the name and `hf auth login`"
             ) from error
     return str(commit.commit_url)
-
-
-def _dtype(adapter: "Adapter") -> str:
-    """Safetensors code of the widest dtype of the factors."""
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    widest, *others = {DTYPES[spec.dtype] for spec in adapter.modules.values()}
-    for other in others:
-        widest = torch.promote_types(widest, other)
-    return codes[widest]

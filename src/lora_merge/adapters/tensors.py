@@ -1,6 +1,8 @@
 """Tensors in a file or in memory, behind one small lazy interface."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +18,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+DTYPE_CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 _LFS_MAGIC = b"version https://git-lfs"
 
 
@@ -76,12 +79,11 @@ class TensorDict:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
-        self._codes = {dtype: code for code, dtype in DTYPES.items()}
 
     def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Name → (dtype code, shape); a dtype that is no float has its torch name."""
         return {
-            name: (self._codes.get(t.dtype, str(t.dtype)), tuple(t.shape))
+            name: (DTYPE_CODES.get(t.dtype, str(t.dtype)), tuple(t.shape))
             for name, t in self._tensors.items()
         }
 
@@ -104,6 +106,17 @@ def load_pickle(path: Path, adapter: str) -> TensorDict:
     if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
         raise AdapterError(f"{adapter}: {path} is no plain dictionary of tensors", "convert it")
     return TensorDict(loaded)
+
+
+def widest_dtype(codes: Iterable[str]) -> str:
+    """The code of the narrowest dtype that holds all values of these."""
+    return DTYPE_CODES[reduce(torch.promote_types, (DTYPES[code] for code in codes))]
+
+
+def commonest_dtype(codes: Iterable[str]) -> str:
+    """The code that occurs most often; the first by name of equals."""
+    counts = Counter(sorted(codes))
+    return max(counts, key=counts.__getitem__)
 
 
 def refuse_non_finite(tensor: Tensor, what: str) -> None:

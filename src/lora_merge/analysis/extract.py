@@ -8,7 +8,6 @@ choose below it.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,14 @@ from lora_merge.adapters import (
     TensorDict,
     atomic_directory,
     check_target,
+    commonest_dtype,
     plan_output,
 )
 from lora_merge.adapters.card import short_card
 from lora_merge.analysis.checkpoint import Checkpoint, TensorPlace
 from lora_merge.analysis.noise import noise_rank
 from lora_merge.analysis.parallel import in_order
+from lora_merge.analysis.places import matches_any
 from lora_merge.analysis.ranks import RankPlan, RankRule, choose_ranks
 from lora_merge.errors import MethodError
 from lora_merge.linalg import leading_svd
@@ -204,19 +205,18 @@ def extract(
     if not parts:
         raise MethodError("no weight differs between the checkpoints", "check both directories")
     plan, capped = _choose(parts, rule, denoise)
-    codes = [part.spec.dtype for part in parts.values()]
     config = AdapterConfig(
         base_model=base_model,
         r=None,
         target_modules=tuple(sorted(parts)),
         fan_in_fan_out=any(map(base.is_conv1d, parts)),
     )
-    source = Adapter("extracted", config, {n: p.spec for n, p in parts.items()}, {}, TensorDict({}))
+    specs = {name: part.spec for name, part in parts.items()}
     output = plan_output(
-        [source],
-        [AlignedModule(n, {0: p.spec}) for n, p in parts.items()],
+        [Adapter("extracted", config, specs, {}, TensorDict({}))],
+        [AlignedModule(name, {0: spec}) for name, spec in specs.items()],
         plan.ranks,
-        dtype=dtype or max(sorted(set(codes)), key=codes.count),
+        dtype=dtype or commonest_dtype(spec.dtype for spec in specs.values()),
         layout=layout,
     )
     check_target(out, force=force, inputs=inputs, needed=output.num_bytes)
@@ -329,19 +329,12 @@ def _write(parts: Mapping[str, Difference], plan: RankPlan, output: OutputPlan, 
 
 
 def _wanted(name: str, place: TensorPlace, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    shape = place.shape
     module = name.removesuffix(".weight")
-    if (
-        place.dtype not in DTYPES
-        or len(shape) != 2
-        or not name.endswith(".weight")
-        or min(shape) < 2
-    ):
-        return False
-    if any(fnmatchcase(module, p) or fnmatchcase(module, f"*.{p}") for p in exclude):
+    is_matrix = name.endswith(".weight") and len(place.shape) == 2 and min(place.shape) > 1
+    if not is_matrix or place.dtype not in DTYPES or matches_any(module, exclude):
         return False
     if include:
-        return any(fnmatchcase(module, p) or fnmatchcase(module, f"*.{p}") for p in include)
+        return matches_any(module, include)
     return not any(word in module for word in ("embed", "lm_head", "wte", "wpe", "norm"))
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 _NUMBERS = re.compile(r"(?:^|\.)\d+\.")
 _LAYER = re.compile(r"^(?P<stack>.*?)(?:^|\.)(?P<layer>\d+)\.(?P<kind>.+)$")
@@ -34,6 +35,14 @@ def place_of(module: str) -> Place:
     if match is None:
         return Place("", None, module)
     return Place(match["stack"], int(match["layer"]), match["kind"])
+
+
+def matches_any(module: str, patterns: Iterable[str]) -> bool:
+    """Whether a module's name matches one of some shell patterns.
+
+    A pattern may leave out what comes before: `3.*.q_proj` finds `model.layers.3.self_attn.q_proj`.
+    """
+    return any(fnmatchcase(module, p) or fnmatchcase(module, f"*.{p}") for p in patterns)
 
 
 def labels(places: Iterable[Place]) -> dict[tuple[str, str], str]:

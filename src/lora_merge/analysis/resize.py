@@ -23,6 +23,7 @@ from lora_merge.adapters import (
     RankStack,
     atomic_directory,
     check_target,
+    commonest_dtype,
     plan_output,
 )
 from lora_merge.adapters.card import short_card
@@ -134,13 +135,12 @@ def plan_resize(
             f"{adapter.name}: {min(biased)} has a bias on B, which rank 0 would lose",
             "leave --drop-empty out",
         )
-    codes = [spec.dtype for spec in adapter.modules.values()]
     extras = {name: (e.dtype, e.shape) for name, e in adapter.extras.items()}
     return plan_output(
         [adapter],
         [AlignedModule(name, {0: adapter.modules[name]}) for name in kept],
         kept,
-        dtype=dtype or max(sorted(set(codes)), key=codes.count),
+        dtype=dtype or commonest_dtype(spec.dtype for spec in adapter.modules.values()),
         layout=layout,
         extras=extras,
     )

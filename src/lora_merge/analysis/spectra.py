@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import cached_property
 from math import fsum, sqrt
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from lora_merge.adapters import Adapter, ModuleSpec
 from lora_merge.adapters.modules import to_matrix
 from lora_merge.analysis.measures import Measures, measure
 from lora_merge.analysis.parallel import in_order
-from lora_merge.analysis.places import Place, place_of
+from lora_merge.analysis.places import Place, matches_any, place_of
 from lora_merge.errors import AdapterError, MethodError
 from lora_merge.linalg import CoreSVD, core_svd
 
@@ -181,8 +180,6 @@ def adapter_spectra(
 def select_names(names: Sequence[str], patterns: Sequence[str], owner: str) -> list[str]:
     """Names of the modules that match one of the shell patterns, all if there are none.
 
-    A pattern may leave out what comes before: `3.*.q_proj` finds `model.layers.3.self_attn.q_proj`.
-
     Args:
         names: Module names.
         patterns: Shell patterns.
@@ -193,11 +190,7 @@ def select_names(names: Sequence[str], patterns: Sequence[str], owner: str) -> l
     """
     if not patterns:
         return list(names)
-    chosen = [
-        name
-        for name in names
-        if any(fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}") for p in patterns)
-    ]
+    chosen = [name for name in names if matches_any(name, patterns)]
     if not chosen:
         raise MethodError(
             f"{owner}: no module matches {' or '.join(map(repr, patterns))}",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_merge.adapters import (
+    DTYPE_CODES,
     DTYPES,
     Adapter,
     AlignedModule,
@@ -18,6 +19,7 @@ from lora_merge.adapters import (
     RankLayout,
     align,
     plan_output,
+    widest_dtype,
 )
 from lora_merge.analysis import RankRule, parse_rule
 from lora_merge.errors import MethodError
@@ -357,15 +359,10 @@ def _base_notes(alignment: Alignment) -> list[str]:
 
 
 def _output_dtype(alignment: Alignment, dtype: str | None) -> str:
-    codes = {torch_dtype: code for code, torch_dtype in DTYPES.items()}
-    if dtype is not None:
-        chosen = getattr(torch, dtype, None)
-        if chosen not in codes:
-            names = ", ".join(str(t).removeprefix("torch.") for t in codes)
-            raise MethodError(f"{dtype!r} is no dtype for factors", f"choose from: {names}")
-        return codes[chosen]
-    inputs = {s.dtype for m in alignment.modules for s in m.specs.values()}
-    widest, *others = (DTYPES[code] for code in sorted(inputs))
-    for other in others:
-        widest = torch.promote_types(widest, other)
-    return codes[widest]
+    if dtype is None:
+        return widest_dtype(s.dtype for m in alignment.modules for s in m.specs.values())
+    chosen = getattr(torch, dtype, None)
+    if chosen not in DTYPE_CODES:
+        names = ", ".join(str(t).removeprefix("torch.") for t in DTYPE_CODES)
+        raise MethodError(f"{dtype!r} is no dtype for factors", f"choose from: {names}")
+    return DTYPE_CODES[chosen]
