@@ -246,6 +246,13 @@ def test_aligned_mean_undoes_permutations_and_signs() -> None:
     assert float((far - one.delta()).norm()) > 0.5 * float(one.delta().norm())
 
 
+@pytest.mark.parametrize("method", ["aligned-mean", "karcher", "model-stock"])
+def test_weights_that_cancel_are_no_shares(method) -> None:
+    stack = random_stack((3, 3, 3))
+    with pytest.raises(MethodError, match=r"layers.0.proj: the weights add up to 0"):
+        merge_one(stack, method, weights=(0.1, 0.2, -0.3))  # 2.8e-17 in floating point
+
+
 @pytest.mark.parametrize("method", ["task-arithmetic", "tsv", "lego"])
 def test_pico_before_a_method(method) -> None:
     stack = random_stack((4, 6, 5), 30, 40)

@@ -1,4 +1,4 @@
-"""Steps before and after any method: norms, Pico, and what the weights mean."""
+"""What weights mean, and steps before and after any method: norms, Pico."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_merge.adapters import RankStack
 from lora_merge.errors import MethodError
-from lora_merge.merge.method import Normalize
+from lora_merge.merge.method import Job, Normalize
 
 RestoreNorm = Literal["none", "mean", "weighted-mean"]
 
@@ -40,6 +40,22 @@ def present_weights(weights: Tensor, present: Sequence[int], how: Normalize, mod
             "use --normalize none or abs-sum",
         )
     return kept / total
+
+
+def shares(stack: RankStack, job: Job) -> Tensor:
+    """Weights of the adapters that are present, with sum 1, float64, shape (n,).
+
+    Raises:
+        MethodError: If they add up to nothing.
+    """
+    weights = job.weights[torch.tensor(stack.adapters, device=job.weights.device)]
+    total = float(weights.sum())
+    if abs(total) < 1e-12 * float(weights.abs().sum()):
+        raise MethodError(
+            f"{job.module}: the weights add up to 0, so they are no shares",
+            "give weights of one sign, or use task-arithmetic",
+        )
+    return weights / total
 
 
 def adapter_norms(stack: RankStack) -> Tensor:

@@ -16,7 +16,7 @@ from lora_merge.merge.blocks import Block, Statistics
 from lora_merge.merge.delta import blocks_of, brackets_of, merge_delta, sample_entries
 from lora_merge.merge.elementwise import measure, merge_tensor
 from lora_merge.merge.masks import mask_key
-from lora_merge.merge.method import Job, Outcome, Survey, single
+from lora_merge.merge.method import Job, Outcome, Survey, equal_ranks, single
 from lora_merge.merge.options import option
 from lora_merge.merge.rule import Compat, Rule, Scope, preset
 
@@ -201,13 +201,9 @@ def _keys(rule: Rule, job: Job, part: str = "") -> list[int]:
 
 def _on_factors(rule: Rule, stack: RankStack, job: Job) -> Outcome:
     """PEFT's way: the rule on A and on B apart, sqrt|w s| in each, the sign in A."""
-    ranks = [int((stack.owner == i).sum()) for i in stack.adapters]
-    if len(set(ranks)) > 1:
-        raise MethodError(
-            f"space factors at {job.module}: the ranks differ: {', '.join(map(str, ranks))}",
-            "use another space, which takes any ranks",
-        )
-    shape = (len(ranks), ranks[0])
+    shape = equal_ranks(
+        stack, f"space factors at {job.module}", "use another space, which takes any ranks"
+    )
     weight = stack.scale * job.weights[stack.owner]
     weight = torch.stack([weight[stack.owner == i][0] for i in stack.adapters])
     root = weight.abs().sqrt()

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters import RankStack
-from lora_merge.errors import MethodError
-from lora_merge.merge.method import Job, Outcome, single
+from lora_merge.merge.method import Job, Outcome, equal_ranks, single
 
 
 def weighted_sum(stack: RankStack, job: Job, options: object) -> Outcome:
@@ -49,15 +48,11 @@ def linear_factors(stack: RankStack, job: Job, options: object) -> Outcome:
     Raises:
         MethodError: If the ranks differ.
     """
-    ranks = [int((stack.owner == i).sum()) for i in stack.adapters]
-    if len(set(ranks)) > 1:
-        raise MethodError(
-            f"linear-factors at {job.module}: the ranks differ: {', '.join(map(str, ranks))}",
-            "use linear (on deltas, exact, any ranks)",
-        )
+    shape = equal_ranks(
+        stack, f"linear-factors at {job.module}", "use linear (on deltas, exact, any ranks)"
+    )
     factor = stack.scale * job.weights[stack.owner]
     root = factor.abs().sqrt()
-    shape = (len(ranks), ranks[0])
     down = (stack.down * (root * factor.sign())[:, None].to(stack.down.dtype)).unflatten(0, shape)
     up = (stack.up * root.to(stack.up.dtype)).unflatten(1, shape)
     return Outcome(single(up.sum(dim=1), down.sum(dim=0)))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters import RankStack
+from lora_merge.errors import MethodError
 from lora_merge.merge.options import NoOptions, Parameter, describe_options, parse_options
 
 # units: the stack as it is. factors: A and B apart. delta: the dense matrix, in row blocks.
@@ -155,3 +156,20 @@ def single(up: Tensor, down: Tensor, scale: Tensor | None = None) -> RankStack:
         scale = torch.ones(size, dtype=torch.float64, device=down.device)
     owner = torch.zeros(size, dtype=torch.int64, device=down.device)
     return RankStack(down, up, scale.to(torch.float64), owner)
+
+
+def equal_ranks(stack: RankStack, what: str, remedy: str) -> tuple[int, int]:
+    """(number of adapters, their common rank), for methods on A and B apart.
+
+    Args:
+        stack: The adapters that are present.
+        what: Who asks, and at which module.
+        remedy: What to do where ranks differ.
+
+    Raises:
+        MethodError: If the ranks differ.
+    """
+    ranks = [int((stack.owner == owner).sum()) for owner in stack.adapters]
+    if len(set(ranks)) > 1:
+        raise MethodError(f"{what}: the ranks differ: {', '.join(map(str, ranks))}", remedy)
+    return len(ranks), ranks[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_merge.adapters import RankStack
 from lora_merge.errors import MethodError
+from lora_merge.merge.calibrate import shares
 from lora_merge.merge.method import Job, Outcome
 from lora_merge.merge.options import option
 
@@ -44,7 +45,7 @@ def slerp(stack: RankStack, job: Job, options: SlerpOptions) -> Outcome:
 
     Where only one of the two adapters has the module, it is taken with its weight's share.
     """
-    share = _shares(stack, job)
+    share = shares(stack, job)
     if len(stack.adapters) > 2:
         raise MethodError(
             f"slerp is between two adapters, not {len(stack.adapters)}",
@@ -108,7 +109,7 @@ def model_stock(stack: RankStack, job: Job, options: object) -> Outcome:
     t = N cos / (1 + (N - 1) cos) with the mean pairwise cosine. For adapters of different tasks the
     cosine is about 0 and so is t: it erases the merge. It is made for fine-tunings of one task.
     """
-    share = _shares(stack, job)
+    share = shares(stack, job)
     count = len(stack.adapters)
     if count == 1:
         return _combine(stack, share)
@@ -119,22 +120,6 @@ def model_stock(stack: RankStack, job: Job, options: object) -> Outcome:
     shrink = min(max(count * mean / (1 + (count - 1) * mean), 0.0), 1.0) if mean > 0 else 0.0
     outcome = _combine(stack, share * shrink, angle=mean)
     return Outcome(outcome.stack, {**outcome.details, "shrink": shrink})
-
-
-def _shares(stack: RankStack, job: Job) -> Tensor:
-    """Weights of the adapters that are present, with sum 1, float64, shape (n,).
-
-    Raises:
-        MethodError: If they add up to nothing.
-    """
-    weights = job.weights[torch.tensor(stack.adapters, device=job.weights.device)]
-    total = float(weights.sum())
-    if abs(total) < 1e-12 * float(weights.abs().sum()):
-        raise MethodError(
-            f"{job.module}: the weights add up to 0, so they are no shares",
-            "give weights of one sign, or use task-arithmetic",
-        )
-    return weights / total
 
 
 def _products(stack: RankStack) -> Tensor:
@@ -148,7 +133,7 @@ def _directions(stack: RankStack, job: Job) -> tuple[Tensor, Tensor, Tensor]:
     products = _products(stack)
     norms = products.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
-    return _shares(stack, job), norms, inverse[:, None] * products * inverse
+    return shares(stack, job), norms, inverse[:, None] * products * inverse
 
 
 def _unit(place: Tensor, cosines: Tensor, job: Job) -> Tensor:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters import RankStack
-from lora_merge.errors import MethodError
-from lora_merge.merge.method import Job, Outcome, single
+from lora_merge.merge.calibrate import shares
+from lora_merge.merge.method import Job, Outcome, equal_ranks, single
 from lora_merge.merge.options import option
+
+_RESIZE = "resize the adapters to one rank first, or use a method on deltas"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def robustmerge(stack: RankStack, job: Job, options: RobustMergeOptions) -> Outc
     Raises:
         MethodError: If ranks differ.
     """
-    count, rank = _equal_ranks(stack, "robustmerge", job.module)
+    count, rank = equal_ranks(stack, f"robustmerge at {job.module}", _RESIZE)
     down = stack.down.unflatten(0, (count, rank))
     up = stack.up.unflatten(1, (count, rank)).movedim(1, 0)
     kept_down, kept_up = _largest(down, options.density), _largest(up, options.density)
@@ -70,18 +72,15 @@ def aligned_mean(stack: RankStack, job: Job, options: object) -> Outcome:
     Raises:
         MethodError: If ranks differ or the weights add up to 0.
     """
-    count, rank = _equal_ranks(stack, "aligned-mean", job.module)
-    weights = job.weights[torch.tensor(stack.adapters, device=job.weights.device)]
-    if float(weights.sum()) == 0:
-        raise MethodError(f"aligned-mean at {job.module}: the weights add up to 0", "change them")
-    share = weights / weights.sum()
+    count, rank = equal_ranks(stack, f"aligned-mean at {job.module}", _RESIZE)
+    share = shares(stack, job)
     root = stack.scale.abs().sqrt()
     norm_up, norm_down = stack.gram_up.diagonal().sqrt(), stack.gram_down.diagonal().sqrt()
     alive = (norm_up > 0) & (norm_down > 0)
     balance = torch.where(alive, (norm_up / norm_down.clamp_min(1e-300)).sqrt(), 0.0)
     to_down = root * balance
     to_up = torch.where(alive, root * stack.scale.sign() / balance.clamp_min(1e-300), 0.0)
-    reference = int(weights.abs().argmax())
+    reference = int(share.abs().argmax())
     places = range(reference * rank, (reference + 1) * rank)
     mix = torch.zeros(2, rank, stack.num_units, dtype=torch.float64, device=stack.down.device)
     for adapter in range(count):
@@ -109,17 +108,6 @@ def _match(
     rows = torch.arange(len(places), device=a.device)
     sign = torch.where(a[rows, chosen] + b[rows, chosen] < 0, -1.0, 1.0).to(torch.float64)
     return match.tolist(), sign
-
-
-def _equal_ranks(stack: RankStack, method: str, module: str) -> tuple[int, int]:
-    """Number of adapters and their common rank."""
-    ranks = [int((stack.owner == i).sum()) for i in stack.adapters]
-    if len(set(ranks)) > 1:
-        raise MethodError(
-            f"{method} at {module}: the ranks differ: {', '.join(map(str, ranks))}",
-            "resize the adapters to one rank first, or use a method on deltas",
-        )
-    return len(ranks), ranks[0]
 
 
 def _largest(x: Tensor, density: float) -> Tensor:
