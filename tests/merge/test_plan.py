@@ -11,8 +11,16 @@ import yaml
 
 import lora_merge
 from builders import SHAPES, adapter_parts, make_adapter, save_adapter, save_parts
-from lora_merge.adapters import Adapter, align, read_stacks
+from lora_merge.adapters import (
+    Adapter,
+    TensorDict,
+    align,
+    build_adapter,
+    parse_config,
+    read_stacks,
+)
 from lora_merge.errors import LoraMergeError, MethodError
+from lora_merge.merge.auto import choose
 from lora_merge.merge.by_module import ByModule, count_layers
 from lora_merge.merge.elementwise import merge_tensor
 from lora_merge.merge.plan import plan_merge
@@ -308,8 +316,6 @@ def test_auto_says_what_it_chose() -> None:
         merged = lora_merge.merge(adapters, rank=rank)
         assert any(f"auto chose {method}: " in note for note in merged.notes)
     config, tensors = adapter_parts(r=4, seed=1)
-    from lora_merge.adapters import TensorDict, build_adapter, parse_config
-
     alike = [
         build_adapter(
             f"seed-{i}",
@@ -319,6 +325,21 @@ def test_auto_says_what_it_chose() -> None:
         for i in range(3)
     ]
     assert any("auto chose mean" in note for note in lora_merge.merge(alike).notes)
+
+
+@pytest.mark.parametrize("alike", range(7))
+def test_auto_looks_at_every_kind_of_module(alike: int) -> None:
+    """Adapters that are the same in one kind of seven, and unrelated elsewhere, are not alike."""
+    kinds = ["down", "gate", "k", "o", "q", "up", "v"]
+    shapes = {f"layers.{n:02d}.{kind}": (6, 5) for n in range(16) for kind in kinds}
+    config, tensors = adapter_parts(shapes=shapes, seed=0)
+    _, others = adapter_parts(shapes=shapes, seed=1)
+    mixed = {k: tensors[k] if f".{kinds[alike]}." in k else t for k, t in others.items()}
+    pair = [
+        build_adapter(name, parse_config(config, name), TensorDict(parts))
+        for name, parts in (("one", tensors), ("two", mixed))
+    ]
+    assert choose(align(pair)).method == "svd"
 
 
 def test_a_cut_that_loses_most_is_told_or_refused() -> None:

@@ -49,9 +49,15 @@ def choose(alignment: Alignment) -> Choice:
 
 
 def _spread(modules: Sequence[AlignedModule]) -> list[AlignedModule]:
+    """A few modules that adapters share, from the first to the last.
+
+    Both ends belong to it: a whole step of the list, which goes layer by layer, would be a whole
+    number of layers, and so one and the same kind of module, in most models.
+    """
     shared = [m for m in modules if len(m.specs) > 1]
-    step = max(len(shared) // _SAMPLE, 1)
-    return shared[::step][:_SAMPLE]
+    if len(shared) <= _SAMPLE:
+        return shared
+    return [shared[i * (len(shared) - 1) // (_SAMPLE - 1)] for i in range(_SAMPLE)]
 
 
 def _read(alignment: Alignment, module: AlignedModule) -> list[RankStack]:
