@@ -90,7 +90,7 @@ def wanted_norm(stack: RankStack, weights: Tensor, how: RestoreNorm) -> float | 
 
 
 def pico(core: RankStack) -> RankStack:
-    """Shrink what the adapters' outputs share (Pico, arXiv 2604): a step before any method.
+    """Shrink what the adapters' outputs share (Pico, April 2026, github.com/yixuantt/Pico).
 
     [B_1 … B_N] = U S V^T with scalings absorbed, c_j = s_j^2 / sum s^2,
     B_i <- B_i + U diag(1 / (1 + (N - 1) c) - 1) U^T B_i. Directions that hold most of all outputs

@@ -142,7 +142,7 @@ def regmean(stack: RankStack, job: Job, options: RegMeanOptions) -> Outcome:
 
     X = sum_i D_i G_i (sum_i G_i)^-1: every B_i stays and A_i becomes A_i G_i S^-1.
     """
-    grams = {i: needed(job.statistics, f"x.{i}", "regmean") for i in stack.adapters}
+    grams = {i: needed(job, f"x.{i}", "regmean") for i in stack.adapters}
     shrunk = {
         i: options.off_diagonal * g + (1 - options.off_diagonal) * torch.diag(g.diagonal())
         for i, g in grams.items()
@@ -167,11 +167,9 @@ def ssr(stack: RankStack, job: Job, options: SsrOptions) -> Outcome:
     With z = A_c x, the router Q (sum_k Z_k + ridge)^-1 predicts from all z what the active
     adapter's own z is; Q's rows of adapter k are those of Z_k. A stays, B becomes B Q (...)^-1.
     """
-    owner = needed(job.statistics, "owner", "ssr").to(stack.owner.device)
+    owner = needed(job, "owner", "ssr").to(stack.owner.device)
     present = torch.isin(owner, stack.owner)
-    moments = {
-        i: needed(job.statistics, f"z.{i}", "ssr")[present][:, present] for i in stack.adapters
-    }
+    moments = {i: needed(job, f"z.{i}", "ssr")[present][:, present] for i in stack.adapters}
     # The file may number the adapters otherwise; inside an adapter the order is the same.
     order = torch.argsort(owner[present], stable=True)
     moments = {i: z[order][:, order] for i, z in moments.items()}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lora_merge.adapters import Adapter, Alignment, RankStack, align, read_stacks
 from lora_merge.errors import LoraMergeError, MethodError
+from lora_merge.merge.method import Job
 
 
 class StatisticsError(LoraMergeError):
@@ -198,17 +199,16 @@ def _call(model: nn.Module, batch: Any) -> None:
         model(batch)
 
 
-def needed(job_statistics: Mapping[str, Tensor], key: str, method: str) -> Tensor:
+def needed(job: Job, key: str, method: str) -> Tensor:
     """One tensor of a module's statistics.
 
     Raises:
         MethodError: If it was not collected.
     """
-    if key not in job_statistics:
-        extra = "with inputs=True" if key.startswith("x") else ""
+    if key not in job.statistics:
+        extra = " with inputs=True" if key.startswith("x") else ""
         raise MethodError(
-            f"method {method} needs statistics of activations",
-            f"make them with lora_merge.collect_statistics {extra}".strip()
-            + " and give the file as statistics",
+            f"method {method} needs statistics of what {job.module} sees, and there are none",
+            f"make them with lora_merge.collect_statistics{extra} and give the file as statistics",
         )
-    return job_statistics[key]
+    return job.statistics[key]
