@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from test_xlora import ours_from, peft_xlora
 from tiny import experts_for, llama, saved_experts, shapes_of, tokens
 
-from lora_merge.errors import AdapterError, MethodError
+from builders import SHAPES, make_adapter
+from lora_merge.errors import AdapterError, MethodError, OutputError
 from lora_merge.mixture import Mixture, load_mixture
 from lora_merge.mixture.exporters import export_experts, export_static, export_xlora
 from lora_merge.mixture.importers import import_meteora, import_xlora, layer_order
@@ -231,6 +232,33 @@ def test_static_export_takes_measured_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(
         b @ a * written.modules[name].scaling, expected, rtol=1e-4, atol=1e-5
     )
+
+
+def test_an_export_does_not_replace_what_it_is_made_from(tmp_path: Path) -> None:
+    Mixture(saved_experts(tmp_path, llama()), "xlora").save_pretrained(tmp_path / "mix")
+    mixture = Mixture.from_pretrained(tmp_path / "mix")
+    for export in (
+        export_static,
+        export_experts,
+        lambda m, folder, force: export_xlora(m, folder, m.modules, force=force),
+    ):
+        with pytest.raises(OutputError, match="holds an input"):
+            export(mixture, tmp_path / "mix", force=True)
+    assert Mixture.from_pretrained(tmp_path / "mix").names == mixture.names
+
+
+def test_experts_whose_folders_would_clash_are_named(tmp_path: Path) -> None:
+    paths = saved_experts(tmp_path, llama())[:2]
+    with pytest.raises(MethodError, match=r"'a b' and 'a-b'"):
+        export_experts(Mixture(paths, "arrow", names=["a b", "a-b"]), tmp_path / "experts")
+
+
+def test_measured_weights_need_not_cover_general_knowledge_alone(tmp_path: Path) -> None:
+    one, two = (make_adapter(name, seed=seed) for seed, name in enumerate(("one", "two")))
+    wide = make_adapter("wide", shapes={**SHAPES, "model.layers.0.mlp.extra": (5, 16)})
+    mixture = Mixture([one, two], "arrow", general=[wide])
+    weights = dict.fromkeys(SHAPES, torch.tensor([0.5, 0.5]))
+    assert export_static(mixture, tmp_path / "static", weights=weights) == 0.0
 
 
 def test_experts_come_out_as_they_went_in(tmp_path: Path) -> None:

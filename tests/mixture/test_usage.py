@@ -60,6 +60,7 @@ def test_entropy_is_zero_for_one_hot_and_one_for_uniform() -> None:
 
 def test_names_sort_as_people_count() -> None:
     assert natural(["layers.10", "layers.2"]) == ["layers.2", "layers.10"]
+    assert natural(["net.out", "net.1", "net"]) == ["net", "net.1", "net.out"]
     assert layer_of("model.layers.3.mlp.up_proj") == "layers.3"
     assert layer_of("lm_head") == "lm_head"
 

@@ -56,7 +56,7 @@ def consolidate(
     names = mixture.names
     if not 1 <= experts <= len(names):
         raise MethodError(f"{experts} of {len(names)} experts", f"1 to {len(names)}")
-    modules = [m for m in mixture.alignment.modules if min(m.specs) < len(names)]
+    modules = mixture.gated_modules
     if tuple(names) != usage.experts or set(usage.modules) != {m.name for m in modules}:
         raise MethodError("the usage is that of another mixture", "measure this one's")
     if mixture.spec.granularity == "rank":

@@ -50,7 +50,7 @@ def save(mixture: Mixture, folder: Path, *, force: bool = False) -> Path:
     Raises:
         OutputError: If the target cannot or must not be written.
     """
-    inputs = [e.adapter.source.weights for e in mixture.experts if e.adapter.source]
+    inputs = mixture.files
     needed = sum(path.stat().st_size for path in inputs)
     inside = any(path.resolve().is_relative_to(folder.resolve()) for path in inputs)
     check_target(folder, force=force, inputs=() if inside and force else inputs, needed=needed)

@@ -19,7 +19,7 @@ from lora_merge.adapters import (
 from lora_merge.errors import MethodError
 from lora_merge.linalg import thin_svd
 from lora_merge.mixture.directory import write_expert
-from lora_merge.mixture.mixture import Mixture, slug
+from lora_merge.mixture.mixture import Expert, Mixture, slug
 
 
 def export_experts(mixture: Mixture, folder: Path, *, force: bool = False) -> list[Path]:
@@ -27,16 +27,26 @@ def export_experts(mixture: Mixture, folder: Path, *, force: bool = False) -> li
 
     Returns:
         The folders.
+
+    Raises:
+        MethodError: If two experts' names would make the same folder.
     """
-    check_target(folder, force=force)
-    gated = [e for e in mixture.experts if not e.general]
+    check_target(folder, force=force, inputs=mixture.files)
+    places: dict[str, Expert] = {}
+    for expert in mixture.experts[: mixture.num_experts]:
+        other = places.setdefault(slug(expert.name), expert)
+        if other is not expert:
+            raise MethodError(
+                f"the experts {other.name!r} and {expert.name!r} would share a folder",
+                "make the mixture again with names that differ in letters or digits",
+            )
     with atomic_directory(folder) as staging:
-        for expert in gated:
-            (staging / slug(expert.name)).mkdir()
-            write_expert(expert, staging / slug(expert.name))
-        names = {"lora_merge": "experts of a mixture", "experts": [slug(e.name) for e in gated]}
+        for place, expert in places.items():
+            (staging / place).mkdir()
+            write_expert(expert, staging / place)
+        names = {"lora_merge": "experts of a mixture", "experts": list(places)}
         (staging / "config.json").write_text(json.dumps(names, indent=2) + "\n")
-    return [folder / slug(e.name) for e in gated]
+    return [folder / place for place in places]
 
 
 def export_static(
@@ -59,10 +69,9 @@ def export_static(
     Returns:
         Relative Frobenius error of the cut, over all modules; 0 where all ranks are kept.
     """
-    check_target(folder, force=force)
-    count = mixture.num_experts
+    check_target(folder, force=force, inputs=mixture.files)
     table = _weight_table(mixture, weights)
-    modules = [m for m in mixture.alignment.modules if min(m.specs) < count]
+    modules = mixture.gated_modules
     ranks = {m.name: min(m.num_units, rank or m.num_units) for m in modules}
     adapters = [e.adapter for e in mixture.experts]
     plan = plan_output(adapters, modules, ranks, dtype="F32", layout="uniform")
@@ -96,7 +105,7 @@ def export_xlora(
     spec = mixture.spec
     if spec.signal != "hidden" or spec.null_expert or spec.value == "sigmoid":
         raise MethodError(f"a {spec.preset} gate is no X-LoRA gate", "export xlora mixtures")
-    check_target(folder, force=force)
+    check_target(folder, force=force, inputs=mixture.files)
     count, depth = mixture.num_experts, spec.depth
     tensors: dict[str, Tensor] = {}
     for index in range(depth):
@@ -138,18 +147,18 @@ def export_xlora(
 def _weight_table(
     mixture: Mixture, weights: Sequence[float] | Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """Weights (E,) of every module."""
-    count = mixture.num_experts
+    """Weights (E,) of every gated module."""
+    count, modules = mixture.num_experts, [m.name for m in mixture.gated_modules]
     if isinstance(weights, Mapping):
-        missing = [name for name in mixture.modules if name not in weights]
+        missing = [name for name in modules if name not in weights]
         if missing:
             raise MethodError(f"no weights for {missing[0]}", "measure the usage of all modules")
-        return {name: weights[name].double() for name in mixture.modules}
+        return {name: weights[name].double() for name in modules}
     own = mixture.spec.weights if mixture.spec.signal == "constant" else (1.0 / count,) * count
     row = torch.tensor(list(weights or own), dtype=torch.float64)
     if len(row) != count:
         raise MethodError(f"{len(row)} weights for {count} experts", "give one per expert")
-    return dict.fromkeys(mixture.modules, row)
+    return dict.fromkeys(modules, row)
 
 
 def with_general(weights: Tensor, mixture: Mixture) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import Adapter, Alignment, align
+from lora_merge.adapters import Adapter, AlignedModule, Alignment, align
 from lora_merge.errors import AlignmentError, MethodError
 from lora_merge.mixture.gate import GateSpec, gate_spec
 from lora_merge.mixture.initial import initial_gate
@@ -130,6 +130,16 @@ class Mixture:
     def modules(self) -> list[str]:
         """Wrapped modules in name order, which is the order of X-LoRA's layers."""
         return [module.name for module in self.alignment.modules]
+
+    @property
+    def gated_modules(self) -> list[AlignedModule]:
+        """Modules that a gated expert adapts, in name order; not those of general ones alone."""
+        return [m for m in self.alignment.modules if min(m.specs) < self.num_experts]
+
+    @property
+    def files(self) -> list[Path]:
+        """Where the experts' tensors are read from; none for experts in memory."""
+        return [e.adapter.source.weights for e in self.experts if e.adapter.source]
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -259,10 +269,8 @@ def expected_shapes(mixture: Mixture) -> dict[str, tuple[int | None, ...]]:
         return shapes
     if not spec.has_rows:
         return shapes
-    for module in mixture.alignment.modules:
+    for module in mixture.gated_modules:
         present = [i for i in module.specs if i < count]
-        if not present:
-            continue
         width = module.first.d_in
         if spec.signal == "prototype":
             shapes[f"{module.name}.prototype"] = (len(present), width)

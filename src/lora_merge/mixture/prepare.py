@@ -47,9 +47,8 @@ def make_members(
     targets = find_targets(model, mixture)
     default = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     members = []
-    for number, module in enumerate(mixture.alignment.modules):
-        if min(module.specs) >= mixture.num_experts:
-            continue  # general knowledge alone: there is no expert here to subtract it from
+    numbers = {name: number for number, name in enumerate(mixture.modules)}
+    for module in mixture.gated_modules:
         target = targets[module.name]
         weight = next(target.parameters(recurse=False), None)
         device = weight.device if weight is not None else _device_of(target, model)
@@ -61,7 +60,7 @@ def make_members(
         )
         kind = dtype or (weight.dtype if floats and weight is not None else default)
         stack = next(iter(read_stacks(mixture.alignment, module)))
-        members.append(_member(mixture, module, number, stack, target, kind, device))
+        members.append(_member(mixture, module, numbers[module.name], stack, target, kind, device))
     return members, targets
 
 

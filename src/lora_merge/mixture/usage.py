@@ -138,4 +138,9 @@ def kind_of(module: str) -> str:
 
 def natural(names: Iterable[str]) -> list[str]:
     """Sorted with numbers as numbers: layer 2 before layer 10."""
-    return sorted(names, key=lambda n: [int(p) if p.isdigit() else p for p in n.split(".")])
+
+    def key(name: str) -> list[tuple[bool, int, str]]:
+        # A number stands before a word: the two cannot be compared.
+        return [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in name.split(".")]
+
+    return sorted(names, key=key)
