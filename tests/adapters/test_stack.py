@@ -72,7 +72,7 @@ def test_weighted_stack_shares_grams_already_computed(ranks: list[int], seed: in
 def test_slices_put_together_again_are_the_stack(ranks: list[int], seed: int) -> None:
     stack = random_stack(ranks, seed=seed)
     parts = [stack.of_adapter(i) for i in stack.adapters]
-    again = RankStack.of([(p.down, p.up, float(p.scale[0])) for p in parts])
+    again = RankStack.joined(parts)
     assert torch.equal(again.down, stack.down)
     assert torch.equal(again.up, stack.up)
     assert torch.equal(again.scale, stack.scale)
@@ -94,6 +94,17 @@ def test_balancing_keeps_every_bit_for_powers_of_two(seed: int, power: int) -> N
     a, b = stack.balanced()
     again = RankStack.of([(a, b, 1.0)])
     assert torch.equal(again.delta(), stack.delta())
+
+
+@given(ranks=ranks, seed=seeds)
+def test_turning_and_scaling_do_to_the_stack_what_they_do_to_the_delta(
+    ranks: list[int], seed: int
+) -> None:
+    stack = random_stack(ranks, seed=seed)
+    torch.testing.assert_close(stack.transposed().delta(), stack.delta().mT)
+    torch.testing.assert_close(stack.scaled(-3.0).delta(), -3 * stack.delta())
+    alone = RankStack.single(stack.up, stack.down, stack.scale)
+    assert torch.equal(alone.delta(), stack.delta()) and alone.adapters == (0,)
 
 
 def test_zero_units_stay_zero() -> None:

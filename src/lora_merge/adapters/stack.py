@@ -53,6 +53,25 @@ class RankStack:
             owner=torch.arange(len(ranks), device=device).repeat_interleave(repeats),
         )
 
+    @classmethod
+    def single(cls, up: Tensor, down: Tensor, scale: Tensor | None = None) -> "RankStack":
+        """One adapter, owner 0: up (m, k), down (k, n), scale (k,) or ones."""
+        size, device = down.shape[0], down.device
+        if scale is None:
+            scale = torch.ones(size, device=device)
+        owner = torch.zeros(size, dtype=torch.int64, device=device)
+        return cls(down, up, scale.to(torch.float64), owner)
+
+    @classmethod
+    def joined(cls, parts: Sequence["RankStack"]) -> "RankStack":
+        """The units of several stacks of one module, one after the other."""
+        return cls(
+            torch.cat([part.down for part in parts]),
+            torch.cat([part.up for part in parts], dim=1),
+            torch.cat([part.scale for part in parts]),
+            torch.cat([part.owner for part in parts]),
+        )
+
     @property
     def num_units(self) -> int:
         """R."""
@@ -92,14 +111,22 @@ class RankStack:
         return self.units(self.owner == owner)
 
     def weighted(self, weights: Tensor) -> "RankStack":
-        """Multiply each adapter by its weight, float64, shape (N,), indexed by owner.
+        """Multiply each adapter by its weight, float64, shape (N,), indexed by owner."""
+        return self.scaled(weights[self.owner])
 
-        The Grams do not depend on weights: those already computed are shared.
+    def scaled(self, factor: Tensor | float) -> "RankStack":
+        """Multiply each unit by a factor, float64, shape (R,), or all by one.
+
+        The Grams do not depend on scales: those already computed are shared.
         """
-        stack = replace(self, scale=self.scale * weights[self.owner])
+        stack = replace(self, scale=self.scale * factor)
         shared = {"gram_down", "gram_up"}
         stack.__dict__.update({name: self.__dict__[name] for name in shared & self.__dict__.keys()})
         return stack
+
+    def transposed(self) -> "RankStack":
+        """The stack of the transposed deltas."""
+        return RankStack(self.up.mT, self.down.mT, self.scale, self.owner)
 
     def adapter_products(self) -> Tensor:
         """All inner products <Delta_i, Delta_j> of the adapters, float64, shape (N, N).

@@ -318,7 +318,7 @@ def _write(parts: Mapping[str, Difference], plan: RankPlan, output: OutputPlan, 
                 rank = plan.ranks[name]
                 root = part.values[:rank].sqrt().float()
                 up, down = part.u[:, :rank] * root, root[:, None] * part.vh[:rank]
-                writer.add(name, [RankStack.of([(down, up, 1.0)])])
+                writer.add(name, [RankStack.single(up, down)])
         text = short_card(
             "An extracted LoRA adapter",
             output.config["base_model_name_or_path"],

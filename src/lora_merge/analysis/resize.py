@@ -33,7 +33,7 @@ from lora_merge.analysis.ranks import RankPlan
 from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum, require_finite
 from lora_merge.analysis.stored_units import keeps_stored_units, split_units
 from lora_merge.errors import MethodError
-from lora_merge.linalg import gram
+from lora_merge.linalg import gram, pivot_sign
 
 
 @dataclass(frozen=True)
@@ -210,11 +210,9 @@ def truncated(module: ModuleSpectrum, up: Tensor, down: Tensor, rank: int) -> Ra
     precise = torch.float64 if up.dtype == torch.float64 else torch.float32
     new_up = up.to(precise) @ (root * left).to(precise)
     new_down = (root * right).to(precise) @ down.to(precise)
-    # Signs of singular pairs are arbitrary: fixed, so that files can be reproduced.
-    pivot = new_up.gather(0, new_up.abs().argmax(dim=0, keepdim=True)).squeeze(0)
-    sign = torch.where(pivot < 0, -1.0, 1.0).to(precise)
+    sign = pivot_sign(new_up)
     flip = -sign if module.spec.scaling < 0 else sign
-    return RankStack.of([((sign[:, None] * new_down), new_up * flip, 1.0)])
+    return RankStack.single(new_up * flip, sign.mT * new_down)
 
 
 def cast_error(stack: RankStack, dtype: torch.dtype) -> float:

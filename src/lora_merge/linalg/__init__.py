@@ -4,6 +4,7 @@ from lora_merge.linalg.core import CoreSVD, core_svd
 from lora_merge.linalg.factors import (
     gram,
     orthonormal_basis,
+    pivot_sign,
     singular_values,
     thin_qr,
     thin_svd,
@@ -21,6 +22,7 @@ __all__ = [
     "leading_svd",
     "leading_svd_in_bands",
     "orthonormal_basis",
+    "pivot_sign",
     "singular_values",
     "thin_qr",
     "thin_svd",

@@ -100,7 +100,7 @@ def thin_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
     u = q_up @ u.to(q_up.dtype)
     vh = vh.to(q_down.dtype) @ q_down.mT
-    sign = _pivot_sign(u)
+    sign = pivot_sign(u)
     return u * sign, s, vh * sign.mT
 
 
@@ -120,6 +120,17 @@ def singular_values(up: Tensor, down: Tensor) -> Tensor:
     return values
 
 
+def pivot_sign(u: Tensor) -> Tensor:
+    """+1 or -1 per column, shape (..., 1, k): the sign of its entry of largest magnitude.
+
+    Signs of singular pairs are arbitrary; multiplied by these, they are the same in every run.
+    """
+    if u.shape[-2] == 0:
+        return torch.ones_like(u[..., :1, :])
+    pivot = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True))
+    return torch.where(pivot < 0, -1.0, 1.0).to(u.dtype)
+
+
 def _cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """One CholeskyQR pass, or None where `x` is too ill-conditioned for it."""
     lower, info = torch.linalg.cholesky_ex(gram(x.mT))
@@ -132,14 +143,6 @@ def _cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor] | None:
     identity = torch.eye(x.shape[-1], dtype=lower.dtype, device=x.device).expand_as(lower)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     return x @ inverse.mT.to(x.dtype), lower.mT
-
-
-def _pivot_sign(u: Tensor) -> Tensor:
-    """+1 or -1 per column, shape (..., 1, k): the sign of its entry of largest magnitude."""
-    if u.shape[-2] == 0:
-        return torch.ones_like(u[..., :1, :])
-    pivot = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True))
-    return torch.where(pivot < 0, -1.0, 1.0).to(u.dtype)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def merge_delta(
     start = _first_guess(stack, weights, rank, seed)
     svd = leading_svd_in_bands(bands, stack.d_out, start, rank)
     root = svd.s.sqrt()
-    merged = _stack_of(svd.u * root.to(svd.u.dtype), root.to(svd.vh.dtype)[:, None] * svd.vh)
+    merged = RankStack.single(svd.u * root.to(svd.u.dtype), root.to(svd.vh.dtype)[:, None] * svd.vh)
     retained = 1 - svd.residual / svd.square if svd.square > 0 else 1.0
     return DeltaMerge(merged, svd.square**0.5, retained, svd.sweeps)
 
@@ -322,15 +322,11 @@ def _full(stack: RankStack, bands: _Merged) -> DeltaMerge:
     small = min(matrix.shape)
     identity = torch.eye(small, dtype=matrix.dtype, device=matrix.device)
     up, down = (identity, matrix) if matrix.shape[0] == small else (matrix, identity)
-    return DeltaMerge(_stack_of(up, down), float(matrix.double().norm()), 1.0, 1)
-
-
-def _stack_of(up: Tensor, down: Tensor) -> RankStack:
-    size = down.shape[0]
-    scale = torch.ones(size, dtype=torch.float64, device=up.device)
-    return RankStack(down, up, scale, torch.zeros(size, dtype=torch.int64, device=up.device))
+    return DeltaMerge(RankStack.single(up, down), float(matrix.double().norm()), 1.0, 1)
 
 
 def _nothing(stack: RankStack, rank: int | None) -> RankStack:
     size = min(rank or stack.d_out, stack.d_out, stack.d_in)
-    return _stack_of(stack.up.new_zeros(stack.d_out, size), stack.down.new_zeros(size, stack.d_in))
+    return RankStack.single(
+        stack.up.new_zeros(stack.d_out, size), stack.down.new_zeros(size, stack.d_in)
+    )

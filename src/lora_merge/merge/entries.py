@@ -16,7 +16,7 @@ from lora_merge.merge.blocks import Block, Statistics
 from lora_merge.merge.delta import blocks_of, brackets_of, merge_delta, sample_entries
 from lora_merge.merge.elementwise import measure, merge_tensor
 from lora_merge.merge.masks import mask_key
-from lora_merge.merge.method import Job, Outcome, Survey, equal_ranks, single
+from lora_merge.merge.method import Job, Outcome, Survey, equal_ranks
 from lora_merge.merge.options import option
 from lora_merge.merge.rule import Compat, Rule, Scope, preset
 
@@ -223,4 +223,4 @@ def _on_factors(rule: Rule, stack: RankStack, job: Job) -> Outcome:
         root.tolist(),
         keys=[keys[".B"][i] for i in present],
     )
-    return Outcome(single(up, down))
+    return Outcome(RankStack.single(up, down))

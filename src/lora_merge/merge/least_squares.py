@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters import RankStack
-from lora_merge.merge.method import Job, Outcome, single
+from lora_merge.merge.method import Job, Outcome
 from lora_merge.merge.options import option
 from lora_merge.merge.spectral import flatten, share_of_energy, triplets, truncated_svd
 from lora_merge.merge.statistics import needed
@@ -61,10 +61,8 @@ def wudi(stack: RankStack, job: Job, options: WudiOptions) -> Outcome:
     elif options.side == "output":
         outcome = _one_side(parts, share, job.rank, options)
     else:
-        turned = RankStack(parts.up.mT, parts.down.mT, parts.scale, parts.owner)
-        outcome = _one_side(turned, share, job.rank, options)
-        result = outcome.stack
-        outcome = replace(outcome, stack=single(result.down.mT, result.up.mT, result.scale))
+        outcome = _one_side(parts.transposed(), share, job.rank, options)
+        outcome = replace(outcome, stack=outcome.stack.transposed())
     if options.beta == 0:
         return outcome
     return replace(outcome, stack=_flattened(outcome.stack, options.beta))
@@ -89,7 +87,7 @@ def _one_side(parts: RankStack, share: Tensor, rank: int | None, options: WudiOp
     u, s, vh = truncated_svd(root[:, None] * ((vectors.mT @ wanted) / values[:, None]), None)
     left = vectors @ (u[:, :rank] / root[:, None])
     # Both parts of a cut in the metric are orthogonal in it, so their energies there add up.
-    return Outcome(single(left, vh[:rank], s[:rank]), energy=share_of_energy(s[:rank], s))
+    return Outcome(RankStack.single(left, vh[:rank], s[:rank]), energy=share_of_energy(s[:rank], s))
 
 
 def _both_sides(parts: RankStack, share: Tensor, rank: int | None, ridge: float) -> Outcome:
@@ -101,14 +99,16 @@ def _both_sides(parts: RankStack, share: Tensor, rank: int | None, ridge: float)
     weight = h_values.clamp_min(0)[:, None] + g_values.clamp_min(0) + pull
     solved = h_vectors.mT @ wanted @ g_vectors / weight.clamp_min(1e-300)
     u, s, vh = truncated_svd(h_vectors @ solved @ g_vectors.mT, None)
-    return Outcome(single(u[:, :rank], vh[:rank], s[:rank]), energy=share_of_energy(s[:rank], s))
+    return Outcome(
+        RankStack.single(u[:, :rank], vh[:rank], s[:rank]), energy=share_of_energy(s[:rank], s)
+    )
 
 
 def _flattened(result: RankStack, beta: float) -> RankStack:
     """The same directions and norm with a flatter spectrum, as Iso-C's."""
     u, s, vh = truncated_svd(result.delta(), None)
     values = flatten(s, beta)
-    return single(u, vh, values * (s.norm() / values.norm()) if len(s) else values)
+    return RankStack.single(u, vh, values * (s.norm() / values.norm()) if len(s) else values)
 
 
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:
@@ -180,4 +180,4 @@ def ssr(stack: RankStack, job: Job, options: SsrOptions) -> Outcome:
     router = torch.linalg.solve(total + ridge * identity, (own + ridge * identity).mT).mT
     weighted = stack.weighted(job.weights)
     up = (weighted.up.to(router) * weighted.scale) @ router
-    return Outcome(single(up.to(stack.up.dtype), stack.down))
+    return Outcome(RankStack.single(up.to(stack.up.dtype), stack.down))

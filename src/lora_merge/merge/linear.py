@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters import RankStack
-from lora_merge.merge.method import Job, Outcome, equal_ranks, single
+from lora_merge.merge.method import Job, Outcome, equal_ranks
 
 
 def weighted_sum(stack: RankStack, job: Job, options: object) -> Outcome:
@@ -23,13 +23,12 @@ def join_shared(stack: RankStack) -> RankStack:
         return stack
     groups = _equal_groups([stack.down[part] for part in _places(stack)])
     if len(groups) < len(stack.adapters):
-        return _side_by_side([_sum_up(stack, [stack.adapters[i] for i in g]) for g in groups])
+        return RankStack.joined([_sum_up(stack, [stack.adapters[i] for i in g]) for g in groups])
     groups = _equal_groups([stack.up[:, part] for part in _places(stack)])
     if len(groups) < len(stack.adapters):
-        flipped = RankStack(stack.up.mT, stack.down.mT, stack.scale, stack.owner)
-        parts = [_sum_up(flipped, [stack.adapters[i] for i in g]) for g in groups]
-        parts = [RankStack(p.up.mT, p.down.mT, p.scale, p.owner) for p in parts]
-        return _side_by_side(parts)
+        turned = stack.transposed()
+        parts = [_sum_up(turned, [stack.adapters[i] for i in g]) for g in groups]
+        return RankStack.joined(parts).transposed()
     return stack
 
 
@@ -55,7 +54,7 @@ def linear_factors(stack: RankStack, job: Job, options: object) -> Outcome:
     root = factor.abs().sqrt()
     down = (stack.down * (root * factor.sign())[:, None].to(stack.down.dtype)).unflatten(0, shape)
     up = (stack.up * root.to(stack.up.dtype)).unflatten(1, shape)
-    return Outcome(single(up.sum(dim=1), down.sum(dim=0)))
+    return Outcome(RankStack.single(up.sum(dim=1), down.sum(dim=0)))
 
 
 def _equal_groups(factors: list[Tensor]) -> list[list[int]]:
@@ -85,12 +84,3 @@ def _sum_up(stack: RankStack, owners: list[int]) -> RankStack:
     up = torch.stack([p.up.double() * p.scale for p in parts]).sum(dim=0)
     first = parts[0]
     return RankStack(first.down, up.to(first.up.dtype), torch.ones_like(first.scale), first.owner)
-
-
-def _side_by_side(parts: list[RankStack]) -> RankStack:
-    return RankStack(
-        torch.cat([p.down for p in parts]),
-        torch.cat([p.up for p in parts], dim=1),
-        torch.cat([p.scale for p in parts]),
-        torch.cat([p.owner for p in parts]),
-    )

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lora_merge.adapters import RankStack
@@ -147,15 +146,6 @@ class Method:
     def parameters(self) -> list[Parameter]:
         """Its parameters, for help texts and tables."""
         return describe_options(self.options, {**self.presets, **self.shown})
-
-
-def single(up: Tensor, down: Tensor, scale: Tensor | None = None) -> RankStack:
-    """A merged result as a stack with one owner; up (m, k), down (k, n), scale (k,) or ones."""
-    size = down.shape[0]
-    if scale is None:
-        scale = torch.ones(size, dtype=torch.float64, device=down.device)
-    owner = torch.zeros(size, dtype=torch.int64, device=down.device)
-    return RankStack(down, up, scale.to(torch.float64), owner)
 
 
 def equal_ranks(stack: RankStack, what: str, remedy: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_merge.adapters import RankStack
 from lora_merge.merge import calibrate
-from lora_merge.merge.method import Job, Method, Normalize, Outcome, Space, single
+from lora_merge.merge.method import Job, Method, Normalize, Outcome, Space
 from lora_merge.merge.options import option
 from lora_merge.merge.spaces import Anchor, Basis, Coordinates, aligned_of, anchored, core_of
 from lora_merge.merge.spectral import svc
@@ -91,7 +91,7 @@ class Merged:
         exact = RankStack(on_right.mT, on_left, self.exact.scale, self.exact.owner)
         cross = s * torch.einsum("pk,pq,kq->k", u, exact.delta(), vh)
         root = s.sqrt()
-        units = single(u * root, root[:, None] * vh)
+        units = RankStack.single(u * root, root[:, None] * vh)
         place = Coordinates(units, left, right)
         return Decomposed(units, place, s, cross, self.exact.norm(), self.squares, self.outcome)
 
@@ -273,8 +273,4 @@ def _scaled(merged: Merged, scale: float, wanted: float | None) -> Merged:
         factor *= wanted / norm if norm > 0 else 1.0
     if factor == 1.0:
         return merged
-    result = merged.stack
-    scaled = RankStack(result.down, result.up, result.scale * factor, result.owner)
-    for name in {"gram_down", "gram_up"} & result.__dict__.keys():
-        scaled.__dict__[name] = result.__dict__[name]
-    return replace(merged, stack=scaled)
+    return replace(merged, stack=merged.stack.scaled(factor))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters import RankStack
-from lora_merge.linalg import gram
+from lora_merge.linalg import gram, pivot_sign
 
 # Basis vectors are x @ mix with a triangular inverse in mix, so their error is the condition
 # number times the epsilon of the product. Up to the first number float32 is enough, up to the
@@ -178,7 +178,4 @@ def _principal(x: Tensor) -> Tensor:
     """Left singular vectors of x that belong to nonzero singular values, signs fixed."""
     u, s, _ = torch.linalg.svd(x, full_matrices=False)
     principal: Tensor = u[:, s > _RTOL[torch.float32] * s[:1]]
-    if not principal.shape[1]:
-        return principal
-    pivot = principal.gather(0, principal.abs().argmax(dim=0, keepdim=True))
-    return principal * torch.where(pivot < 0, -1.0, 1.0)
+    return principal * pivot_sign(principal)

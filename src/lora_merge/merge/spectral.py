@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters import RankStack
-from lora_merge.merge.method import Job, Outcome, single
+from lora_merge.merge.method import Job, Outcome
 from lora_merge.merge.options import option
 
 # Singular values below this fraction of the largest are rounding of float32 inputs.
@@ -57,14 +57,14 @@ def tsv(stack: RankStack, job: Job, options: TsvOptions) -> Outcome:
     if options.keep == "share" and job.rank is not None:
         limit = max(-(-job.rank // len(stack.adapters)), 1)
     all_units = triplets(stack.weighted(job.weights), limit)
-    return Outcome(single(polar(all_units.up), polar(all_units.down), all_units.scale))
+    return Outcome(RankStack.single(polar(all_units.up), polar(all_units.down), all_units.scale))
 
 
 def iso_c(stack: RankStack, job: Job, options: IsoOptions) -> Outcome:
     """Iso-C (Marczak et al., ICML 2025, arXiv 2502.04959): the sum with a flat spectrum."""
     u, s, vh = truncated_svd(stack.weighted(job.weights).delta(), None)
     kept = s[: job.rank]
-    result = single(u[:, : len(kept)], vh[: len(kept)], flatten(kept, options.beta))
+    result = RankStack.single(u[:, : len(kept)], vh[: len(kept)], flatten(kept, options.beta))
     return Outcome(result, energy=share_of_energy(kept, s))
 
 
@@ -86,7 +86,7 @@ def iso_cts(stack: RankStack, job: Job, options: IsoCtsOptions) -> Outcome:
     left = polar(torch.cat([u[:, :common], tasks.up], dim=1))
     right = polar(torch.cat([vh[:common], tasks.down]))
     values = torch.cat([s[:common], tasks.scale])
-    return Outcome(single(left, right, flatten(values, options.beta)))
+    return Outcome(RankStack.single(left, right, flatten(values, options.beta)))
 
 
 def svc(result: RankStack, stack: RankStack, weights: Tensor, alpha: float = 0.1) -> RankStack:
@@ -114,7 +114,7 @@ def svc(result: RankStack, stack: RankStack, weights: Tensor, alpha: float = 0.1
         # A task that is absent from a direction says nothing against it.
         share = torch.where(size > RTOL**2 * s[0] ** 2, (rows * task).sum(dim=1) / size, 1.0)
         total += share.clamp_min(alpha)
-    return single(u, vh, s * len(adapters) / total)
+    return RankStack.single(u, vh, s * len(adapters) / total)
 
 
 def triplets(stack: RankStack, limit: int | None = None, *, floor: float = 0.0) -> RankStack:

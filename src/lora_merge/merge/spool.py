@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_merge.adapters import RankStack
-from lora_merge.merge.method import single
 from lora_merge.merge.pipeline import Decomposed, Finished
 
 
@@ -64,7 +63,7 @@ class Spool:
         results = []
         for expert, piece in enumerate(self.pieces[module]):
             down, up = tensors[f"{expert}.down"][:rank], tensors[f"{expert}.up"][:rank].mT
-            stack = single(up, down, tensors[f"{expert}.scale"][:rank])
+            stack = RankStack.single(up, down, tensors[f"{expert}.scale"][:rank])
             result = replace(piece.whole, stack=stack)
             if piece.values is not None and piece.cross is not None:
                 square = float(piece.values[:rank].square().sum())

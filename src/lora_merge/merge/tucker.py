@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters import RankStack
-from lora_merge.merge.method import Job, Outcome, single
+from lora_merge.merge.method import Job, Outcome
 from lora_merge.merge.options import option
 from lora_merge.merge.spectral import (
     IsoOptions,
@@ -48,7 +48,7 @@ def compress_then_merge(stack: RankStack, job: Job, options: CtmOptions) -> Outc
     left, right, held = tucker2(scaled, rank, options.iterations, options.tolerance)
     inside = RankStack(parts.down @ right, left.mT @ parts.up, parts.scale, parts.owner)
     merged = _merge_inside(inside, job, options)
-    return Outcome(single(left @ merged, right.mT), energy=held)
+    return Outcome(RankStack.single(left @ merged, right.mT), energy=held)
 
 
 def tucker2(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_merge.adapters import RankStack
 from lora_merge.merge.calibrate import shares
-from lora_merge.merge.method import Job, Outcome, equal_ranks, single
+from lora_merge.merge.method import Job, Outcome, equal_ranks
 from lora_merge.merge.options import option
 
 _RESIZE = "resize the adapters to one rank first, or use a method on deltas"
@@ -52,7 +52,7 @@ def robustmerge(stack: RankStack, job: Job, options: RobustMergeOptions) -> Outc
     factor = (stack.scale * job.weights[stack.owner]).unflatten(0, (count, rank)) * ratio
     scaled = kept_up * factor[:, None, :].to(up.dtype)
     if options.cross_terms:
-        return Outcome(single(scaled.sum(dim=0), kept_down.sum(dim=0)))
+        return Outcome(RankStack.single(scaled.sum(dim=0), kept_down.sum(dim=0)))
     return Outcome(
         RankStack(
             kept_down.flatten(0, 1),
@@ -92,7 +92,7 @@ def aligned_mean(stack: RankStack, job: Job, options: object) -> Outcome:
         mix[1, rows, index] = share[adapter] * sign * to_up[index]
     down = mix[0].to(stack.down.dtype) @ stack.down
     up = stack.up @ mix[1].mT.to(stack.up.dtype)
-    return Outcome(single(up, down))
+    return Outcome(RankStack.single(up, down))
 
 
 def _match(

@@ -173,8 +173,6 @@ def cut(stack: RankStack, rank: int) -> tuple[RankStack, float]:
     if stack.num_units <= rank:
         return stack, 0.0
     u, s, vh = thin_svd(stack.up * stack.scale.to(stack.up.dtype), stack.down)
-    scale = torch.ones(rank, dtype=torch.float64)
-    owner = torch.zeros(rank, dtype=torch.int64)
     root = s[:rank].sqrt().to(u.dtype)
-    kept = RankStack(root[:, None] * vh[:rank], u[:, :rank] * root, scale, owner)
+    kept = RankStack.single(u[:, :rank] * root, root[:, None] * vh[:rank])
     return kept, float(s[rank:].square().sum())

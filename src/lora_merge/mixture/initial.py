@@ -97,13 +97,7 @@ def svd_form(stack: RankStack, owners: Iterable[int]) -> tuple[RankStack, Tensor
         u, s, vh = thin_svd(part.up * part.scale.to(part.up.dtype), part.down)
         parts.append(RankStack(vh, u * s.to(u.dtype), torch.ones_like(s), part.owner[: len(s)]))
         values.append(s)
-    joined = RankStack(
-        torch.cat([p.down for p in parts]),
-        torch.cat([p.up for p in parts], dim=1),
-        torch.cat([p.scale for p in parts]),
-        torch.cat([p.owner for p in parts]),
-    )
-    return joined, torch.cat(values)
+    return RankStack.joined(parts), torch.cat(values)
 
 
 def classifier_tensors(spec: GateSpec, width: int, outputs: int, seed: int) -> dict[str, Tensor]:
