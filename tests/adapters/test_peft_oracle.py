@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_merge.adapters import Adapter, RankStack, align, read_stacks
+import lora_merge
+from lora_merge.adapters import Adapter, align, read_stacks
 from lora_merge.adapters.modules import ModuleSpec
-from lora_merge.merge.executor import execute
 from lora_merge.merge.plan import plan_merge
 from lora_merge.merge.recipe import Recipe
 from lora_merge.merge.save import save_merge
@@ -275,20 +275,14 @@ def test_half_precision_files_merge_on_a_cpu(dtype: torch.dtype, tmp_path: Path)
     adapters = [
         Adapter.from_pretrained(save(model, tmp_path / str(i))) for i, model in enumerate(models)
     ]
-    collected: dict[str, RankStack] = {}
-
-    class Sink:
-        def add(self, module: str, results: list[RankStack], bias: Tensor | None = None) -> None:
-            collected[module] = results[0]
-
-        def add_extra(self, name: str, tensor: Tensor) -> None:
-            raise AssertionError(name)
-
-    plan = plan_merge(adapters, method="lego", rank=8, parameters={"reweight_output": "sum"})
-    execute(plan, Sink())
-    assert plan.output.dtype == {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
-    for name, result in collected.items():
-        exact = sum(peft_deltas(model)[name].float() for model in models)
+    merged = lora_merge.merge(
+        adapters, method="lego", rank=8, parameters={"reweight_output": "sum"}
+    )
+    alignment = align([merged])
+    for module in alignment.modules:
+        assert module.first.dtype == {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+        exact = sum(peft_deltas(model)[module.name].float() for model in models)
+        result = next(read_stacks(alignment, module))
         assert (result.delta() - exact).norm() < 1e-2 * exact.norm()
 
 

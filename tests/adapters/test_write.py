@@ -81,8 +81,8 @@ def test_what_a_dtype_cannot_hold_is_not_written_as_infinity(tmp_path: Path) -> 
     loud = RankStack.of([(torch.full((1, 3), 1e6), torch.full((2, 1), 1e6), 1.0)])
     spec = ModuleSpec("m", "linear", 2, 3, 1, 1.0, "F32", "a", "b")
     plan = OutputPlan({"m": spec}, {"m": 1}, "F16", (), {}, {})
-    with AdapterWriter(tmp_path, plan) as file, MemoryWriter(plan) as memory:
-        for writer in (file, memory):
+    with AdapterWriter(tmp_path, plan) as file:
+        for writer in (file, MemoryWriter(plan)):
             with pytest.raises(OutputError, match=r"m\.lora_A.* float16") as caught:
                 writer.add("m", [loud])
             assert "bfloat16" in caught.value.remedy

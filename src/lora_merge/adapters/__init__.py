@@ -21,6 +21,7 @@ from lora_merge.adapters.writer import (
     MemoryWriter,
     OutputPlan,
     RankLayout,
+    Writer,
     plan_output,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "SafetensorsFile",
     "Source",
     "TensorDict",
+    "Writer",
     "align",
     "atomic_directory",
     "build_adapter",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from lora_merge.errors import AdapterError
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # `<module>.lora_A.weight`, `.lora_A.default.weight` (saved from a state dict with the adapter's
 # name left in), `.lora_embedding_A` (a bare parameter) and `.lora_E` (AdaLoRA's gate).
 _FACTOR = re.compile(
@@ -91,8 +91,8 @@ def sort_keys(names: Iterable[str], adapter: str) -> KeyTable:
 
 def _strip_prefix(name: str) -> tuple[str, int]:
     wraps = 0
-    while name.startswith(_PREFIX):
-        name = name.removeprefix(_PREFIX)
+    while name.startswith(PREFIX):
+        name = name.removeprefix(PREFIX)
         wraps += 1
     return name, wraps
 

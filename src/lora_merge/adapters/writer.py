@@ -6,6 +6,7 @@ with `rank_pattern` (vLLM ignores it, llama.cpp divides by each tensor's own ran
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,18 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.adapter import Adapter, build_adapter
 from lora_merge.adapters.align import AlignedModule
+from lora_merge.adapters.config import parse_config
+from lora_merge.adapters.keys import PREFIX
 from lora_merge.adapters.modules import ModuleSpec, stored_shapes, to_stored
 from lora_merge.adapters.source import CONFIG_NAME, WEIGHTS_NAME
 from lora_merge.adapters.stack import RankStack
 from lora_merge.adapters.stream import SafetensorsStream, cast_to, header_of
-from lora_merge.adapters.tensors import DTYPES
+from lora_merge.adapters.tensors import DTYPES, TensorDict
 from lora_merge.errors import AdapterError
 
 RankLayout = Literal["uniform", "per-module"]
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class OutputPlan:
         for name in self.biases:
             entries[_bias_key(name)] = (self.dtype, (self.modules[name].d_out,))
         for name, entry in self.extras.items():
-            entries[_PREFIX + name] = entry
+            entries[PREFIX + name] = entry
         return entries
 
     @property
@@ -136,20 +138,19 @@ def plan_output(
     return OutputPlan(specs, ranks, dtype, tuple(biases) if has_bias else (), extras, config)
 
 
-class AdapterWriter:
-    """Streams an adapter into a directory. Use as a context manager.
+class Writer(ABC):
+    """Takes an adapter module by module, from several threads; its kinds say where it goes.
 
     Args:
-        folder: An existing directory.
         plan: What will be written.
     """
 
-    def __init__(self, folder: Path, plan: OutputPlan) -> None:
+    def __init__(self, plan: OutputPlan) -> None:
         self.plan = plan
-        text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
-        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
-        self._stream = SafetensorsStream(folder / WEIGHTS_NAME, plan.entries())
-        self._write = self._stream.write
+
+    @abstractmethod
+    def _write(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor of the file, in any dtype."""
 
     def add(self, module: str, results: Sequence[RankStack], bias: Tensor | None = None) -> None:
         """Write one module: one result per expert (one, usually), and B's bias where planned."""
@@ -163,7 +164,25 @@ class AdapterWriter:
 
     def add_extra(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that is not a factor."""
-        self._write(_PREFIX + name, tensor)
+        self._write(PREFIX + name, tensor)
+
+
+class AdapterWriter(Writer):
+    """Streams an adapter into a directory. Use as a context manager.
+
+    Args:
+        folder: An existing directory.
+        plan: What will be written.
+    """
+
+    def __init__(self, folder: Path, plan: OutputPlan) -> None:
+        super().__init__(plan)
+        text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
+        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+        self._stream = SafetensorsStream(folder / WEIGHTS_NAME, plan.entries())
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        self._stream.write(name, tensor)
 
     def __enter__(self) -> "AdapterWriter":
         return self
@@ -177,41 +196,36 @@ class AdapterWriter:
         self._stream.__exit__(kind, error, trace)
 
 
-class MemoryWriter(AdapterWriter):
-    """Collects an adapter in memory instead of a directory.
+class MemoryWriter(Writer):
+    """Collects an adapter in memory.
 
     Args:
         plan: What will be collected.
     """
 
     def __init__(self, plan: OutputPlan) -> None:
-        self.plan = plan
-        self.tensors: dict[str, Tensor] = {}
+        super().__init__(plan)
+        self._tensors: dict[str, Tensor] = {}
         self._entries = plan.entries()
-        self._write = self._keep
 
-    def _keep(self, name: str, tensor: Tensor) -> None:
+    def _write(self, name: str, tensor: Tensor) -> None:
         code, _ = self._entries[name]
-        self.tensors[name] = cast_to(tensor.detach().cpu(), code, name).contiguous()
+        self._tensors[name] = cast_to(tensor.detach().cpu(), code, name).contiguous()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Nothing to close."""
+    def adapter(self, name: str) -> Adapter:
+        """What was collected, once every module is there."""
+        return build_adapter(name, parse_config(self.plan.config, name), TensorDict(self._tensors))
 
 
 def _factor_keys(spec: ModuleSpec) -> tuple[str, str]:
     if spec.form == "embedding":
-        stem = f"{_PREFIX}{spec.name}.lora_embedding_"
+        stem = f"{PREFIX}{spec.name}.lora_embedding_"
         return stem + "A", stem + "B"
-    return f"{_PREFIX}{spec.name}.lora_A.weight", f"{_PREFIX}{spec.name}.lora_B.weight"
+    return f"{PREFIX}{spec.name}.lora_A.weight", f"{PREFIX}{spec.name}.lora_B.weight"
 
 
 def _bias_key(module: str) -> str:
-    return f"{_PREFIX}{module}.lora_B.bias"
+    return f"{PREFIX}{module}.lora_B.bias"
 
 
 def _targets(adapters: Sequence[Adapter], specs: Mapping[str, ModuleSpec]) -> list[str]:

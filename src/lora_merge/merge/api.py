@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_merge._version import __version__
-from lora_merge.adapters import Adapter, MemoryWriter, TensorDict, build_adapter, parse_config
+from lora_merge.adapters import Adapter, MemoryWriter
 from lora_merge.errors import MethodError
 from lora_merge.merge.executor import execute, settle
 from lora_merge.merge.recipe import RECIPE_NAME, AdapterItem, Recipe, plan_recipe, resolved_recipe
@@ -75,7 +75,5 @@ def merge(
     report = finish_report(plan, modules, None, strict=strict)
     text = f"# made by lora-merge {__version__}\n"
     text += resolved_recipe(recipe, plan, opened).to_yaml()
-    config = parse_config(plan.output.config, "merged")
-    merged = build_adapter("merged", config, TensorDict(writer.tensors))
     texts = {RECIPE_NAME: text, "README.md": card_of(plan, text)}
-    return replace(merged, texts=texts, notes=report.notes)
+    return replace(writer.adapter("merged"), texts=texts, notes=report.notes)

@@ -1,15 +1,15 @@
-"""Run a plan: modules stream from the files through the method to the sink."""
+"""Run a plan: modules stream from the files through the method to the writer."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import sqrt
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import AlignedModule, RankStack, read_stacks
+from lora_merge.adapters import AlignedModule, RankStack, Writer, read_stacks
 from lora_merge.analysis import choose_ranks
 from lora_merge.analysis.parallel import default_jobs, in_order
 from lora_merge.errors import MethodError
@@ -21,21 +21,9 @@ from lora_merge.merge.report import ModuleReport
 from lora_merge.merge.spool import Spool
 
 
-class Sink(Protocol):
-    """Where results go; `AdapterWriter` is one. Called from several threads."""
-
-    def add(self, module: str, results: list[RankStack], bias: Tensor | None = None) -> None:
-        """Take one module: one result per expert, and B's merged bias if there is one."""
-        ...
-
-    def add_extra(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor that is not a factor."""
-        ...
-
-
 def execute(
     plan: MergePlan,
-    sink: Sink,
+    writer: Writer,
     *,
     jobs: int | None = None,
     device: str = "auto",
@@ -48,7 +36,7 @@ def execute(
 
     Args:
         plan: What to do.
-        sink: Receives the results.
+        writer: Receives the results.
         jobs: Worker threads; default: the CPUs this process may use (one on a GPU).
         device: "cpu", "cuda", "cuda:1" or "auto".
         on_module: Called with each report, in module order.
@@ -59,13 +47,13 @@ def execute(
     place = pick_device(device)
     workers = _workers(jobs, place)
     shared = _prepare(plan, place, workers)
-    work = partial(_write_module, plan, sink, place, shared)
+    work = partial(_write_module, plan, writer, place, shared)
     reports = []
     for report in in_order(work, plan.alignment.modules, jobs=workers):
         reports.append(report)
         if on_module:
             on_module(report)
-    _merge_extras(plan, sink)
+    _merge_extras(plan, writer)
     return reports
 
 
@@ -167,14 +155,14 @@ def _merge(
 
 
 def _write_module(
-    plan: MergePlan, sink: Sink, device: torch.device, shared: Any, module: AlignedModule
+    plan: MergePlan, writer: Writer, device: torch.device, shared: Any, module: AlignedModule
 ) -> ModuleReport:
     rank = plan.ranks[module.name]
     if plan.spool is not None:
         results = plan.spool.take(module.name, rank)
     else:
         results = [finish(merged, rank) for merged in _merge(plan, module, device, shared)]
-    sink.add(module.name, [r.stack for r in results], _merge_bias(plan, module))
+    writer.add(module.name, [r.stack for r in results], _merge_bias(plan, module))
     return _report(module, rank, results)
 
 
@@ -237,10 +225,10 @@ def _merge_bias(plan: MergePlan, module: AlignedModule) -> Tensor | None:
     return total
 
 
-def _merge_extras(plan: MergePlan, sink: Sink) -> None:
+def _merge_extras(plan: MergePlan, writer: Writer) -> None:
     """Average each tensor that is not a factor over the adapters the plan chose for it."""
     for name, owners in plan.extras.items():
         total = owners[0].read_extra(name).double()
         for owner in owners[1:]:
             total = total + owner.read_extra(name).double()
-        sink.add_extra(name, total / len(owners))
+        writer.add_extra(name, total / len(owners))

@@ -16,7 +16,7 @@ from lora_merge.errors import MethodError
 from lora_merge.mixture.exporters import cut
 from lora_merge.mixture.initial import initial_gate
 from lora_merge.mixture.mixture import Expert, Mixture
-from lora_merge.mixture.rebuild import plain_adapter, stored_factors
+from lora_merge.mixture.rebuild import plain_adapter
 from lora_merge.mixture.usage import Usage
 
 
@@ -67,7 +67,7 @@ def consolidate(
             "adapter",
         )
     groups = group_experts(usage, experts)
-    tensors: list[dict[str, Tensor]] = [{} for _ in groups]
+    parts: list[dict[str, RankStack]] = [{} for _ in groups]
     lost = total = 0.0
     for module in modules:
         stack = next(iter(read_stacks(mixture.alignment, module)))
@@ -78,10 +78,14 @@ def consolidate(
             part, missing = cut(merged, min(rank or merged.num_units, merged.num_units))
             lost += missing
             total += merged.inner(merged)
-            tensors[place].update(stored_factors(module.first, part))
+            parts[place][module.name] = part
+    adapters = [expert.adapter for expert in mixture.experts]
     made = [
-        Expert(names[group[0]], plain_adapter(mixture, part, names[group[0]]))
-        for group, part in zip(groups, tensors, strict=True)
+        Expert(
+            names[group[0]],
+            plain_adapter(mixture, [adapters[e] for e in group], part, names[group[0]]),
+        )
+        for group, part in zip(groups, parts, strict=True)
     ]
     made += [expert for expert in mixture.experts if expert.general]
     spec = replace(mixture.spec, trained=not mixture.spec.is_learned)

@@ -1,53 +1,39 @@
 """Experts that exist in memory alone, from factors that were computed: plain LoRA adapters."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import (
-    Adapter,
-    AdapterConfig,
-    ModuleSpec,
-    RankStack,
-    TensorDict,
-    build_adapter,
-    read_stacks,
-)
-from lora_merge.adapters.modules import to_stored
+from lora_merge.adapters import Adapter, MemoryWriter, RankStack, plan_output, read_stacks
 from lora_merge.mixture.mixture import Expert, Mixture
 
 
-def stored_factors(spec: ModuleSpec, part: RankStack) -> dict[str, Tensor]:
-    """A module's A and B as PEFT names and shapes them; scaling 1."""
-    a, b = to_stored(replace(spec, rank=part.num_units), [part.balanced()], part.num_units)
-    stem = f"base_model.model.{spec.name}.lora_"
-    if spec.form == "embedding":
-        return {stem + "embedding_A": a, stem + "embedding_B": b}
-    return {stem + "A.weight": a, stem + "B.weight": b}
+def plain_adapter(
+    mixture: Mixture, sources: Sequence[Adapter], parts: Mapping[str, RankStack], name: str
+) -> Adapter:
+    """An adapter in memory, float32, whose scaling is 1 in every module.
 
-
-def plain_adapter(mixture: Mixture, tensors: dict[str, Tensor], name: str) -> Adapter:
-    """An adapter in memory whose scaling is 1 in every module."""
-    ranks = {
-        key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]: len(tensor)
-        for key, tensor in tensors.items()
-        if key.endswith(("lora_A.weight", "lora_embedding_A"))
-    }
-    first = mixture.experts[0].adapter.config
-    pattern = {"^" + module.replace(".", r"\."): rank for module, rank in ranks.items()}
-    config = AdapterConfig(
+    Args:
+        mixture: Where its modules are known from.
+        sources: The adapters it is made from: they decide what its config says besides.
+        parts: Module → the units it gets there.
+        name: What to call it.
+    """
+    modules = [module for module in mixture.alignment.modules if module.name in parts]
+    plan = plan_output(
+        sources,
+        modules,
+        {module: part.num_units for module, part in parts.items()},
+        dtype="F32",
+        layout="per-module",
         base_model=mixture.alignment.base_model,
-        r=max(ranks.values()),
-        lora_alpha=max(ranks.values()),
-        rank_pattern=pattern,
-        alpha_pattern={key: float(rank) for key, rank in pattern.items()},
-        target_modules=tuple(ranks),
-        fan_in_fan_out=first.fan_in_fan_out,
-        task_type=first.task_type,
     )
-    return build_adapter(name, config, TensorDict(tensors))
+    writer = MemoryWriter(plan)
+    for module, part in parts.items():
+        writer.add(module, [part])
+    return writer.adapter(name)
 
 
 def rebuilt_experts(mixture: Mixture, factors: Mapping[str, tuple[Tensor, Tensor]]) -> list[Expert]:
@@ -61,7 +47,7 @@ def rebuilt_experts(mixture: Mixture, factors: Mapping[str, tuple[Tensor, Tensor
         factors: Module -> (down (R, d_in), up (R, d_out) with the scaling folded in), the units in
             the order of the module's stack; modules that are not named stay as they are.
     """
-    tensors: list[dict[str, Tensor]] = [{} for _ in mixture.experts]
+    parts: list[dict[str, RankStack]] = [{} for _ in mixture.experts]
     for module in mixture.alignment.modules:
         stack = next(iter(read_stacks(mixture.alignment, module)))
         if module.name in factors:
@@ -73,8 +59,9 @@ def rebuilt_experts(mixture: Mixture, factors: Mapping[str, tuple[Tensor, Tensor
             kept = mine & alive
             if not bool(kept.any()):
                 kept[int(mine.nonzero()[0])] = True
-            tensors[owner].update(stored_factors(module.specs[owner], stack.units(kept)))
-    return [
-        replace(expert, adapter=plain_adapter(mixture, part, expert.name), sha256="")
-        for expert, part in zip(mixture.experts, tensors, strict=True)
-    ]
+            parts[owner][module.name] = stack.units(kept)
+    rebuilt = []
+    for expert, part in zip(mixture.experts, parts, strict=True):
+        adapter = plain_adapter(mixture, [expert.adapter], part, expert.name)
+        rebuilt.append(replace(expert, adapter=adapter, sha256=""))
+    return rebuilt
