@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_merge.adapters import Adapter, SafetensorsFile
+from lora_merge.adapters.keys import PREFIX
 from lora_merge.adapters.modules import to_matrix
 from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.errors import AdapterError
@@ -80,7 +81,7 @@ def collect_moments(model: Any, path: Path, *, adapter_name: str = "default") ->
                 f"{full_name}: its factors are bare parameters (AdaLoRA), which cannot be observed",
                 "resize it with --prune-gates first, and load the result",
             )
-        name = full_name.removeprefix("base_model.model.")
+        name = full_name.removeprefix(PREFIX)
         forward, backward = record(name, float(layer.scaling[adapter_name]) or 1.0)
         hooks.append(pair[0][adapter_name].register_forward_hook(forward))
         hooks.append(pair[1][adapter_name].register_full_backward_hook(backward))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import Adapter, AlignedModule
+from lora_merge.adapters import Adapter, AlignedModule, align
 from lora_merge.errors import MethodError
 from lora_merge.mixture.initial import initial_gate
 from lora_merge.mixture.mixture import Mixture, make_experts
@@ -45,14 +45,14 @@ def append_experts(
     general = [expert for expert in mixture.experts if expert.general]
     new = make_experts(adapters, names=names, taken=[e.name for e in mixture.experts])
     spec = replace(mixture.spec, trained=mixture.spec.trained and not mixture.spec.is_learned)
-    grown = Mixture.__new__(Mixture)
-    grown._set(spec, [*old, *new, *general])
-    grown.descriptors = mixture.descriptors
+    experts = [*old, *new, *general]
     width = None
     if spec.signal == "hidden":
         width = mixture.gate["classifier.0.weight"].shape[1]
-    fresh = initial_gate(grown.alignment, spec, grown.num_experts, seed=seed, hidden_size=width)
-    grown.gate = fresh
+    alignment = align([expert.adapter for expert in experts])
+    fresh = initial_gate(alignment, spec, len(old) + len(new), seed=seed, hidden_size=width)
+    grown = Mixture.of(spec, experts, fresh)
+    grown.descriptors = mixture.descriptors
     if spec.signal == "hidden":
         _grow_classifier(mixture, grown)
     elif spec.signal == "input":

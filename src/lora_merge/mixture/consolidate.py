@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import RankStack, read_stacks
+from lora_merge.adapters import RankStack, align, read_stacks
 from lora_merge.errors import MethodError
 from lora_merge.mixture.exporters import cut
 from lora_merge.mixture.initial import initial_gate
@@ -94,9 +94,7 @@ def consolidate(
     if spec.signal == "constant":
         summed = tuple(sum(spec.weights[e] for e in group) for group in groups)
         spec = replace(spec, weights=summed)
-    small = Mixture.__new__(Mixture)
-    small._set(spec, made)
-    small.gate = _gate(mixture, small, groups, usage)
+    small = Mixture.of(spec, made, _gate(mixture, made, groups, usage))
     named = tuple(tuple(names[e] for e in group) for group in groups)
     return Consolidation(small, named, float((lost / total) ** 0.5) if total else 0.0)
 
@@ -134,12 +132,13 @@ def _merged(stack: RankStack, group: Sequence[int], weights: Tensor) -> RankStac
 
 
 def _gate(
-    mixture: Mixture, small: Mixture, groups: Sequence[Sequence[int]], usage: Usage
+    mixture: Mixture, made: Sequence[Expert], groups: Sequence[Sequence[int]], usage: Usage
 ) -> dict[str, Tensor]:
     """Prototypes are computed anew; learned rows are their members' means by usage."""
     spec = mixture.spec
     if not spec.is_learned:
-        return initial_gate(small.alignment, spec, small.num_experts)
+        alignment = align([expert.adapter for expert in made])
+        return initial_gate(alignment, spec, len(groups))
     means = usage.mean_weights()
     if spec.signal == "hidden":
         overall = torch.stack(list(means.values())).mean(0)

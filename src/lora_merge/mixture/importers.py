@@ -28,6 +28,7 @@ from lora_merge.adapters import (
     build_adapter,
     load_pickle,
 )
+from lora_merge.adapters.keys import PREFIX
 from lora_merge.errors import AdapterError, MethodError
 from lora_merge.mixture.gate import gate_spec
 from lora_merge.mixture.mixture import Expert, Mixture, make_experts
@@ -165,7 +166,7 @@ def import_meteora(
         gate[f"{module}.weight"] = rows.float()
         start = 0
         for expert, rank in enumerate(ranks):
-            stem = f"base_model.model.{module}.lora_"
+            stem = f"{PREFIX}{module}.lora_"
             tensors[expert][stem + "A.weight"] = down[start : start + rank].clone()
             tensors[expert][stem + "B.weight"] = up[:, start : start + rank].clone()
             start += rank
