@@ -26,6 +26,7 @@ from lora_merge.adapters import (
     RankStack,
     align,
     atomic_directory,
+    atomic_file,
     check_target,
     plan_output,
 )
@@ -141,6 +142,28 @@ def test_an_error_leaves_what_was_there(error: type[BaseException], tmp_path: Pa
         raise error
     assert files(target) == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_file_appears_whole_or_not_at_all(error: type[BaseException], tmp_path: Path) -> None:
+    target = tmp_path / "numbers.csv"
+    with atomic_file(target) as path:
+        path.write_text("old")
+        assert not target.exists() and path.suffix == ".csv"
+    assert target.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+    with pytest.raises(error), atomic_file(target) as path:
+        path.write_text("half")
+        raise error
+    assert files(tmp_path) == {"numbers.csv": b"old"}
+    link = tmp_path / "link.csv"
+    link.symlink_to(target)
+    with atomic_file(link) as path:
+        path.write_text("new")
+    assert link.is_symlink() and target.read_text() == "new"
+    with atomic_file(Path("/dev/null")) as path:
+        assert path == Path("/dev/null")
+    with pytest.raises(OutputError, match=r"missing.*No such"), atomic_file(tmp_path / "missing/x"):
+        pass
 
 
 def test_a_kill_loses_nothing(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from lora_merge.adapters.adapter import Adapter, ExtraSpec, build_adapter, open_adapter
 from lora_merge.adapters.align import AlignedModule, Alignment, align, read_stacks
-from lora_merge.adapters.atomic import atomic_directory, check_target
+from lora_merge.adapters.atomic import atomic_directory, atomic_file, check_target
 from lora_merge.adapters.config import AdapterConfig, parse_config, read_config
 from lora_merge.adapters.modules import ModuleSpec
 from lora_merge.adapters.source import Source, expand, pin, resolve, sha256
@@ -45,6 +45,7 @@ __all__ = [
     "Writer",
     "align",
     "atomic_directory",
+    "atomic_file",
     "build_adapter",
     "check_target",
     "commonest_dtype",

@@ -1,4 +1,4 @@
-"""Output directories that appear whole or not at all."""
+"""Output directories and files that appear whole or not at all."""
 
 import contextlib
 import ctypes
@@ -79,8 +79,11 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o777 & ~_umask())
-        _sync(staging)
+        for path in staging.rglob("*"):
+            if path.is_file():
+                _flush(path)
         _put_in_place(staging, target)
+        _flush(target.parent)
     except OSError as error:
         raise OutputError(
             f"cannot write {target}: {error}", "free space or choose another -o"
@@ -89,21 +92,47 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A path to write to that takes the target's name when the block ends without an error.
+
+    What is no plain file (a pipe, /dev/stdout) is written to as it is.
+
+    Raises:
+        OutputError: If the system refuses; a file that was there is still what it was.
+    """
+    staging = None
+    try:
+        if target.exists() and not target.is_file():
+            yield target
+            return
+        target = target.resolve()
+        descriptor, name = tempfile.mkstemp(
+            prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent
+        )
+        os.close(descriptor)
+        staging = Path(name)
+        yield staging
+        staging.chmod(0o666 & ~_umask())
+        _flush(staging)
+        staging.replace(target)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {target}: {error.strerror or error}", "choose another file"
+        ) from error
+    finally:
+        if staging is not None:
+            staging.unlink(missing_ok=True)
+
+
 def _put_in_place(staging: Path, target: Path) -> None:
-    if target.exists() and any(target.iterdir()):
-        if _exchange(staging, target):
-            return  # staging now holds the old directory; the caller deletes it
+    if not target.exists() or not any(target.iterdir()):
+        staging.rename(target)  # POSIX replaces an empty directory
+    elif not _exchange(staging, target):  # if it did, the caller deletes the old one
         aside = staging.with_suffix(".old")
         target.rename(aside)
         staging.rename(target)
         shutil.rmtree(aside, ignore_errors=True)
-    else:
-        staging.rename(target)  # POSIX replaces an empty directory
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -116,11 +145,13 @@ def _exchange(first: Path, second: Path) -> bool:
     return int(rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)) == 0
 
 
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+def _flush(path: Path) -> None:
+    """Wait until the disk has what was written to a file, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

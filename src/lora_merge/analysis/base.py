@@ -1,8 +1,8 @@
 """Deltas beside the weights they change: relative size, amplification, intruder dimensions."""
 
+import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import Adapter
+from lora_merge.adapters import Adapter, atomic_file
 from lora_merge.adapters.modules import to_matrix
 from lora_merge.adapters.source import derived_data
 from lora_merge.analysis.checkpoint import Checkpoint, weight_of
 from lora_merge.analysis.parallel import in_order
 from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum
-from lora_merge.errors import AdapterError
+from lora_merge.errors import AdapterError, OutputError
 from lora_merge.linalg import leading_svd
 
 _TOP = 10
@@ -232,10 +232,7 @@ def _save(cache: Path | None, known: dict[str, float]) -> None:
     """Remember; a place that cannot be written costs time, not the result."""
     if cache is None:
         return
-    try:
+    with contextlib.suppress(OSError, OutputError):
         cache.parent.mkdir(parents=True, exist_ok=True)
-        staged = cache.with_suffix(f".{os.getpid()}.tmp")
-        staged.write_text(json.dumps(known, sort_keys=True), encoding="utf-8")
-        staged.replace(cache)
-    except OSError:
-        return
+        with atomic_file(cache) as path:
+            path.write_text(json.dumps(known, sort_keys=True), encoding="utf-8")

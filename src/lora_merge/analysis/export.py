@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_merge.adapters import atomic_file
 from lora_merge.analysis.measures import tail_energy
 from lora_merge.analysis.spectra import AdapterSpectra
 from lora_merge.analysis.summary import advise
-from lora_merge.errors import OutputError
 
 _DEFINITIONS = {
     "singular_values": "of scaling * B @ A, descending",
@@ -38,17 +38,12 @@ def write_csv(spectra: Sequence[AdapterSpectra], path: Path) -> None:
     Raises:
         OutputError: If the file cannot be written.
     """
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["adapter", "module", "i", "sigma", "energy"])
-            for one in spectra:
-                for module in one.finite:
-                    tail = tail_energy(module.values).tolist()
-                    for i, sigma in enumerate(module.values.tolist(), 1):
-                        energy = 1 - tail[i] / tail[0] if tail[0] > 0 else 0.0
-                        writer.writerow([one.adapter, module.name, i, sigma, energy])
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}", "choose another file"
-        ) from error
+    with atomic_file(path) as staging, staging.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["adapter", "module", "i", "sigma", "energy"])
+        for one in spectra:
+            for module in one.finite:
+                tail = tail_energy(module.values).tolist()
+                for i, sigma in enumerate(module.values.tolist(), 1):
+                    energy = 1 - tail[i] / tail[0] if tail[0] > 0 else 0.0
+                    writer.writerow([one.adapter, module.name, i, sigma, energy])

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lora_merge.adapters import atomic_file
 from lora_merge.analysis.measures import tail_energy
 from lora_merge.analysis.places import labels
 from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.analysis.summary import LOG_METRICS, METRICS, advise, group_modules
-from lora_merge.errors import LoraMergeError, OutputError
+from lora_merge.errors import LoraMergeError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -233,9 +234,5 @@ def _page(spectra: Sequence[AdapterSpectra], svg: str) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}", "choose another file"
-        ) from error
+    with atomic_file(path) as staging:
+        staging.write_bytes(data)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_merge.adapters import Adapter, SafetensorsFile
+from lora_merge.adapters import Adapter, SafetensorsFile, atomic_file
 from lora_merge.adapters.keys import PREFIX
 from lora_merge.adapters.modules import to_matrix
 from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum
@@ -94,7 +94,8 @@ def collect_moments(model: Any, path: Path, *, adapter_name: str = "default") ->
     finally:
         for hook in hooks:
             hook.remove()
-    save_file({key: value / counts[key] for key, value in sums.items()}, path)
+    with atomic_file(path) as staging:
+        save_file({key: value / counts[key] for key, value in sums.items()}, staging)
 
 
 def read_moments(path: Path) -> Moments:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_merge.adapters import Adapter, Alignment, RankStack, align, read_stacks
+from lora_merge.adapters import Adapter, Alignment, RankStack, align, atomic_file, read_stacks
 from lora_merge.errors import LoraMergeError, MethodError
 from lora_merge.merge.method import Job
 
@@ -132,7 +132,8 @@ def collect_statistics(
             module = key.rpartition(".")[0]
             tensors[f"{key}.{index}"] = (total / counts[module]).to(torch.float32).cpu()
     metadata = {"adapters": json.dumps([a.name for a in opened])}
-    save_file({k: t.contiguous() for k, t in tensors.items()}, str(out), metadata=metadata)
+    with atomic_file(Path(out)) as staging:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, staging, metadata=metadata)
     return Statistics.open(out)
 
 

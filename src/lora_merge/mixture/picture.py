@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from lora_merge.adapters import atomic_file
 from lora_merge.errors import LoraMergeError
 from lora_merge.mixture.usage import Usage, natural
 
@@ -35,6 +36,7 @@ def draw_usage(usage: Usage, path: Path, key: Callable[[str], str]) -> None:
     axes.set_title("mean weight of each expert", fontsize=10)
     figure.colorbar(image)
     try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
+        with atomic_file(path) as staging:
+            figure.savefig(staging, dpi=150)
+    except ValueError as error:
         raise LoraMergeError(f"{path} cannot be drawn: {error}", "name a .png") from error

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import atomic_directory
+from lora_merge.adapters import atomic_directory, atomic_file
 from lora_merge.errors import MethodError
 from lora_merge.mixture.settings import TrainSettings
 
@@ -88,7 +88,8 @@ def cut_metrics(work: Path, step: int) -> None:
             continue  # cut in the middle by the kill
         if row["step"] <= step:
             kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    with atomic_file(path) as staging:
+        staging.write_text("".join(kept), encoding="utf-8")
 
 
 def _metrics_of(work: Path) -> Path:
