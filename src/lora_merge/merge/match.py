@@ -1,7 +1,6 @@
 """Which tensor of a base checkpoint each part of an adapter changes, and how it lies there."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -9,14 +8,19 @@ from typing import Literal
 from lora_merge.adapters import DTYPES, Adapter, AlignedModule, ModuleSpec, align
 from lora_merge.analysis.checkpoint import Checkpoint
 from lora_merge.errors import AdapterError
+from lora_merge.merge.naming import Naming, find_naming, unwrapped
+from lora_merge.merge.vocabulary import (
+    HEAD,
+    check_resized,
+    embedding_of,
+    is_vocabulary,
+    resize_remedy,
+    untie_head,
+)
 
 # How a weight lies in the base: as B @ A, or transposed.
 Layout = Literal["plain", "transposed"]
 
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
-_HEAD = "lm_head.weight"
-# One expert in a module's path.
-_EXPERT = re.compile(r"(?<=experts)\.\d+(?=\.)")
 # Models whose experts are stored (experts, in, out); told apart by shape unless square.
 _TRANSPOSED_EXPERTS = ("gpt_oss", "llama4_text", "llama4")
 
@@ -74,18 +78,18 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Match:
     """
     _refuse_quantised(adapter, base)
     modules = align([adapter]).modules
-    naming = _find_naming(adapter, modules, base)
+    naming = find_naming(adapter, modules, base)
     new: dict[str, tuple[str, tuple[int, ...]]] = {}
     untied: dict[str, str] = {}
     resized: set[str] = set()
     whole = _whole_tensors(adapter, naming, base, new, resized)
-    _check_resized(adapter, naming, base, whole, new, resized)
+    check_resized(adapter, base, whole, new, resized, renamed=naming != Naming())
     targets = []
     for module in modules:
-        stem = naming.base_name(_unwrapped(module.name))
+        stem = naming.base_name(unwrapped(module.name))
         name = _tensor_name(adapter, module, stem, base)
-        if name not in base.tensors and name == _HEAD:
-            untied[name] = _embedding_of(adapter, base)
+        if name not in base.tensors and name == HEAD:
+            untied[name] = embedding_of(adapter, base)
         place = base.tensors[untied.get(name, name)]
         if place.dtype not in DTYPES:
             raise AdapterError(
@@ -103,7 +107,7 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Match:
                 "this adapter cannot be fused; keep it beside the base",
             )
         targets.append(Target(module, name, layout, bias))
-    unties = _untie_head(base, {t.tensor for t in targets} | set(whole.values()), new, untied)
+    unties = untie_head(base, {t.tensor for t in targets} | set(whole.values()), new, untied)
     prefix = naming.strip if new and not naming.add else ""
     notes = _notes(new, untied, resized)
     return Match(tuple(targets), whole, new, untied, prefix, frozenset(resized), unties, notes)
@@ -121,84 +125,6 @@ def _refuse_quantised(adapter: Adapter, base: Checkpoint) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Naming:
-    """Adapter name → base name: one prefix taken away, another put before."""
-
-    strip: str = ""
-    add: str = ""
-
-    def base_name(self, name: str) -> str:
-        if not name.startswith(self.strip):
-            return name
-        return self.add + name.removeprefix(self.strip)
-
-
-def _find_naming(adapter: Adapter, modules: Iterable[AlignedModule], base: Checkpoint) -> _Naming:
-    """The prefix change under which every module has a tensor; none, if that will do.
-
-    A checkpoint saved from a bare model lacks the prefix that the module has inside a task model
-    ("h.0" for "transformer.h.0"), and the other way round.
-    """
-    names = [_unwrapped(m.name) for m in modules]
-    leaves = {"weight"} | {p.rpartition(".")[2] for p in adapter.config.target_parameters}
-
-    def missing(naming: _Naming) -> list[str]:
-        stems = ((name, naming.base_name(name)) for name in names)
-        return [
-            name
-            for name, stem in stems
-            if name != "lm_head" and not any(f"{stem}.{leaf}" in base.tensors for leaf in leaves)
-        ]
-
-    heads = {"", *_prefixes(base.tensors)}
-    candidates = [_Naming(strip, add) for strip in _prefixes(names) for add in {""} | heads]
-    candidates = sorted(candidates, key=lambda n: (len(n.strip) + len(n.add), n.strip, n.add))
-    best = min([_Naming(), *candidates], key=lambda naming: len(missing(naming)))
-    lost = missing(best)
-    if lost:
-        _refuse_other_experts(adapter, lost[0], best.base_name(lost[0]), base)
-        raise AdapterError(
-            f"{adapter.name}: {len(lost)} of {len(names)} modules have no tensor in "
-            f"{base.folder} ({lost[0]})",
-            "is this the base model the adapter was trained on?",
-        )
-    return best
-
-
-def _refuse_other_experts(adapter: Adapter, module: str, stem: str, base: Checkpoint) -> None:
-    """Name the reason where the base stores its experts apart and the adapter does not, or so."""
-    apart = [name for name in base.tensors if name.startswith(f"{stem}.0.")]
-    together = [
-        name
-        for name in base.tensors
-        if _EXPERT.search(module) and name.startswith(_EXPERT.split(stem)[0] + ".")
-    ]
-    found = [*apart, *together]
-    if not found:
-        return
-    ours, theirs = ("one tensor for all", "apart") if apart else ("apart", "in one tensor")
-    raise AdapterError(
-        f"{adapter.name}: {module} was trained with its experts {ours}, {base.folder} stores them "
-        f"{theirs} ({found[0]})",
-        "load the base with the transformers version that trained the adapter, save_pretrained it, "
-        "and fuse into that",
-    )
-
-
-def _prefixes(names: Iterable[str]) -> set[str]:
-    """First one to three components of every name, with the dot, and none."""
-    found = {""}
-    for name in names:
-        parts = name.split(".")
-        found |= {".".join(parts[:n]) + "." for n in range(1, min(4, len(parts)))}
-    return {prefix for prefix in found if not any(p.isdigit() for p in prefix.split("."))}
-
-
-def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "base_layer")
-
-
 def _tensor_name(adapter: Adapter, module: AlignedModule, stem: str, base: Checkpoint) -> str:
     spec = module.first
     if spec.form != "experts":
@@ -208,7 +134,7 @@ def _tensor_name(adapter: Adapter, module: AlignedModule, stem: str, base: Check
     leaves = sorted(
         parameter.rpartition(".")[2]
         for parameter in adapter.config.target_parameters
-        if f".{_unwrapped(module.name)}".endswith("." + parameter.rpartition(".")[0])
+        if f".{unwrapped(module.name)}".endswith("." + parameter.rpartition(".")[0])
     )
     fitting = [
         name
@@ -246,8 +172,8 @@ def _layout(
         raise AdapterError(
             f"{adapter.name}: {module.name} is {spec.d_out} x {spec.d_in}, the base's tensor "
             f"{' x '.join(map(str, shape))}",
-            _resize_remedy(max(spec.d_out, spec.d_in))
-            if _is_vocabulary(f"{_unwrapped(module.name)}.weight")
+            resize_remedy(max(spec.d_out, spec.d_in))
+            if is_vocabulary(f"{unwrapped(module.name)}.weight")
             else "is this the base model the adapter was trained on?",
         )
     if spec.form == "conv":
@@ -270,7 +196,7 @@ def _layout_of_square(adapter: Adapter, spec: ModuleSpec, base: Checkpoint) -> L
 
 def _whole_tensors(
     adapter: Adapter,
-    naming: _Naming,
+    naming: Naming,
     base: Checkpoint,
     new: dict[str, tuple[str, tuple[int, ...]]],
     resized: set[str],
@@ -281,7 +207,7 @@ def _whole_tensors(
     """
     whole = {}
     for extra in adapter.extras.values():
-        name = naming.base_name(_unwrapped(extra.name))
+        name = naming.base_name(unwrapped(extra.name))
         place = base.tensors.get(name)
         if extra.dtype not in DTYPES or (place is not None and place.dtype not in DTYPES):
             raise AdapterError(
@@ -290,7 +216,7 @@ def _whole_tensors(
         if place is None:
             new[name] = (extra.dtype, extra.shape)
         elif place.shape != extra.shape:
-            if not _is_vocabulary(name) or place.shape[1:] != extra.shape[1:]:
+            if not is_vocabulary(name) or place.shape[1:] != extra.shape[1:]:
                 raise AdapterError(
                     f"{adapter.name}: {extra.name} is {list(extra.shape)}, the base's "
                     f"{list(place.shape)}",
@@ -302,84 +228,6 @@ def _whole_tensors(
     return whole
 
 
-def _check_resized(
-    adapter: Adapter,
-    naming: _Naming,
-    base: Checkpoint,
-    whole: Mapping[str, str],
-    new: Mapping[str, tuple[str, tuple[int, ...]]],
-    resized: set[str],
-) -> None:
-    """A vocabulary can only be resized everywhere at once: embedding and head, stored or tied."""
-    if not resized:
-        return
-    rows = {new[name][1][0] for name in resized}
-    stale = {name for name in base.tensors if _is_vocabulary(name)} - resized
-    if _is_tied(base) and _HEAD not in base.tensors and _HEAD not in whole.values():
-        stale.add(_HEAD)
-    if stale or len(rows) > 1 or naming != _Naming():
-        raise AdapterError(
-            f"{adapter.name}: it resizes the vocabulary ({', '.join(sorted(resized))}: "
-            f"{', '.join(map(str, sorted(rows)))} rows) but not all that belongs to it"
-            + (f" ({', '.join(sorted(stale))})" if stale else ""),
-            _resize_remedy(max(rows)),
-        )
-
-
-def _resize_remedy(rows: int) -> str:
-    return (
-        f"load the base, model.resize_token_embeddings({rows}), save_pretrained, and fuse into that"
-    )
-
-
-def _untie_head(
-    base: Checkpoint,
-    changed: set[str],
-    new: dict[str, tuple[str, tuple[int, ...]]],
-    untied: dict[str, str],
-) -> bool:
-    """Give a head that shares the embedding's storage its own, if one of the two changes.
-
-    Returns:
-        Whether it did; the config must then say that they are not tied.
-    """
-    architecture = str((base.config.get("architectures") or [""])[0])
-    causal = architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-    embeddings = [name for name in changed & base.tensors.keys() if _is_embedding(name)]
-    if not _is_tied(base) or not (_HEAD in changed or (embeddings and causal)):
-        return False
-    if _HEAD not in base.tensors and _HEAD not in new:
-        new[_HEAD] = (base.tensors[embeddings[0]].dtype, base.tensors[embeddings[0]].shape)
-        untied[_HEAD] = embeddings[0]
-    return True
-
-
-def _is_vocabulary(name: str) -> bool:
-    return name == _HEAD or _is_embedding(name)
-
-
-def _is_embedding(name: str) -> bool:
-    return name.removesuffix(".weight").rpartition(".")[2] in _EMBEDDINGS
-
-
-def _embedding_of(adapter: Adapter, base: Checkpoint) -> str:
-    """The input embedding that a missing head is tied to."""
-    found = [name for name in base.tensors if _is_embedding(name)]
-    if len(found) != 1 or not _is_tied(base):
-        raise AdapterError(
-            f"{adapter.name}: it changes lm_head, which {base.folder} does not have",
-            "is this the base model the adapter was trained on?",
-        )
-    return found[0]
-
-
-def _is_tied(base: Checkpoint) -> bool:
-    nested = base.config.get("text_config")
-    text = nested if isinstance(nested, Mapping) else {}
-    default = _HEAD not in base.tensors
-    return bool(base.config.get("tie_word_embeddings", text.get("tie_word_embeddings", default)))
-
-
 def _notes(
     new: Mapping[str, object], untied: Mapping[str, str], resized: set[str]
 ) -> tuple[str, ...]:
@@ -389,7 +237,7 @@ def _notes(
     ]
     if resized:
         notes.append(f"the vocabulary was resized: {', '.join(sorted(resized))}")
-    added = sorted(set(new) - {_HEAD} - resized)
+    added = sorted(set(new) - {HEAD} - resized)
     if added:
         notes.append(
             f"{len(added)} tensors that the base does not have were added ({added[0]}); set the "
