@@ -1,6 +1,5 @@
 """Decide everything about a merge from headers alone."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +20,7 @@ from lora_merge.adapters import (
     plan_output,
     widest_dtype,
 )
-from lora_merge.analysis import RankRule, parse_rule
+from lora_merge.analysis import RankRule
 from lora_merge.errors import MethodError
 from lora_merge.merge.auto import choose
 from lora_merge.merge.by_module import ByModule, count_layers
@@ -31,6 +30,7 @@ from lora_merge.merge.identity import fingerprints
 from lora_merge.merge.options import parse_options
 from lora_merge.merge.own import check_own, own_values, split_parameters
 from lora_merge.merge.pipeline import Semantics
+from lora_merge.merge.ranks import plan_ranks
 from lora_merge.merge.registry import Method, find_method
 from lora_merge.merge.statistics import Statistics
 
@@ -194,21 +194,16 @@ def plan_merge(
     options = chosen.parse(shared_parameters)
     shared = parse_options(Semantics, semantics or {}, "a merge")
     _check_space(chosen, shared)
-    # The result may not depend on the order of the arguments nor on what the adapters are called,
-    # so there is one order: by content.
-    if not chosen.ordered:
-        prints = dict(zip(present, fingerprints(as_given), strict=True))
-        present.sort(
-            key=lambda i: (prints[i], str(given[i].to_data()), str(own[i]), adapters[i].name)
-        )
     _check_count(chosen, len(present))
+    if not chosen.ordered:
+        present = _by_content(present, adapters, given, own)
     chosen_weights = [given[i] for i in present]
     alignment = _weighted_alignment(
         align([adapters[i] for i in present], force=force), chosen_weights
     )
     chosen_own = [own[i] for i in present]
     check_own(chosen, shared_parameters, chosen_own, alignment)
-    rule, ranks, notes = _ranks(alignment, chosen, rank, shared.space or chosen.space)
+    rule, ranks, notes = plan_ranks(alignment, chosen, rank, shared.space or chosen.space)
     kept, extra_notes = plan_extras(as_given if extras == "first" else alignment.adapters, extras)
     output = plan_output(
         alignment.adapters,
@@ -227,19 +222,19 @@ def plan_merge(
         *sorted(f"{a.name}: {n}" for a in alignment.adapters for n in a.notes),
     ]
     return MergePlan(
-        alignment,
-        tuple(chosen_weights),
-        tuple(chosen_own),
-        chosen,
-        options,
-        rule,
-        ranks,
-        seed,
-        kept,
-        output,
-        tuple(notes),
-        shared,
-        layout,
+        alignment=alignment,
+        weights=tuple(chosen_weights),
+        own=tuple(chosen_own),
+        method=chosen,
+        options=options,
+        rule=rule,
+        ranks=ranks,
+        seed=seed,
+        extras=kept,
+        output=output,
+        notes=tuple(notes),
+        semantics=shared,
+        layout=layout,
         statistics=_statistics(chosen, statistics),
     )
 
@@ -255,6 +250,24 @@ def _check_weights(
             "give one -w per adapter, in their order",
         )
     return tuple(ByModule.of(w) for w in weights)
+
+
+def _by_content(
+    present: Sequence[int],
+    adapters: Sequence[Adapter],
+    weights: Sequence[ByModule],
+    own: Sequence[Mapping[str, ByModule]],
+) -> list[int]:
+    """Indices in the one order that neither arguments nor names decide, so that results do not."""
+    found = fingerprints([adapters[i] for i in present])
+    prints = dict(zip(present, found, strict=True))
+
+    def key(index: int) -> tuple[str, str, str, str]:
+        parameters = sorted((name, str(value.to_data())) for name, value in own[index].items())
+        weight = str(weights[index].to_data())
+        return prints[index], weight, str(parameters), adapters[index].name
+
+    return sorted(present, key=key)
 
 
 def _statistics(method: Method, path: str | Path | None) -> Statistics | None:
@@ -298,59 +311,6 @@ def _weighted_alignment(alignment: Alignment, weights: Sequence[ByModule]) -> Al
     if not modules:
         raise MethodError("all weights are 0", "give at least one adapter a weight somewhere")
     return Alignment(alignment.adapters, tuple(modules), alignment.base_model)
-
-
-def _ranks(
-    alignment: Alignment, method: Method, rank: int | str | None, space: str
-) -> tuple[RankRule, dict[str, int], list[str]]:
-    """The rank rule, each module's (largest possible) rank, and what to say of it."""
-    units = {m.name: m.num_units for m in alignment.modules}
-    limits = dict(units)
-    if space in method.full_rank_in:
-        limits = {m.name: min(m.first.d_out, m.first.d_in) for m in alignment.modules}
-    text = str(method.rank if rank is None else rank)
-    if text == "units":
-        return RankRule("units"), units, []
-    if text == "largest":
-        text = str(max(s.rank for m in alignment.modules for s in m.specs.values()))
-    rule = parse_rule(text)
-    if rule.kind == "full":
-        return rule, limits, []
-    if rule.kind != "fixed":
-        if method.makes_rank and not method.gauge_free:
-            raise MethodError(
-                f"method {method.name} needs a rank, not the rule {text!r}", "give a number"
-            )
-        return rule, limits, _measuring_notes(method, limits, units, text)
-    return rule, *_fixed_ranks(int(rule.value or 0), limits)
-
-
-def _measuring_notes(
-    method: Method, limits: Mapping[str, int], units: Mapping[str, int], text: str
-) -> list[str]:
-    """Where results have full rank, a rule needs whole spectra, and rarely gives small ranks."""
-    largest = max(limits.values())
-    if largest <= max(units.values()):
-        return []
-    return [
-        f"{method.name} makes deltas of full rank (up to {largest}): {text} needs their whole "
-        "spectra, which takes long, and may keep most of them; --space core stays within "
-        f"{max(units.values())} units"
-    ]
-
-
-def _fixed_ranks(wanted: int, limits: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
-    largest = max(limits.values())
-    if not 1 <= wanted <= largest:
-        raise MethodError(
-            f"rank {wanted} is not possible: the largest module has {largest} units",
-            f"the largest rank for these adapters is {largest}",
-        )
-    ranks = {name: min(wanted, size) for name, size in limits.items()}
-    few = Counter(size for size in limits.values() if size < wanted)
-    return ranks, [
-        f"{count} modules have only {size} units and keep them all" for size, count in few.items()
-    ]
 
 
 def _base_notes(alignment: Alignment) -> list[str]:
