@@ -43,8 +43,8 @@ def command(
     """  # noqa: D301 -- click's mark is the character itself
     from lora_merge.cli._output import Output, percent
     from lora_merge.mixture import Mixture
-    from lora_merge.mixture.exporters import export_experts, export_static, export_xlora
-    from lora_merge.mixture.importers import layer_order
+    from lora_merge.mixture.exporters import export_experts, export_static
+    from lora_merge.mixture.xlora_files import export_xlora, layer_order
 
     output = Output(as_json)
     if kind != "static" and (weights or rank):

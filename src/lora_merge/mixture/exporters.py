@@ -1,11 +1,10 @@
-"""Mixtures for tools that know no gates: one folder per expert, one static adapter, X-LoRA."""
+"""Mixtures for tools that know no gates: one folder per expert, or one static adapter."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_merge.adapters import (
@@ -87,61 +86,6 @@ def export_static(
                 total += whole.inner(whole)
             writer.add(module.name, results)
     return float((lost / total) ** 0.5) if total > 0 else 0.0
-
-
-def export_xlora(
-    mixture: Mixture, folder: Path, order: Sequence[str], *, force: bool = False
-) -> None:
-    """PEFT's X-LoRA layout as PEFT 0.19 and earlier read it.
-
-    PEFT 0.20 and later load it too, but lose the gate when they save it again.
-
-    Args:
-        mixture: An X-LoRA mixture without a null expert.
-        folder: To make.
-        order: The modules as PEFT walks the base model; see `importers.layer_order`.
-        force: Replace an adapter directory that is there.
-    """
-    spec = mixture.spec
-    if spec.signal != "hidden" or spec.null_expert or spec.value == "sigmoid":
-        raise MethodError(f"a {spec.preset} gate is no X-LoRA gate", "export xlora mixtures")
-    check_target(folder, force=force, inputs=mixture.files)
-    count, depth = mixture.num_experts, spec.depth
-    tensors: dict[str, Tensor] = {}
-    for index in range(depth):
-        weight = mixture.gate[f"classifier.{index}.weight"]
-        bias = mixture.gate[f"classifier.{index}.bias"]
-        if index == depth - 1 and spec.granularity == "module":
-            places = [mixture.modules.index(name) for name in order]
-            weight = weight.view(len(places), count, -1)[places].flatten(0, 1)
-            bias = bias.view(len(places), count)[places].flatten()
-        stem = f"base_model.internal_xlora_classifier.layers.{2 * index}"  # ReLUs are in between
-        tensors[f"{stem}.weight"], tensors[f"{stem}.bias"] = weight.contiguous(), bias.contiguous()
-    config = {
-        "peft_type": "XLORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": mixture.alignment.base_model,
-        "hidden_size": mixture.gate["classifier.0.weight"].shape[1],
-        "adapters": {str(i): str(folder / str(i)) for i in range(count)},  # PEFT wants full paths
-        "enable_softmax": spec.value in ("softmax_all", "softmax_twice"),
-        "enable_softmax_topk": spec.value in ("softmax", "softmax_twice"),
-        "layerwise_scalings": spec.granularity == "module",
-        "xlora_depth": depth,
-        "xlora_size": spec.width,
-        "xlora_dropout_p": 0.0,
-        "softmax_temperature": spec.temperature,
-        "top_k_lora": spec.top_k,
-        "scaling_pass_value": 0.0 if spec.bypass else 1.0 / count,
-        "global_scaling_weight": spec.factor(count),
-        "use_trainable_adapters": False,
-    }
-    with atomic_directory(folder) as staging:
-        for index, expert in enumerate(mixture.experts):
-            (staging / str(index)).mkdir()
-            write_expert(expert, staging / str(index))
-        (staging / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        path = staging / "adapter_model.safetensors"
-        save_file(tensors, str(path), metadata={"format": "pt"})
 
 
 def _weight_table(
