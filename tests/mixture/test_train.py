@@ -11,7 +11,7 @@ from lora_merge.errors import MethodError
 from lora_merge.mixture import Mixture, TrainSettings, load_mixture, train_gate
 from lora_merge.mixture.data import DataError, Example, batches, collate, read_examples
 from lora_merge.mixture.losses import GateLosses
-from lora_merge.mixture.train import mean_loss
+from lora_merge.mixture.run import mean_loss
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing:FutureWarning",
@@ -338,6 +338,14 @@ def test_batches_depend_on_their_number_alone() -> None:
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["lr", "expert_lr", "rank_l1", "rank_lr", "z_loss", "clip"])
 def test_settings_that_train_uphill_or_nowhere_are_refused(name: str, value: float) -> None:
+    with pytest.raises(MethodError, match=f"{name} is {value}"):
+        TrainSettings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps", 0), ("batch_size", 0), ("accumulate", -1), ("schedule", "linear")]
+)
+def test_settings_without_a_meaning_are_refused(name: str, value: object) -> None:
     with pytest.raises(MethodError, match=f"{name} is {value}"):
         TrainSettings(**{name: value})
 

@@ -11,7 +11,7 @@ from tiny import llama, saved_experts, shapes_of, tokens
 from lora_merge.errors import MethodError
 from lora_merge.mixture import Mixture, TrainSettings, load_mixture, train_gate
 from lora_merge.mixture.data import Example
-from lora_merge.mixture.train import mean_loss
+from lora_merge.mixture.run import mean_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 EXAMPLES = [Example(tuple(r.tolist()), 2, i % 3) for i, r in enumerate(tokens(12, 10, seed=3))]

@@ -69,6 +69,11 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise MethodError(f"{name} is {value}", "a number, at least 0")
+        for name in ("steps", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise MethodError(f"{name} is {getattr(self, name)}", "at least 1")
+        if self.schedule not in ("cosine", "constant"):
+            raise MethodError(f"schedule is {self.schedule}", "cosine or constant")
         if self.rank_lr is not None and not 0 < self.rank_lr < math.inf:
             raise MethodError(f"rank_lr is {self.rank_lr}", "a number above 0")
 
