@@ -18,7 +18,7 @@ from lora_merge.analysis.checkpoint import Checkpoint, weight_of
 from lora_merge.analysis.parallel import in_order
 from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.errors import AdapterError, OutputError
-from lora_merge.linalg import leading_svd
+from lora_merge.linalg import frobenius, leading_svd
 
 _TOP = 10
 _SIMILAR = 0.5
@@ -134,7 +134,7 @@ def base_weights(
             raise AdapterError(
                 f"{checkpoint.folder}: no weight of {name} there", "name the adapter's base model"
             )
-        square = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+        square = frobenius(weight) ** 2
         return 1 / square if square > 0 else 1.0
 
     names = list(adapter.modules)
@@ -144,7 +144,7 @@ def base_weights(
 def _relate(
     adapter: Adapter, module: ModuleSpectrum, weight: Tensor, known: dict[str, float], deep: bool
 ) -> BaseRelation:
-    base_frobenius = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    base_frobenius = frobenius(weight)
     content = _content(weight)
     if content not in known:
         known[content] = float(leading_svd(weight, 1).s[0])

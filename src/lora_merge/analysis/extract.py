@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters import (
-    DTYPES,
     Adapter,
     AdapterConfig,
     AdapterWriter,
@@ -31,30 +30,13 @@ from lora_merge.adapters import (
     plan_output,
 )
 from lora_merge.adapters.card import short_card
-from lora_merge.analysis.checkpoint import Checkpoint, TensorPlace
+from lora_merge.analysis.checkpoint import Checkpoint
+from lora_merge.analysis.coverage import Coverage, measured, survey
 from lora_merge.analysis.noise import noise_rank
 from lora_merge.analysis.parallel import in_order
-from lora_merge.analysis.places import matches_any
 from lora_merge.analysis.ranks import RankPlan, RankRule, choose_ranks
 from lora_merge.errors import MethodError
-from lora_merge.linalg import leading_svd
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What became of one tensor of the tuned checkpoint.
-
-    Attributes:
-        name: Tensor name.
-        what: "extracted", "unchanged", "left out" (excluded or no matrix), "resized", "new",
-            "removed" or "not finite".
-        change: Frobenius norm of the difference over that of the base tensor, None where the two
-            cannot be subtracted.
-    """
-
-    name: str
-    what: str
-    change: float | None
+from lora_merge.linalg import frobenius, leading_svd
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,34 +94,6 @@ class ExtractReport:
         }
 
 
-def survey(
-    base: Checkpoint, tuned: Checkpoint, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> tuple[list[str], list[Coverage]]:
-    """Which tensors can be extracted, from headers alone, and what becomes of the others.
-
-    Args:
-        base: The base model.
-        tuned: The fine-tuned model.
-        include: Shell patterns of module names to extract; default: every matrix but embeddings
-            and heads.
-        exclude: Shell patterns to leave out.
-
-    Returns:
-        Names to extract, and the coverage of the rest (changes not yet measured).
-    """
-    chosen, others = [], []
-    for name in sorted(set(base.tensors) | set(tuned.tensors)):
-        if name not in tuned.tensors or name not in base.tensors:
-            others.append(Coverage(name, "new" if name in tuned.tensors else "removed", None))
-        elif base.tensors[name].shape != tuned.tensors[name].shape:
-            others.append(Coverage(name, "resized", None))
-        elif _wanted(name, tuned.tensors[name], include, exclude):
-            chosen.append(name)
-        else:
-            others.append(Coverage(name, "left out", None))
-    return chosen, others
-
-
 def extract(
     base: Checkpoint,
     tuned: Checkpoint,
@@ -188,7 +142,7 @@ def extract(
         raise MethodError(
             "the checkpoints have no matrix of the same name and shape", "check both directories"
         )
-    coverage = [_measured(base, tuned, one) for one in others]
+    coverage = [measured(base, tuned, one) for one in others]
     parts: dict[str, Difference] = {}
 
     def one(name: str) -> Difference | Coverage:
@@ -268,7 +222,7 @@ def _difference(
     module = name.removesuffix(".weight")
     before, after = base.read(name).float(), tuned.read(name).float()
     delta = (after - before).mT if base.is_conv1d(module) else after - before
-    norm, base_norm = _norm(delta), _norm(before)
+    norm, base_norm = frobenius(delta), frobenius(before)
     if not math.isfinite(norm):
         return Coverage(name, "not finite", None)
     if norm == 0:
@@ -298,19 +252,6 @@ def _difference(
     )
 
 
-def _measured(base: Checkpoint, tuned: Checkpoint, one: Coverage) -> Coverage:
-    """The change of a tensor that is not extracted."""
-    stored = {c.tensors[one.name].dtype for c in (base, tuned) if one.name in c.tensors}
-    if one.what != "left out" or not stored <= DTYPES.keys():
-        return one
-    before, after = base.read(one.name).float(), tuned.read(one.name).float()
-    change, norm = _norm(after - before), _norm(before)
-    if not math.isfinite(change):
-        return Coverage(one.name, "not finite", None)
-    what = "unchanged" if change == 0 else "left out"
-    return Coverage(one.name, what, change / norm if norm > 0 else None)
-
-
 def _write(parts: Mapping[str, Difference], plan: RankPlan, output: OutputPlan, out: Path) -> None:
     with atomic_directory(out) as folder:
         with AdapterWriter(folder, output) as writer:
@@ -326,17 +267,3 @@ def _write(parts: Mapping[str, Difference], plan: RankPlan, output: OutputPlan, 
             f"{100 * plan.energy:.2f} % of the squared difference of {len(parts)} weights.",
         )
         (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _wanted(name: str, place: TensorPlace, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    module = name.removesuffix(".weight")
-    is_matrix = name.endswith(".weight") and len(place.shape) == 2 and min(place.shape) > 1
-    if not is_matrix or place.dtype not in DTYPES or matches_any(module, exclude):
-        return False
-    if include:
-        return matches_any(module, include)
-    return not any(word in module for word in ("embed", "lm_head", "wte", "wpe", "norm"))
-
-
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64))

@@ -43,7 +43,8 @@ def command(as_json: bool, **arguments: Any) -> None:
     """
     rule = take_rule(arguments)
     from lora_merge.analysis.checkpoint import open_checkpoint
-    from lora_merge.analysis.extract import extract, survey
+    from lora_merge.analysis.coverage import survey
+    from lora_merge.analysis.extract import extract
     from lora_merge.cli._output import Output
 
     output = Output(as_json)

@@ -2,6 +2,7 @@
 
 from lora_merge.linalg.core import CoreSVD, core_svd
 from lora_merge.linalg.factors import (
+    frobenius,
     gram,
     orthonormal_basis,
     pivot_sign,
@@ -17,6 +18,7 @@ __all__ = [
     "KMeansResult",
     "LeadingSVD",
     "core_svd",
+    "frobenius",
     "gram",
     "kmeans",
     "leading_svd",

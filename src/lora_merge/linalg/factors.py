@@ -34,6 +34,11 @@ def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
     return total
 
 
+def frobenius(x: Tensor) -> float:
+    """Frobenius norm of a tensor of any shape and float dtype, accumulated in float64."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+
+
 def thin_qr(x: Tensor) -> tuple[Tensor, Tensor]:
     """Thin QR, `x = q @ r`: CholeskyQR2 where it is accurate, Householder elsewhere.
 
