@@ -107,6 +107,15 @@ def test_turning_and_scaling_do_to_the_stack_what_they_do_to_the_delta(
     assert torch.equal(alone.delta(), stack.delta()) and alone.adapters == (0,)
 
 
+@given(seed=seeds, power=st.sampled_from([-100, -70, 70, 100]))
+def test_balancing_keeps_units_whose_squares_leave_float32(seed: int, power: int) -> None:
+    one = random_stack((3,), seed=seed, dtype=torch.float32)
+    lopsided = RankStack.single(one.up * 2.0**power, one.down * 2.0**-power)
+    a, b = lopsided.balanced()
+    expected = RankStack.single(one.up, one.down).delta()
+    torch.testing.assert_close(b @ a, expected)
+
+
 def test_zero_units_stay_zero() -> None:
     stack = random_stack((3,))
     stack.up[:, 1] = 0

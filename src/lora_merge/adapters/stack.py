@@ -171,8 +171,7 @@ class RankStack:
         Returns:
             A of shape (R, d_in) and B of shape (d_out, R).
         """
-        norm_down = torch.linalg.vector_norm(self.down, dim=1).double()
-        norm_up = torch.linalg.vector_norm(self.up, dim=0).double()
+        norm_down, norm_up = _norms(self.down, 1), _norms(self.up, 0)
         alive = (self.scale != 0) & (norm_down > 0) & (norm_up > 0)
         ratio = torch.where(alive, self.scale.abs() * norm_up / norm_down, 1.0)
         to_down = torch.where(alive, torch.exp2((ratio.log2() / 2).round()), 0.0)
@@ -181,3 +180,11 @@ class RankStack:
             self.down * to_down[:, None].to(self.down.dtype),
             self.up * to_up[None, :].to(self.up.dtype),
         )
+
+
+def _norms(x: Tensor, dim: int) -> Tensor:
+    """Norms along a dimension, float64; in float32 alone where no square leaves its range."""
+    norms: Tensor = torch.linalg.vector_norm(x, dim=dim)
+    if not bool(((norms > 1e-15) & (norms < 1e15)).all()):
+        norms = torch.linalg.vector_norm(x, dim=dim, dtype=torch.float64)
+    return norms.double()
