@@ -52,3 +52,4 @@ def test_rank_deficient_and_zero_factors():
     zero = core_svd(up * 0, down)
     assert zero.values.tolist() == [0.0] * 4
     assert all(part.isfinite().all() for part in zero.truncate(4))
+    assert core_svd(up[:, :0], down[:0]).values.shape == (0,)

@@ -78,6 +78,26 @@ def test_names_order_and_jobs_do_not_matter(method) -> None:
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("method", ROWS, ids=lambda m: m.name)
+def test_the_methods_own_rank_is_always_possible(method) -> None:
+    """Adapters may have more units than the matrix has rows: elementwise results have not."""
+    count = method.adapters[1] or 2
+    wide = [make_adapter(f"a{i}", r=4, seed=i, shapes={"m.x": (2, 5)}) for i in range(count)]
+    lora_merge.merge(wide, method=method.name)
+
+
+@pytest.mark.parametrize("method", ROWS, ids=lambda m: m.name)
+@pytest.mark.parametrize("rule", ["energy:0.9", "full"])
+def test_a_rule_for_adapters_before_training(method, rule: str) -> None:
+    if rule != "full" and method.makes_rank and not method.gauge_free:
+        pytest.skip("takes no rule")
+    config, tensors = adapter_parts(r=2, shapes={"m.x": (6, 5)})
+    tensors = {name: t * ("lora_A" in name) for name, t in tensors.items()}
+    fresh = build_adapter("fresh", parse_config(config, "fresh"), TensorDict(tensors))
+    merged = lora_merge.merge([fresh, replace(fresh, name="again")], method=method.name, rank=rule)
+    assert not deltas(merged)["m.x"].any()
+
+
 def test_copies_of_an_adapter_are_dropped_apart() -> None:
     """Else DARE of copies would not average its noise out."""
     one = make_adapter("one", r=4, seed=1)

@@ -59,7 +59,7 @@ def core_svd(up: Tensor, down: Tensor) -> CoreSVD:
 
 def _triangular(x: Tensor) -> Tensor:
     """R of a QR of `x` (m, n), float64: by Cholesky where that is as accurate, else Householder."""
-    if x.shape[0] >= x.shape[1]:
+    if x.shape[0] >= x.shape[1] > 0:
         lower, info = torch.linalg.cholesky_ex(gram(x.mT))
         diagonal = lower.diagonal()
         if int(info) == 0 and bool(diagonal.max() <= _CHOLESKY_MAX_CONDITION * diagonal.min()):

@@ -36,7 +36,8 @@ def plan_ranks(
     if text == "units":
         return RankRule("units"), units, []
     if text == "largest":
-        text = str(max(s.rank for m in alignment.modules for s in m.specs.values()))
+        largest = max(s.rank for m in alignment.modules for s in m.specs.values())
+        text = str(min(largest, max(limits.values())))
     rule = parse_rule(text)
     if rule.kind == "full":
         return rule, limits, []

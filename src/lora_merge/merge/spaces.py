@@ -53,7 +53,7 @@ class Basis:
         size = gram.diagonal().clamp_min(0).sqrt()
         alive = size > 0
         inverse = torch.where(alive, 1 / size, 0.0)
-        if bool(alive.all()) and x.shape[0] >= x.shape[1]:
+        if bool(alive.all()) and x.shape[0] >= x.shape[1] > 0:
             lower, info = torch.linalg.cholesky_ex(inverse[:, None] * gram * inverse)
             diagonal = lower.diagonal()
             condition = float(diagonal.max() / diagonal.min()) if int(info) == 0 else float("inf")
