@@ -135,7 +135,8 @@ def advise(spectra: AdapterSpectra) -> Advice:
     values = {n: v for n, v in spectra.by_module.items() if float(v.sum()) > 0}
     remarks = tuple(_remarks(spectra))
     if not values:
-        return Advice("every delta is zero: there is nothing to keep", (), remarks)
+        why = "every delta is zero" if spectra.finite else "no module is finite"
+        return Advice(f"{why}: there is nothing to keep", (), remarks)
     before = {n: spectra.ranks[n] for n in values}
     costs = {n: spectra.costs[n] for n in values}
 

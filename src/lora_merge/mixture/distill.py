@@ -87,7 +87,26 @@ def _fit(
     ridge: float,
     batch_size: int,
 ) -> dict[str, Tensor]:
-    """Rows of every module's gate."""
+    """Rows of every module's gate: (X^T X + ridge)^-1 X^T scores."""
+    grams, products = _normal_equations(model, teacher, mixture, examples, batch_size)
+    gate = {}
+    for group in teacher.parts:
+        gram = grams[group.names[0]]
+        gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        for name in group.names:
+            rows = torch.linalg.solve(gram, products[name]).mT
+            gate[f"{name}.weight"] = rows[_present(mixture, name)].float().contiguous()
+    return gate
+
+
+def _normal_equations(
+    model: nn.Module,
+    teacher: AttachedMixture,
+    mixture: Mixture,
+    examples: Sequence[Example],
+    batch_size: int,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """X^T X by each group's first module and X^T scores by module, over all tokens, float64."""
     numbers = {name: n for n, name in enumerate(mixture.modules)}
     scores: list[Tensor] = []
     grams: dict[str, Tensor] = {}
@@ -129,14 +148,7 @@ def _fit(
             handle.remove()
         if teacher.two_pass is not None:
             teacher.two_pass.observe = None
-    gate = {}
-    for group in teacher.parts:
-        gram = grams[group.names[0]]
-        gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        for name in group.names:
-            rows = torch.linalg.solve(gram, products[name]).mT
-            gate[f"{name}.weight"] = rows[_present(mixture, name)].float().contiguous()
-    return gate
+    return grams, products
 
 
 def _weights(
