@@ -80,6 +80,18 @@ def test_the_error_is_measured_on_the_rows_given() -> None:
     assert errors[0] < 0.9 * errors[1]  # nearer to X-LoRA than no gate at all
 
 
+def test_a_gate_with_memory_keeps_it_and_is_fitted_to_what_each_token_says() -> None:
+    """Else the student would remember sums of what the teacher remembered already."""
+    model = llama()
+    fitted = []
+    for memory in (0.0, 0.9):
+        mixture = Mixture(experts_for(model), "recall", memory=memory, seed=3)
+        student = distill_xlora(model, mixture, rows(12, 1), batch_size=4).mixture
+        assert student.spec.memory == memory
+        fitted.append(student.gate["model.layers.0.self_attn.q_proj.weight"])  # reads no expert
+    torch.testing.assert_close(fitted[0], fitted[1], rtol=1e-3, atol=1e-5)
+
+
 def test_only_two_pass_gates_are_distilled() -> None:
     model = llama()
     with pytest.raises(MethodError, match="no second pass"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_merge.errors import MethodError
 from lora_merge.mixture import Mixture, load_mixture
-from lora_merge.mixture.memory import accumulate
+from lora_merge.mixture.memory import accumulate, evidence
 
 PRESETS = ("meteora", "xlora", "smora", "arrow", "spectr", "phatgoose")
 
@@ -35,6 +35,7 @@ def test_sums_are_the_recursion(
     before = torch.randn(batch, 2, generator=random, dtype=torch.float64) * going_on
     got = accumulate(scores, memory, keep, before if going_on else None)
     torch.testing.assert_close(got, recursion(scores, memory, keep, before))
+    torch.testing.assert_close(evidence(accumulate(scores, memory), memory), scores)
     cut = length // 2
     if cut:
         head = accumulate(scores[:, :cut], memory, keep[:, :cut], before)

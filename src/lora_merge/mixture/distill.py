@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_merge.errors import MethodError
 from lora_merge.mixture.attach import AttachedMixture, load_mixture
 from lora_merge.mixture.data import Example, in_order
+from lora_merge.mixture.memory import evidence
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.prepare import find_targets
 
@@ -39,7 +40,8 @@ def distill_xlora(
 ) -> Distillation:
     """Fit W_n x to X-LoRA's scores of module n by ridge regression, in closed form.
 
-    Softmax ignores what all scores share, so the scores are centred over experts. One d_in x d_in
+    Softmax ignores what all scores share, so the scores are centred over experts. A gate with
+    memory is fitted to what each token adds, and the student keeps the memory. One d_in x d_in
     float64 matrix is held per group of modules that read the same input.
 
     Args:
@@ -92,7 +94,7 @@ def _fit(
     gate = {}
     for group in teacher.parts:
         gram = grams[group.names[0]]
-        gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        gram = gram + torch.eye(len(gram)).to(gram) * ridge * gram.diagonal().mean()
         for name in group.names:
             rows = torch.linalg.solve(gram, products[name]).mT
             gate[f"{name}.weight"] = rows[_present(mixture, name)].float().contiguous()
@@ -111,16 +113,18 @@ def _normal_equations(
     scores: list[Tensor] = []
     grams: dict[str, Tensor] = {}
     products: dict[str, Tensor] = {}
-    mask = torch.zeros(0, dtype=torch.bool)
+    mask = torch.zeros(0, 0, dtype=torch.bool)
 
     def record(module_scores: Tensor, weights: Tensor, present: tuple[int, ...]) -> None:
-        scores.append(module_scores - module_scores.mean(-1, keepdim=True))
+        sums = module_scores.view(*mask.shape, -1)
+        own = evidence(sums, mixture.spec.memory)  # the student has the same memory
+        scores.append(own - own.mean(-1, keepdim=True))
 
     def look(names: Sequence[str]) -> Any:
         def hook(target: nn.Module, args: tuple[Any, ...]) -> None:
             if teacher.context.bypass or not args[0].is_floating_point():
                 return
-            x = args[0].reshape(-1, args[0].shape[-1])[mask].double()
+            x = args[0][mask].double()
             first = names[0]
             grams[first] = grams.get(first, 0) + x.mT @ x
             for name in names:
@@ -141,7 +145,7 @@ def _normal_equations(
             for batch in in_order(examples, batch_size):
                 on = batch.to(teacher.device)
                 scores.clear()
-                mask = on.mask.bool().flatten()
+                mask = on.mask.bool()
                 model(input_ids=on.ids, attention_mask=on.mask, use_cache=False)
     finally:
         for handle in handles:

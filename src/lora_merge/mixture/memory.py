@@ -47,6 +47,17 @@ def accumulate(
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
+def evidence(sums: Tensor, memory: float) -> Tensor:
+    """Each token's own scores from the sums that `accumulate` made of whole texts.
+
+    Args:
+        sums: Shape (B, S, n), from the first token on; padding, if any, comes last.
+        memory: As for `accumulate`.
+    """
+    before = torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], dim=1)
+    return sums - memory * before
+
+
 def remember(
     store: dict[Any, Tensor] | None,
     key: tuple[Any, ...],
