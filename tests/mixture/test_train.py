@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, experts_for, llama, saved_experts, tokens
 
-from lora_merge.errors import MethodError
+from lora_merge.errors import MethodError, OutputError
 from lora_merge.mixture import Mixture, TrainSettings, load_mixture, train_gate
 from lora_merge.mixture.data import DataError, Example, batches, collate, read_examples
 from lora_merge.mixture.losses import GateLosses
@@ -348,6 +348,14 @@ def test_settings_that_train_uphill_or_nowhere_are_refused(name: str, value: flo
 def test_settings_without_a_meaning_are_refused(name: str, value: object) -> None:
     with pytest.raises(MethodError, match=f"{name} is {value}"):
         TrainSettings(**{name: value})
+
+
+def test_a_checkpoint_does_not_replace_what_is_none(setting, tmp_path: Path) -> None:
+    model, examples = setting
+    (tmp_path / "config.json").write_text("precious")
+    with pytest.raises(OutputError, match="no training checkpoint"):
+        train_gate(model, Mixture(loud(model), "meteora"), examples, work=tmp_path)
+    assert (tmp_path / "config.json").read_text() == "precious"
 
 
 def test_what_cannot_be_trained_is_said_first(setting, tmp_path: Path) -> None:

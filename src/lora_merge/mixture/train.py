@@ -17,7 +17,7 @@ from lora_merge.mixture.rebuild import rebuilt_experts
 from lora_merge.mixture.run import Run
 from lora_merge.mixture.settings import TrainSettings
 from lora_merge.mixture.sora import check_prunable
-from lora_merge.mixture.training_state import cut_metrics, restore_state
+from lora_merge.mixture.training_state import check_work, cut_metrics, restore_state
 
 
 def train_gate(
@@ -42,7 +42,7 @@ def train_gate(
         examples: Training rows.
         settings: How to train.
         evaluation: Rows whose loss is reported.
-        work: Directory for the checkpoint; `<work>.metrics.jsonl` lies beside it. None keeps
+        work: Directory for the checkpoint alone; `<work>.metrics.jsonl` lies beside it. None keeps
             neither.
         resume: Go on from the checkpoint in `work`, to the very weights of an unbroken run.
         on_step: Called with every step's metrics.
@@ -54,10 +54,13 @@ def train_gate(
     Raises:
         MethodError: If there is nothing to train, or the loss is no longer finite.
         DataError: If the rows do not carry what the training needs.
+        OutputError: If `work` holds something other than a checkpoint.
     """
     settings = _settled(settings or TrainSettings(), mixture, examples)
     by_expert = mixture.spec.standardise
     _check(mixture, examples, settings)
+    if work is not None:
+        check_work(work)
     # PHATGOOSE trains each vector on its own expert's rows behind a sigmoid, and compares
     # standardised vectors only afterwards (arXiv 2402.05859).
     start = _sigmoid_form(mixture) if by_expert else mixture

@@ -10,11 +10,24 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters import atomic_directory, atomic_file
-from lora_merge.errors import MethodError
+from lora_merge.errors import MethodError, OutputError
 from lora_merge.mixture.settings import TrainSettings
 
 _STATE, _METRICS = "state.pt", "metrics.jsonl"
 _FREE = ("save_every", "eval_every")  # settings that a resumed run may have otherwise
+
+
+def check_work(work: Path) -> None:
+    """Refuse a directory that holds something else: a checkpoint replaces it as a whole.
+
+    Raises:
+        OutputError: If it is not empty and no checkpoint.
+    """
+    if work.exists() and not (work / _STATE).is_file() and (work.is_file() or any(work.iterdir())):
+        raise OutputError(
+            f"{work} exists and is no training checkpoint, so it is not replaced",
+            "name a directory for the checkpoint alone",
+        )
 
 
 def save_state(
