@@ -13,7 +13,8 @@ from lora_merge.errors import AdapterError, MethodError
 from lora_merge.mixture import Mixture
 from lora_merge.mixture.append import append_experts
 from lora_merge.mixture.data import Example
-from lora_merge.mixture.descriptors import Descriptors, default_modules, describe, novelty
+from lora_merge.mixture.descriptors import Descriptors
+from lora_merge.mixture.novelty import default_modules, describe, novelty
 
 
 def texts(low: int, expert: int, count: int = 12, seed: int = 0) -> list[Example]:

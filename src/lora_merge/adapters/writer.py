@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lora_merge.adapters.adapter import Adapter, build_adapter
+from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.align import AlignedModule
 from lora_merge.adapters.config import parse_config
 from lora_merge.adapters.keys import PREFIX
 from lora_merge.adapters.modules import ModuleSpec, stored_shapes, to_stored
+from lora_merge.adapters.opening import build_adapter
 from lora_merge.adapters.source import CONFIG_NAME, WEIGHTS_NAME
 from lora_merge.adapters.stack import RankStack
 from lora_merge.adapters.stream import SafetensorsStream, cast_to, header_of

@@ -42,7 +42,7 @@ def command(
     """
     from lora_merge.adapters import check_target
     from lora_merge.cli._output import Output
-    from lora_merge.mixture.descriptors import describe
+    from lora_merge.mixture.novelty import describe
 
     output = Output(as_json)
     check_target(out, force=force)

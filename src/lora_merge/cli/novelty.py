@@ -41,7 +41,7 @@ def command(
     module every score is above the threshold, no expert knows the texts.
     """
     from lora_merge.cli._output import Output, table
-    from lora_merge.mixture.descriptors import novelty
+    from lora_merge.mixture.novelty import novelty
 
     output = Output(as_json)
     opened, model, rows = load_texts(

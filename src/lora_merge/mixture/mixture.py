@@ -5,18 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_merge.adapters import Adapter, AlignedModule, Alignment, align
 from lora_merge.errors import AlignmentError, MethodError
+from lora_merge.mixture.descriptors import Descriptors
 from lora_merge.mixture.gate import GateSpec, gate_spec
 from lora_merge.mixture.initial import initial_gate
-
-if TYPE_CHECKING:
-    from lora_merge.mixture.descriptors import Descriptors
 
 DEFAULT_PRESET = "arrow"
 
@@ -61,14 +59,14 @@ class Mixture:
         experts: Gated experts first, then the general ones.
         gate: The gate's tensors by name.
         alignment: The adapters side by side.
-        descriptors: What is known of the experts' texts (`descriptors.describe`), or None.
+        descriptors: What is known of the experts' texts (`novelty.describe`), or None.
 
     Raises:
         AlignmentError: If the adapters do not fit together; lists every mismatch.
         MethodError: If the gate cannot be what was asked for.
     """
 
-    descriptors: "Descriptors | None" = None
+    descriptors: Descriptors | None = None
 
     def __init__(
         self,

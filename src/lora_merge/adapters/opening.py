@@ -1,0 +1,188 @@
+"""From files or tensors to an adapter: every shape is checked against every other."""
+
+from collections.abc import Mapping
+from math import prod
+
+from lora_merge.adapters.adapter import Adapter, ExtraSpec
+from lora_merge.adapters.config import AdapterConfig, read_config
+from lora_merge.adapters.keys import FactorKeys, sort_keys
+from lora_merge.adapters.modules import Form, ModuleSpec
+from lora_merge.adapters.source import Source
+from lora_merge.adapters.tensors import DTYPES, SafetensorsFile, TensorSource, load_pickle
+from lora_merge.errors import AdapterError
+
+
+def open_adapter(source: Source, *, fallback: AdapterConfig | None = None) -> Adapter:
+    """Open an adapter from its files; reads headers only (a pickle is loaded whole).
+
+    Args:
+        source: Its files.
+        fallback: Config to use where the files hold none.
+
+    Raises:
+        AdapterError: If it is no plain LoRA adapter; the message names file, module and remedy.
+    """
+    name = source.ref
+    if source.config is not None:
+        config: AdapterConfig | None = read_config(source.config, name)
+    else:
+        config = fallback
+    tensors: TensorSource
+    if source.is_pickle:
+        tensors = load_pickle(source.weights, name)
+    else:
+        tensors = SafetensorsFile(source.weights, name)
+    return build_adapter(name, config, tensors, source=source)
+
+
+def build_adapter(
+    name: str,
+    config: AdapterConfig | None,
+    tensors: TensorSource,
+    *,
+    source: Source | None = None,
+) -> Adapter:
+    """Make an adapter from tensors and their config; checks every shape against every other."""
+    entries = tensors.entries()
+    table = sort_keys(entries, name)
+    if config is None:
+        raise AdapterError(
+            f"{name}: no adapter_config.json, so the scaling is unknown",
+            "put the config beside the file, or give --alpha (and --rslora)",
+        )
+    notes = []
+    emptied = [m for m, keys in table.factors.items() if keys.gate and 0 in entries[keys.gate][1]]
+    if emptied:
+        notes.append(f"{len(emptied)} modules have no rank left ({emptied[0]}); they add nothing")
+    modules = {
+        module: _module_spec(module, keys, config, entries, name)
+        for module, keys in sorted(table.factors.items())
+        if module not in emptied
+    }
+    if not modules:
+        raise AdapterError(
+            f"{name}: no module has any rank left", "it changes nothing: leave it out"
+        )
+    extras = {
+        extra: ExtraSpec(extra, key, *entries[key]) for extra, key in sorted(table.extras.items())
+    }
+    if table.rewrapped:
+        notes.append("keys are wrapped by PEFT more than once; unwrapped")
+    used = sum(
+        key is not None for k in table.factors.values() for key in (k.a, k.b, k.bias, k.gate)
+    )
+    copies = len(entries) - len(extras) - used
+    if copies:
+        notes.append(f"{copies} tensors are copies left by PEFT's wrappers; ignored")
+    return Adapter(name, config, modules, extras, tensors, source, tuple(notes))
+
+
+def _module_spec(
+    module: str,
+    keys: FactorKeys,
+    config: AdapterConfig,
+    entries: Mapping[str, tuple[str, tuple[int, ...]]],
+    adapter: str,
+) -> ModuleSpec:
+    key_a, key_b = keys.a or "", keys.b or ""
+    (dtype, shape_a), (dtype_b, shape_b) = entries[key_a], entries[key_b]
+    for key, code in ((key_a, dtype), (key_b, dtype_b)):
+        if code not in DTYPES:
+            raise AdapterError(
+                f"{adapter}: {key} has dtype {code}; factors are {', '.join(DTYPES)}",
+                "dequantise the adapter first",
+            )
+    where = f"{adapter}: {module}: A {list(shape_a)}, B {list(shape_b)}"
+    if min((*shape_a, *shape_b), default=0) < 1 or len(shape_a) < 2 or len(shape_b) < 2:
+        raise AdapterError(
+            f"{where}: empty or flat factors",
+            "they were probably saved from an unsharded run; gather the shards before saving",
+        )
+    form = _form_of(module, keys, config, shape_a)
+    rank, experts = _rank_of(module, form, config, shape_a[0], where)
+    _check_gate(keys, config, entries, shape_a[0], where)
+    kernel = shape_a[2:]
+    if form == "conv" and shape_b[1] != rank and rank % shape_b[1] == 0:
+        raise AdapterError(
+            f"{where}: the B of a grouped convolution, which is no single matrix",
+            "leave this module out of the adapter",
+        )
+    ones = shape_b[2:]
+    if shape_b[1] != rank * experts or len(ones) != len(kernel) or any(n != 1 for n in ones):
+        raise AdapterError(f"{where}: the shapes do not belong together", "save it again")
+    if keys.bias is not None:
+        code, shape = entries[keys.bias]
+        if code not in DTYPES or shape != shape_b[:1]:
+            raise AdapterError(
+                f"{where}: the bias on B is {code} {list(shape)}, not one number per output",
+                "save it again",
+            )
+    return ModuleSpec(
+        name=module,
+        form=form,
+        d_out=shape_b[0],
+        d_in=prod(shape_a[1:]),
+        rank=rank,
+        scaling=config.scaling_of(module, rank),
+        dtype=dtype,
+        key_a=key_a,
+        key_b=key_b,
+        kernel=kernel,
+        num_experts=experts,
+        key_bias=keys.bias,
+        key_gate=keys.gate,
+    )
+
+
+def _check_gate(
+    keys: FactorKeys,
+    config: AdapterConfig,
+    entries: Mapping[str, tuple[str, tuple[int, ...]]],
+    rows: int,
+    where: str,
+) -> None:
+    """A gate has one entry per unit, and AdaLoRA's stands with AdaLoRA's config alone."""
+    adaptive = keys.gate is not None and "lora_E" in keys.gate
+    if adaptive != (config.init_r is not None):
+        raise AdapterError(
+            f"{where}: lora_E {'without' if adaptive else 'is missing beside'} an AdaLoRA config",
+            "put the adapter's own adapter_config.json beside its weights",
+        )
+    if keys.gate is None:
+        return
+    code, shape = entries[keys.gate]
+    if code not in DTYPES or prod(shape) != rows:
+        raise AdapterError(
+            f"{where}: its gate is {code} {list(shape)}, not one number per unit", "save it again"
+        )
+
+
+def _form_of(
+    module: str, keys: FactorKeys, config: AdapterConfig, shape_a: tuple[int, ...]
+) -> Form:
+    if keys.embedding:
+        return "embedding"
+    if len(shape_a) > 2:
+        return "conv"
+    parents = {parameter.rpartition(".")[0] for parameter in config.target_parameters}
+    unwrapped = module
+    while unwrapped.endswith(".base_layer"):
+        unwrapped = unwrapped.removesuffix(".base_layer")
+    is_expert = any(unwrapped == p or unwrapped.endswith("." + p) for p in parents if p)
+    return "experts" if is_expert else "linear"
+
+
+def _rank_of(
+    module: str, form: Form, config: AdapterConfig, rows: int, where: str
+) -> tuple[int, int]:
+    """(rank, number of experts) of a module; refuses a config that contradicts the tensors."""
+    rank = config.rank_of(module) or rows
+    if form == "experts":
+        if rows % rank == 0:
+            return rank, rows // rank
+    elif rows == rank:
+        return rank, 1
+    raise AdapterError(
+        f"{where}: the tensors have rank {rows}, adapter_config.json says {rank}",
+        "correct r or rank_pattern in adapter_config.json",
+    )
