@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_merge.analysis.budget import Choice, cut_at_threshold, optimise, water_fill
-from lora_merge.analysis.ranks import RankRule, choose_ranks, parse_rule, rule_names
+from lora_merge.analysis.rank_rule import RankRule, parse_rule, rule_names
+from lora_merge.analysis.ranks import choose_ranks
 from lora_merge.errors import MethodError
 
 
@@ -78,7 +79,18 @@ def test_welore_prunes_the_light_tail():
     assert rank_of("welore:0.15", 10, 9, 1, 0.9, 0.8) == 2
 
 
-@pytest.mark.parametrize("text", [*rule_names(), "16", "budget:x0.5", "budget:120000", "match:4"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *rule_names(),
+        "16",
+        "budget:x0.5",
+        "budget:120000",
+        "match:4",
+        "energy:0.99999999",
+        "1234567",
+    ],
+)
 def test_rules_round_trip(text):
     if text in ("fixed", "budget", "match"):
         with pytest.raises(MethodError, match="needs a number"):

@@ -2,14 +2,8 @@
 
 from lora_merge.analysis.budget import Certificate
 from lora_merge.analysis.measures import Measures, measure
-from lora_merge.analysis.ranks import (
-    ModuleRank,
-    RankPlan,
-    RankRule,
-    choose_ranks,
-    parse_rule,
-    rule_names,
-)
+from lora_merge.analysis.rank_rule import RankRule, parse_rule, rule_names
+from lora_merge.analysis.ranks import ModuleRank, RankPlan, choose_ranks
 
 __all__ = [
     "Certificate",

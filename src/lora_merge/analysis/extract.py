@@ -34,7 +34,8 @@ from lora_merge.analysis.checkpoint import Checkpoint
 from lora_merge.analysis.coverage import Coverage, measured, survey
 from lora_merge.analysis.noise import noise_rank
 from lora_merge.analysis.parallel import in_order
-from lora_merge.analysis.ranks import RankPlan, RankRule, choose_ranks
+from lora_merge.analysis.rank_rule import RankRule
+from lora_merge.analysis.ranks import RankPlan, choose_ranks
 from lora_merge.errors import MethodError
 from lora_merge.linalg import frobenius, leading_svd
 

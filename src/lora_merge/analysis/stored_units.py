@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lora_merge.adapters import Adapter, RankStack
 from lora_merge.adapters.modules import to_matrix
-from lora_merge.analysis.ranks import ModuleRank, RankPlan, RankRule
+from lora_merge.analysis.rank_rule import RankRule
+from lora_merge.analysis.ranks import ModuleRank, RankPlan
 from lora_merge.analysis.spectra import AdapterSpectra
 
 NESTED, PRUNE_GATES = "nested", "prune-gates"
