@@ -179,6 +179,8 @@ def plan_of(*adapters: Adapter, **options: Any) -> MergePlan:
         ({"weights": [1.0, float("nan")]}, "nan", "finite"),
         ({"weights": [0.0, 0.0]}, "all weights are 0", ""),
         ({"dtype": "int8"}, "int8", "bfloat16"),
+        ({"semantics": {"scale": float("inf")}}, "scale is inf", "finite"),
+        ({"semantics": {"scale": float("nan")}}, "scale is nan", "finite"),
     ],
 )
 def test_impossible_requests_are_refused_from_headers(
@@ -305,6 +307,16 @@ def test_reports_have_no_nan_for_zero_modules() -> None:
     assert GroupReport.of("all", [silent]).relative_error == 0.0
     assert GroupReport.of("all", [odd]).relative_error is None
     json.dumps(MergeReport((silent, odd), (), None, 0).to_dict(), allow_nan=False)
+
+
+def test_what_a_method_says_of_each_expert_counts_as_that_of_a_module() -> None:
+    plain = ModuleReport("a", 4, 2, 1.0, 1.0, 0.0, details={"cluster_sizes": [3, 1]})
+    stacked = ModuleReport(
+        "b", 4, 2, 1.0, 1.0, 0.0,
+        details={"experts": [{"cluster_sizes": [2, 2]}, {"cluster_sizes": [4]}]},
+    )  # fmt: skip
+    assert GroupReport.of("all", [plain, stacked]).largest_clusters == (3.0, 4)
+    assert stacked.said("cluster_sizes") == [[2, 2], [4]] and stacked.said("shrink") == []
 
 
 def test_a_full_disk_is_our_error_and_leaves_nothing(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
+from math import isfinite
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -110,13 +111,14 @@ def _check(owner: str, name: str, kind: Any, limits: Mapping[str, Any], value: A
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise MethodError(f"{owner}: {name} is {value!r}, not {kind.__name__}", "correct it")
     low, high, above = limits.get("low"), limits.get("high"), limits.get("above")
-    # Written so that NaN fails, too.
+    if isinstance(value, float) and not isfinite(value):
+        raise MethodError(f"{owner}: {name} is {value!r}", "it must be a finite number")
     fits = (
         (low is None or value >= low)
         and (high is None or value <= high)
         and (above is None or value > above)
     )
-    if not fits or value != value:
+    if not fits:
         raise MethodError(f"{owner}: {name} is {value!r}", f"it must be {_limits_text(limits)}")
 
 

@@ -21,7 +21,8 @@ class ModuleReport:
         error_norm: Frobenius norm of their difference.
         adapter_norms: Frobenius norm of each adapter's weighted delta, in the plan's order; 0 for
             adapters that do not have the module.
-        details: What the method adds, as JSON values.
+        details: What the method adds, as JSON values; under "experts" one such mapping of each,
+            where a module has several.
         full_norm: Frobenius norm of the result before it was cut to its rank.
     """
 
@@ -39,6 +40,11 @@ class ModuleReport:
     def retained(self) -> float:
         """Share of the result's energy that the cut to its rank kept; 1 where nothing was cut."""
         return _retained([self])
+
+    def said(self, name: str) -> list[Any]:
+        """What the method added under a name: one value, or one of each expert; none if nothing."""
+        parts = self.details.get("experts", [self.details])
+        return [part[name] for part in parts if name in part]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -78,7 +84,7 @@ class GroupReport:
     def of(cls, name: str, modules: Sequence[ModuleReport]) -> "GroupReport":
         """Sum up some modules."""
         exact = sqrt(sum(m.exact_norm**2 for m in modules))
-        largest = [max(m.details["cluster_sizes"]) for m in modules if "cluster_sizes" in m.details]
+        largest = [max(sizes) for m in modules for sizes in m.said("cluster_sizes")]
         return cls(
             name=name,
             modules=len(modules),

@@ -99,7 +99,7 @@ def finish_report(
     if plan.spool is not None:
         rule = "the exact result" if plan.rule.kind == "units" else str(plan.rule)
         notes.append(f"{rule} has {_ranks_text(plan)}")
-    shrinks = [m.details["shrink"] for m in modules if "shrink" in m.details]
+    shrinks = [shrink for module in modules for shrink in module.said("shrink")]
     if shrinks and sum(shrinks) / len(shrinks) < _SHRUNK:
         notes.append(
             f"{plan.method.name} left {sum(shrinks) / len(shrinks):.2f} of the mean: it is for "
