@@ -2,13 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import given
@@ -98,6 +102,30 @@ def test_whole_numbers_among_the_whole_tensors_are_named(tmp_path: Path) -> None
     with pytest.raises(AdapterError, match=r"bn.num_batches_tracked is I64"):
         adapter.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_goes_to_the_hub_whole_or_with_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a Hub that is a directory."""
+    made: list[tuple[str, bool]] = []
+
+    class Api:
+        def create_repo(self, repo: str, private: bool, exist_ok: bool) -> None:
+            huggingface_hub.utils.validate_repo_id(repo)
+            made.append((repo, private))
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> Any:
+            shutil.copytree(folder_path, tmp_path / "hub")
+            return SimpleNamespace(commit_url="https://hub/commit/1")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    adapter = make_adapter()
+    assert adapter.push_to_hub("me/mine", private=True) == "https://hub/commit/1"
+    assert made == [("me/mine", True)]
+    assert Adapter.from_pretrained(tmp_path / "hub").modules.keys() == adapter.modules.keys()
+    with pytest.raises(OutputError, match="me//mine: the Hub did not take it"):
+        adapter.push_to_hub("me//mine")
 
 
 def test_the_planned_size_is_the_files_size() -> None:

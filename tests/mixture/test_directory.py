@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_to_and_from_the_hub(folder: Path, tmp_path: Path, monkeypatch) -> None:
         def create_repo(self, repo: str, private: bool, exist_ok: bool) -> None:
             made.append((repo, private, exist_ok))
 
-        def upload_folder(self, repo_id: str, folder_path: Path) -> SimpleNamespace:
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> Any:
             shutil.copytree(folder_path, tmp_path / "hub")
             return SimpleNamespace(commit_url="https://hub/commit/1")
 

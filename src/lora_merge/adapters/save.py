@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from lora_merge.adapters.align import align, read_stacks
 from lora_merge.adapters.atomic import atomic_directory, check_target
 from lora_merge.adapters.tensors import widest_dtype
+from lora_merge.adapters.upload import upload
 from lora_merge.adapters.writer import AdapterWriter, plan_output
-from lora_merge.errors import OutputError
 
 if TYPE_CHECKING:
     from lora_merge.adapters.adapter import Adapter
@@ -48,28 +48,12 @@ def save_adapter(adapter: "Adapter", out: Path, *, force: bool = False) -> None:
 
 
 def push_adapter(adapter: "Adapter", repo: str, *, private: bool = False) -> str:
-    """Upload an adapter to a Hub repository, which is made if need be.
-
-    Returns:
-        The address of the commit.
+    """Upload an adapter to a Hub repository; returns the address of the commit.
 
     Raises:
-        OutputError: If the Hub refuses.
+        OutputError: If the Hub refuses it or cannot be reached.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "adapter"
         save_adapter(adapter, target)
-        api = HfApi()
-        try:
-            api.create_repo(repo, private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo, folder_path=target, commit_message="Upload merged LoRA adapter"
-            )
-        except HfHubHTTPError as error:
-            raise OutputError(
-                f"cannot upload to {repo}: {error}", "check the name and `hf auth login`"
-            ) from error
-    return str(commit.commit_url)
+        return upload(target, repo, private=private, message="Upload LoRA adapter")

@@ -11,6 +11,7 @@ README.md               model card
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from lora_merge.adapters import (
     read_stacks,
     sha256,
 )
-from lora_merge.errors import AdapterError, OutputError, SourceError
+from lora_merge.adapters.upload import upload
+from lora_merge.errors import AdapterError, SourceError
 from lora_merge.mixture.descriptors import PARTS, Descriptors
 from lora_merge.mixture.gate import PRESETS, GateSpec
 from lora_merge.mixture.mixture import Expert, Mixture, slug
@@ -138,25 +140,11 @@ def push(mixture: Mixture, repo: str, *, private: bool = False) -> str:
     Raises:
         OutputError: If the Hub refuses it or cannot be reached.
     """
-    import tempfile
-
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "mixture"
         folder.mkdir()
         write(mixture, folder)
-        api = HfApi()
-        try:
-            api.create_repo(repo, private=private, exist_ok=True)
-            commit = api.upload_folder(repo_id=repo, folder_path=folder)
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise OutputError(
-                f"{repo}: the Hub did not take it: {str(error).splitlines()[0]}",
-                "check the name, HF_TOKEN and the network",
-            ) from error
-    return str(commit.commit_url)
+        return upload(folder, repo, private=private, message="Upload mixture of LoRA adapters")
 
 
 def _folder_of(ref: str | Path) -> Path:
