@@ -88,8 +88,8 @@ def measure(values: Tensor, shape: tuple[int, int], dtype: str = "F32") -> Measu
         nuclear=total,
         spectral=top,
         stable_rank=sum_energy,
-        effective_rank=_entropy_rank(sigma / sum_sigma),
-        entropy_rank_energy=_entropy_rank(energy / sum_energy),
+        effective_rank=entropy_rank(sigma / sum_sigma),
+        entropy_rank_energy=entropy_rank(energy / sum_energy),
         participation_ratio=sum_energy**2 / float(energy.square().sum()),
         participation_sigma=sum_sigma**2 / sum_energy,
         numerical_rank=rank,
@@ -141,6 +141,11 @@ def rank_at_energy(values: Tensor, level: float) -> int:
     return int((tail > allowed).sum()) if total > 0 else 0
 
 
+def entropy_rank(shares: Tensor) -> float:
+    """exp(entropy) of numbers that add up to 1: how many equal ones would have as much of it."""
+    return math.exp(-float(torch.special.xlogy(shares, shares).sum()))
+
+
 def noise_tail(values: Tensor, shape: tuple[int, int]) -> int:
     """Length of the longest tail that a random factor pair could have produced, 0 for none.
 
@@ -157,10 +162,6 @@ def noise_tail(values: Tensor, shape: tuple[int, int]) -> int:
         if float(values[size - length]) <= spread * float(values[-1]):
             return length
     return 0
-
-
-def _entropy_rank(shares: Tensor) -> float:
-    return math.exp(-float(torch.special.xlogy(shares, shares).sum()))
 
 
 def _slope(x: Tensor, y: Tensor) -> float | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lora_merge.analysis.measures import rank_at_energy
+from lora_merge.analysis.measures import entropy_rank, rank_at_energy
 
 ModuleRule = Callable[[Tensor, float], int]
 
@@ -62,9 +62,7 @@ def elbow(values: Tensor, value: float = 0.0) -> int:
 
 def effective(values: Tensor, value: float = 0.0) -> int:
     """The Roy-Vetterli effective rank, rounded up."""
-    shares = values / values.sum()
-    rank = math.exp(-float(torch.special.xlogy(shares, shares).sum()))
-    return math.ceil(rank * (1 - _FLAT))
+    return math.ceil(entropy_rank(values / values.sum()) * (1 - _FLAT))
 
 
 def soka(values: Tensor, value: float) -> int:

@@ -15,6 +15,11 @@ _ENTANGLED = 1.5
 _SHARED_FACTOR = 1 - 1e-6
 _SHARED_INIT = 0.5
 
+# The most alarming first.
+_ALARM: tuple[Kind, ...] = (
+    "conflict", "opposite", "entangled", "same", "agree", "independent", "apart",
+)  # fmt: skip
+
 MEANING: dict[Kind, str] = {
     "same": "near-duplicates: keep one",
     "opposite": "near-negations: they cancel",
@@ -56,10 +61,8 @@ class Verdict:
 def judge(comparison: Comparison) -> list[Verdict]:
     """A verdict for every pair, the most alarming kinds first."""
     count = len(comparison.adapters)
-    order: list[Kind] = ["conflict", "opposite", "entangled", "same", "agree", "independent"]
-    order.append("apart")
     verdicts = [_judge_pair(comparison, i, j) for i in range(count) for j in range(i + 1, count)]
-    return sorted(verdicts, key=lambda v: (order.index(v.kind), -abs(v.cosine)))
+    return sorted(verdicts, key=lambda v: (_ALARM.index(v.kind), -abs(v.cosine)))
 
 
 def _judge_pair(comparison: Comparison, i: int, j: int) -> Verdict:
