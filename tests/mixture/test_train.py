@@ -299,6 +299,16 @@ def test_rows_are_read_and_faults_are_named_by_line(tmp_path: Path) -> None:
     assert labels.tolist()[0][4] == -100 and labels.tolist()[1][:2] == [-100, -100]
 
 
+def test_a_row_ends_where_the_line_ends(tmp_path: Path) -> None:
+    """JSON may hold characters that are line breaks to Python, but not to anyone else."""
+    text = "one\u2028two\x85three"
+    rows = [json.dumps({"text": text}, ensure_ascii=False), json.dumps({"text": "four"})]
+    (tmp_path / "rows.jsonl").write_bytes("\r\n".join(rows).encode())
+    data = read_examples(tmp_path / "rows.jsonl", Letters())
+    assert data.faults == () and len(data.examples) == 2
+    assert len(data.examples[0].ids) >= len(text)
+
+
 def test_rows_may_change_their_task(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     part = '{"text": "abc", "expert": "math"}, {"text": "de"}'

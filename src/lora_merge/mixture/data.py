@@ -106,7 +106,8 @@ def read_examples(
         DataError: If the file cannot be read, has no usable row, or `strict` and a bad one.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which also breaks at characters that JSON strings may hold.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path} cannot be read: {error}", "give a UTF-8 JSON-lines file"
