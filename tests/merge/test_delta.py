@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from builders import random_stack
 from lora_merge.adapters import RankStack
 from lora_merge.errors import MethodError
+from lora_merge.merge.bands import blocks_of
 from lora_merge.merge.blocks import in_turn
-from lora_merge.merge.delta import blocks_of, guess_thresholds, merge_delta
+from lora_merge.merge.delta import merge_delta
 from lora_merge.merge.elementwise import measure, merge_tensor
+from lora_merge.merge.guess import guess_thresholds
 from lora_merge.merge.rule import preset, rule_names
 
 KEYS = (11, 22, 33)

@@ -17,22 +17,15 @@ from lora_merge.adapters import RankStack
 from lora_merge.errors import MethodError
 from lora_merge.linalg import thin_svd
 from lora_merge.linalg.range_finder import leading_svd_in_bands
+from lora_merge.merge.bands import BAND_ROWS, band_rows, blocks_of
 from lora_merge.merge.blocks import Block, Statistics, in_turn
 from lora_merge.merge.elementwise import combine, measure
+from lora_merge.merge.guess import guess_thresholds
 from lora_merge.merge.masks import mask_key, random_bits
-from lora_merge.merge.order import Bracket, sample_brackets
 from lora_merge.merge.rule import Rule
 
-# Matrix products are always made for these bands, whatever the blocks, because the rounding of a
-# product may depend on its shape. 64 rows of a 4096-wide delta fill half of an L2 cache; a GPU
-# wants more at a time.
-BAND_ROWS = {"cpu": 64, "cuda": 2048}
 # A merged matrix up to this size is kept between sweeps: cheaper than merging again.
 KEEP_BYTES = 256 << 20
-# Entries sampled to guess thresholds: one of so many, but no fewer and no more than.
-_SAMPLED_SHARE = 64
-_STRIDE = 61  # between samples of a delta that is there: no divisor of a usual width
-_SAMPLE = (1 << 10, 1 << 15)
 # Columns beside the wanted rank in the search for the leading subspace.
 _OVERSAMPLING = 16
 
@@ -95,7 +88,7 @@ def merge_delta(
         stack = stack.units(present.to(stack.owner.device))
     blocks = blocks_of(stack, weights, keys=keys, block_rows=block_rows, rule=rule)
     whole = None
-    if stack.d_out <= min(_band_rows(stack), block_rows or stack.d_out):
+    if stack.d_out <= min(band_rows(stack), block_rows or stack.d_out):
         held = tuple(blocks())  # one block, or none of a core without directions: made only once
         blocks = partial(iter, held)
         whole = held[0] if held else None
@@ -122,95 +115,6 @@ def working_bytes(d_out: int, d_in: int, count: int) -> int:
     return min(4 * d_out * d_in, KEEP_BYTES) + 4 * count * rows * d_in * 4
 
 
-def blocks_of(
-    stack: RankStack,
-    weights: Sequence[float],
-    *,
-    keys: Sequence[int] = (),
-    block_rows: int | None = None,
-    rule: Rule | None = None,
-) -> Callable[[], Iterator[Block]]:
-    """The deltas of a stack in blocks of rows, made from the factors whenever they are asked for.
-
-    Arguments as for `merge_delta`; `rule` only tells whether keys are needed.
-    """
-    owners = tuple(owner for owner in stack.adapters if weights[owner] != 0)
-    if rule is not None and rule.is_random and not keys:
-        raise MethodError("this rule draws random numbers", "pass one mask key per adapter")
-    parts = [_Factors.of(stack, owner) for owner in owners]
-    present = tuple(float(weights[owner]) for owner in owners)
-    used_keys = tuple(keys[owner] if keys else 0 for owner in owners)
-    step = block_rows or _band_rows(stack)
-
-    def blocks() -> Iterator[Block]:
-        for row in range(0, stack.d_out, step):
-            stop = min(row + step, stack.d_out)
-            x = stack.up.new_empty(len(parts), stop - row, stack.d_in)
-            for part, rows in zip(parts, x, strict=True):
-                part.rows(row, rows)
-            yield Block(x, present, used_keys, owners, row)
-
-    return blocks
-
-
-def guess_thresholds(
-    rule: Rule, stack: RankStack, weights: Sequence[float], whole: Block | None = None
-) -> dict[int, list[Bracket]]:
-    """Brackets for the rule's thresholds from a sample of each delta's entries.
-
-    The guess decides how fast the exact thresholds are found, not what they are.
-
-    Args:
-        rule: The rule.
-        stack: The adapters.
-        weights: Weight of each, by owner.
-        whole: Their whole deltas, if they are there already.
-    """
-    low, high = _SAMPLE
-    size = min(stack.d_out * stack.d_in // _SAMPLED_SHARE, high)
-    if not rule.needs_thresholds or rule.scope != "tensor" or size < low:
-        return {}
-    if whole is not None:
-        samples = {
-            owner: _after_dropping(rule, owner, x.flatten()[::_STRIDE].abs())
-            for owner, x in zip(whole.owners, whole.x, strict=True)
-        }
-    else:
-        samples = sample_entries(rule, stack, size)
-    present = [owner for owner in stack.adapters if weights[owner] != 0]
-    return {owner: brackets_of(rule, owner, samples[owner]) for owner in present}
-
-
-def sample_entries(rule: Rule, stack: RankStack, size: int) -> dict[int, Tensor]:
-    """Magnitudes of each delta after random dropping, by owner, shape (size,).
-
-    Entries are sampled at places that depend on the shape alone.
-    """
-    rows, columns = _places(stack, size)
-    samples = {}
-    for owner in stack.adapters:
-        part = _Factors.of(stack, owner)
-        sample = torch.linalg.vecdot(part.up[rows], part.down.mT[columns]).abs_()
-        samples[owner] = _after_dropping(rule, owner, sample)
-    return samples
-
-
-def _after_dropping(rule: Rule, owner: int, sample: Tensor) -> Tensor:
-    """A sample of what a random rule leaves of the entries that were sampled; in place."""
-    if rule.is_random:
-        sample[: round((1 - rule.of(owner).density) * len(sample))] = 0
-    return sample
-
-
-def brackets_of(rule: Rule, owner: int, sample: Tensor) -> list[Bracket]:
-    """Where an adapter's thresholds probably lie, from a sample of its magnitudes."""
-    own = rule.of(owner)
-    if own.sparsify != "outliers":
-        return sample_brackets(sample, [own.magnitude_density])
-    top = min(own.gamma, 1 - own.density)
-    return sample_brackets(sample, [top + own.density, top])
-
-
 class _Merged:
     """The merged delta in bands; kept after the first sweep if it is small."""
 
@@ -223,7 +127,7 @@ class _Merged:
         keep_bytes: int,
     ) -> None:
         self.rule, self.blocks, self.statistics = rule, blocks, statistics
-        self.step = _band_rows(stack)
+        self.step = band_rows(stack)
         size = stack.d_out * stack.d_in * stack.up.dtype.itemsize
         self.keep = size <= keep_bytes
         self.kept: Tensor | None = None
@@ -261,43 +165,6 @@ class _Merged:
             for start in range(0, whole, self.step):
                 yield row + start, rows[start : min(start + self.step, whole)]
             waiting, row, held = [rows[whole:]], row + whole, held - whole
-
-
-@dataclass(frozen=True, eq=False)
-class _Factors:
-    """One adapter's factors with the scaling in `up`."""
-
-    up: Tensor
-    down: Tensor
-    step: int
-
-    @classmethod
-    def of(cls, stack: RankStack, owner: int) -> "_Factors":
-        part = stack.of_adapter(owner)
-        up = (part.up * part.scale.to(part.up.dtype)).contiguous()
-        return cls(up, part.down.contiguous(), _band_rows(stack))
-
-    def rows(self, start: int, out: Tensor) -> None:
-        """Fill `out` with rows of the delta, computed in whole bands: one rounding for each row."""
-        stop = start + out.shape[0]
-        for first in range(start - start % self.step, stop, self.step):
-            band = self.up[first : first + self.step]
-            if first >= start and first + band.shape[0] <= stop:
-                torch.mm(band, self.down, out=out[first - start : first - start + band.shape[0]])
-            else:
-                low, high = max(start, first), min(stop, first + self.step)
-                out[low - start : high - start] = (band @ self.down)[low - first : high - first]
-
-
-def _band_rows(stack: RankStack) -> int:
-    return BAND_ROWS.get(stack.up.device.type, BAND_ROWS["cuda"])
-
-
-def _places(stack: RankStack, size: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns of sampled entries, int64, shape (size,) each."""
-    key = mask_key(0, "sample", f"{stack.d_out} x {stack.d_in}")
-    bits = random_bits(key, 0, (2, size), device=stack.up.device).long() + (1 << 31)
-    return bits[0] * stack.d_out >> 32, bits[1] * stack.d_in >> 32
 
 
 def _first_guess(stack: RankStack, weights: Sequence[float], rank: int, seed: int) -> Tensor:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from lora_merge.adapters import RankStack
 from lora_merge.errors import MethodError
+from lora_merge.merge.bands import blocks_of
 from lora_merge.merge.blocks import Block, Statistics
-from lora_merge.merge.delta import blocks_of, brackets_of, merge_delta, sample_entries
+from lora_merge.merge.delta import merge_delta
 from lora_merge.merge.elementwise import measure, merge_tensor
+from lora_merge.merge.guess import brackets_of, sample_entries
 from lora_merge.merge.masks import mask_key
 from lora_merge.merge.method import Job, Outcome, Survey, equal_ranks
 from lora_merge.merge.options import option
