@@ -214,9 +214,10 @@ def prefill(setting: Setting, case: Case) -> dict[str, Callable[[], Any]]:
     """One forward pass over a prompt."""
     base, mixture = build(setting), mixture_of(setting, case)
     ids = tokens(setting, 1, 32 if setting.small else case.tokens)
-    models = {"base": base}
-    ways = (how for how in implementations(setting) if how != "joined")  # for few tokens
-    models |= {how: attached(base, mixture, how) for how in ways}
+    ways = [how for how in implementations(setting) if how != "joined"]  # for few tokens
+    if "triton" in ways and case.experts >= 4 * (case.top_k or case.experts):
+        ways.append("grouped")
+    models = {"base": base} | {how: attached(base, mixture, how) for how in ways}
 
     def way(model: nn.Module, how: str) -> Callable[[], Any]:
         call = lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1)  # noqa: E731
@@ -337,8 +338,11 @@ def row_of(setting: Setting, case: Case) -> dict[str, Any]:
     work, errors, results = KINDS[case.kind](setting, case), {}, {}
     for name, call in list(work.items()):
         try:
+            dispatch.forget()
             results[name] = call()
             setting.sync()
+            if dispatch.failed():  # eager ran instead
+                raise RuntimeError(str(dispatch.failed()))
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {error}"[:500]
             del work[name]

@@ -17,7 +17,7 @@ _TYPES = {"columns": "*i64", "words": "*i32"} | dict.fromkeys(
 _HALF = ("x", "down", "y", "z", "up", "out", "u_out")
 _WIDE = ("parts", "score_parts", "bias", "gate")
 # Arguments that are multiples of 16 for the shapes of Llama-3-8B.
-_EVEN = ("stride_x", "stride_y", "stride_z", "stride_parts", "part_step", "units", "width")
+_EVEN = ("stride_x", "stride_y", "stride_z", "stride_parts", "part_step", "units", "width", "start")
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _view(rows: "list[Measured]") -> "Table":
     from lora_merge.cli._output import table
 
     timed = {name for row in rows for name in row.timings}
-    names = [name for name in ("eager", "concat", "triton", "joined") if name in timed]
+    names = [name for name in ("eager", "concat", "triton", "joined", "grouped") if name in timed]
     grid = table("modules, units, tokens, gate", "base ms", *names, "fastest")
     for row in rows:
         case, base = row.case, row.timings["base"].median

@@ -82,7 +82,7 @@ def kernel_units(group: "Group", x: Tensor, start: int, stop: int) -> Sequence[S
             found = group.plans[key] = _plan(group, x, down, start, stop)
         plan = found
     layout, how = plan.layout, plan.how
-    if layout is None or how not in ("triton", "reference"):
+    if layout is None or how not in ("triton", "grouped", "reference"):
         return None
     if x.dtype != down.dtype:
         x = x.to(down.dtype)
@@ -100,7 +100,9 @@ def _plan(group: "Group", x: Tensor, down: Tensor, start: int, stop: int) -> Pla
     plan = Plan(context.spec, _is_seen(context), dispatch.forced())
     if not _suits(group) or (stop - start > 1 and not group.uniform):
         return plan
-    layout, kind = _layout(group, start, stop), _kind(group)
+    plans = group.plans.items()  # of other token counts, whose layouts know where units stand
+    known = (p.layout for k, p in plans if k[:2] == (start, stop) and p.spec is context.spec)
+    layout, kind = next(known, None) or _layout(group, start, stop), _kind(group)
     how = chosen(x, down, layout, kind)
     return replace(plan, how=how, layout=layout, given=kind == "given")
 

@@ -1,8 +1,9 @@
 """y += up^T (g * (down x)): the experts of a module, or of several that share an input, at once.
 
 `reference.py` is the specification, `eager.py` plain PyTorch for any device, `fused.py` the Triton
-kernels with gradients (`autograd.py`) and operators for torch.compile (`library.py`);
-`operation.py` is what to call and `dispatch.py` decides which of them runs.
+kernels with gradients (`autograd.py`) and operators for torch.compile (`library.py`),
+`grouped.py` those for many tokens that each keep few of many experts; `operation.py` is what to
+call and `dispatch.py` decides which of them runs.
 """
 
 from lora_merge.kernels.gated_stack.gate import Rule, Value, activate, weights_of

@@ -18,13 +18,13 @@ import torch
 
 from lora_merge.errors import MethodError
 
-Name = Literal["reference", "eager", "concat", "triton", "joined"]
+Name = Literal["reference", "eager", "concat", "triton", "joined", "grouped"]
 GateKind = Literal["given", "dense", "top-k"]
 NAMES: tuple[Name, ...] = get_args(Name)
 VARIABLE = "LORA_MERGE_KERNELS"
 
 T = TypeVar("T")
-_failed: set[str] = set()
+_failed: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,15 @@ def guarded(name: str, fast: Callable[[], T], plain: Callable[[], T]) -> T:
     except (MethodError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        _failed.add(name)
-        text = f"the kernel {name} failed ({type(error).__name__}: {error}); eager runs instead"
+        _failed[name] = f"{type(error).__name__}: {error}"
+        text = f"the kernel {name} failed ({_failed[name]}); eager runs instead"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
         return plain()
+
+
+def failed() -> dict[str, str]:
+    """Kernels that failed and are replaced by eager, and why: their times would be eager's."""
+    return dict(_failed)
 
 
 # -- the table -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import TypeAlias
 
 import torch
@@ -50,6 +51,30 @@ class Layout:
         """Weight of each unit among those of all members, int64, shape (M R,)."""
         return join_columns(self.columns, self.num_weights, self.members)
 
+    @cached_property
+    def segments(self) -> tuple[Tensor, int] | None:
+        """Where the units of each weight stand, if they stand side by side.
+
+        Asked for the first time it reads `columns`, unless there is a `block`.
+
+        Returns:
+            The first unit and the number of units of each weight, int32, shape (C, 2), and the
+            largest number; None if some weight's units lie apart.
+        """
+        if self.block is not None:
+            runs = [(column, self.block) for column in range(self.num_weights)]
+        else:
+            runs = [(column, len(list(run))) for column, run in groupby(self.columns.tolist())]
+        places, start = {}, 0
+        for column, length in runs:
+            places[column] = (start, length)
+            start += length
+        if len(places) < len(runs):
+            return None
+        rows = [places.get(column, (0, 0)) for column in range(self.num_weights)]
+        widest = max((length for _, length in rows), default=0)
+        return torch.tensor(rows, dtype=torch.int32, device=self.columns.device), widest
+
 
 def join_columns(columns: Tensor, num_weights: int, members: int) -> Tensor:
     """Weight of each unit among those of all members, int64, shape (M R,)."""
@@ -58,19 +83,46 @@ def join_columns(columns: Tensor, num_weights: int, members: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Places:
+    """Which token and expert grouped units belong to, for one module.
+
+    Tokens stand in blocks of one expert, once for each of the k experts that they keep.
+
+    Attributes:
+        order: Tokens of the blocks, int32, shape (k, B, tokens of a block); undefined after a
+            block's last.
+        blocks: Expert of each block and how many tokens it has, int32, shape (k, B, 2). Expert C
+            has the tokens that keep fewer than k experts, expert -1 nobody.
+        weights: Of every token, float32, shape (k, T); NaN where its scores are not numbers.
+        segments: First unit and number of units of each expert, int32, shape (C, 2).
+        num_units: R.
+    """
+
+    order: Tensor
+    blocks: Tensor
+    weights: Tensor
+    segments: Tensor
+    num_units: int
+
+
+@dataclass(frozen=True, eq=False)
 class Units:
     """Gated units of some tokens, for one module.
 
     Attributes:
-        z: g * (down x), shape (T, R); may be a column slice of a wider tensor.
+        z: g * (down x), shape (T, R); may be a column slice of a wider tensor. Grouped, shape (k,
+            B, tokens of a block, a power of two not below the largest rank), undefined where no
+            unit stands.
         words: Bit r % 32 of word r // 32 says whether unit r of a token is not zero, int32, shape
             (T, ceil(R / 32)); None if nobody counted, or most are.
         implementation: What made them, and should expand them.
+        places: Of grouped units.
     """
 
     z: Tensor
     words: Tensor | None = None
     implementation: str = "eager"
+    places: Places | None = None
 
 
 @dataclass(frozen=True, eq=False)

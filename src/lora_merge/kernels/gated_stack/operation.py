@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from lora_merge.errors import MethodError
-from lora_merge.kernels.gated_stack import dispatch, eager, fused, library, reference
+from lora_merge.kernels.gated_stack import dispatch, eager, fused, grouped, library, reference
 from lora_merge.kernels.gated_stack.dispatch import Name, case_of, guarded
 from lora_merge.kernels.gated_stack.gate import Rule, weights_of
-from lora_merge.kernels.gated_stack.layout import Layout, Shrunk, Ungated, Units, split_members
+from lora_merge.kernels.gated_stack.layout import (
+    Layout,
+    Places,
+    Shrunk,
+    Ungated,
+    Units,
+    split_members,
+)
 
 
 def gated_shrink(
@@ -88,7 +95,8 @@ def routed_shrink(
         layout: M, R, C, and which unit takes which weight.
         rule: How scores become weights.
         bias: Added to the scores for the selection alone, shape (M n,).
-        implementation: "reference", "eager" or "triton"; default: what the dispatch table says.
+        implementation: "reference", "eager", "triton" or "grouped", which is "triton" with a
+            gradient and for gates that keep most experts; default: what the dispatch table says.
 
     Returns:
         What `gated_expand` takes, of each member. Differentiable in x, down and gate.
@@ -116,10 +124,15 @@ def routed_shrink(
     def composed(name: str) -> list[Shrunk]:
         return gated_shrink(flat, down, weights(), layout, implementation=name)
 
+    if name == "grouped" and (_as_operator(flat, down, gate) or not grouped.fits(layout, rule)):
+        name = "triton"
+
     def fast() -> list[Shrunk]:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (flat, down, gate)):
             return composed("triton")  # the gate's own gradient is small, and autograd's
         arguments = flat, down, gate, bias, layout, rule
+        if name == "grouped":
+            return [*grouped.routed_shrink(*arguments)]
         if not _as_operator() and fused.holds(len(flat), len(gate) // layout.members + 1):
             return [*fused.shrink(flat, down, gate, layout, rule, bias)]
         if _as_operator():
@@ -135,7 +148,8 @@ def routed_shrink(
         return gated_shrink(flat, down, torch.cat(made, 1), layout, implementation=name)
     if not _runs_fused(name, flat, down, units):
         return composed("eager")
-    return guarded("routed_shrink", fast, lambda: composed("eager"))
+    step = "grouped_shrink" if name == "grouped" else "routed_shrink"
+    return guarded(step, fast, lambda: composed("eager"))
 
 
 def gated_expand(
@@ -147,7 +161,7 @@ def gated_expand(
         y: Output of the base module, shape (..., d_out), T tokens.
         units: From a shrink of the same tokens, R of them.
         up: Rows of every B^T with the scaling folded in, shape (R, d_out).
-        implementation: "reference", "eager" or "triton"; default: what made the units.
+        implementation: As for the shrink; default: what made the units.
 
     Returns:
         Shape and dtype of `y`; `y` itself is left as it is. Differentiable in y, the units and up.
@@ -157,9 +171,12 @@ def gated_expand(
     """
     flat = y.reshape(-1, y.shape[-1])
     if isinstance(units, Ungated):
-        units = units if implementation in (None, "triton") else gate_now(units, up.dtype)
+        kernel = implementation in (None, "triton", "grouped")
+        units = units if kernel else gate_now(units, up.dtype)
     if isinstance(units, Ungated):
         return _gate_and_expand(flat, units, up).view(y.shape)
+    if units.places is not None:
+        return _expand_grouped(y, flat, units.z, up, units.places, implementation)
     z, words = units.z, units.words
     _same("up", up.shape, (z.shape[1], flat.shape[1]))
     _same("z", z.shape, (len(flat), z.shape[1]))
@@ -201,6 +218,25 @@ def _gate_and_expand(flat: Tensor, units: Ungated, up: Tensor) -> Tensor:
     )
 
 
+def _expand_grouped(
+    y: Tensor, flat: Tensor, z: Tensor, up: Tensor, places: Places, implementation: str | None
+) -> Tensor:
+    """The same for units that are grouped by expert; others are made of them if need be."""
+    _same("up", up.shape, (places.num_units, flat.shape[1]))
+    _same("weights", places.weights.shape, (places.weights.shape[0], len(flat)))
+    _together(z, up)
+
+    def other(name: str) -> Tensor:
+        return gated_expand(y, Units(grouped.ungrouped(z, places), None, name), up)
+
+    if implementation not in (None, "grouped") or not y.is_floating_point():
+        return other(implementation or "eager")
+    if _as_operator(flat, up):
+        return other("triton")
+    fast = lambda: grouped.expand(flat, z, up, places).view(y.shape)  # noqa: E731
+    return guarded("grouped_expand", fast, lambda: other("eager"))
+
+
 def gated_stack(
     x: Tensor,
     y: Tensor,
@@ -224,10 +260,10 @@ def gated_stack(
 def chosen(x: Tensor, down: Tensor, layout: Layout, gate: dispatch.GateKind) -> Name:
     """The implementation that the dispatch table, or the user, wants for a call."""
     if torch.compiler.is_compiling():  # for all token counts at once, so no row of the table
-        return "triton" if dispatch.forced() == "triton" else "eager"
+        return "triton" if dispatch.forced() in ("triton", "grouped") else "eager"
     able: list[Name] = ["eager", "reference"]
     if not fused.refusal(x.device, x.dtype, down.dtype):
-        able.append("triton")
+        able += ["triton", "grouped"] if gate == "top-k" else ["triton"]
     case = case_of(x, layout.outputs, layout.widths[0], down.dtype, gate)
     return dispatch.choose(case, able)
 
@@ -240,7 +276,7 @@ def _runs_fused(name: str, x: Tensor, factor: Tensor, units: int) -> bool:
     """
     if name not in dispatch.NAMES:
         raise MethodError(f"no implementation {name!r}", f"one of {', '.join(dispatch.NAMES)}")
-    if name != "triton" or not len(x) or not units or not x.shape[1]:
+    if name not in ("triton", "grouped") or not len(x) or not units or not x.shape[1]:
         return False
     if torch.compiler.is_compiling():
         return True

@@ -35,6 +35,7 @@ from lora_merge.kernels.timing import Timing, measure
 
 _COLD = 256 << 20  # bytes that are gone through before the same weights come round again
 _CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_MANY, _FEW_KEPT = 256, 4  # tokens, and experts per kept one, from which grouping is tried
 _RULES: dict[GateKind, Rule | None] = {"given": None, "dense": Rule(), "top-k": Rule(top_k=2)}
 
 
@@ -213,6 +214,9 @@ def _time(
     if tokens <= FEW and not refused and dtype != torch.float16:
         pieced = joined if rides else [_pieced(c, rule) for c in copies]
         kernels["joined"] = lambda i: _joined(x, pieced[i], layout, rule)
+    kept = rule.top_k if isinstance(rule, Rule) else None
+    if kept and experts >= _FEW_KEPT * kept and tokens >= _MANY:
+        kernels["grouped"] = lambda i: _stacked(x, copies[i], layout, rule, "grouped")
     excluded = {}
     with torch.inference_mode():
         for name, way in kernels.items():
@@ -291,10 +295,13 @@ def _differs(
 
     One token in a hundred may differ: of two scores that are almost equal either may be kept.
     """
+    dispatch.forget()
     try:
         ours, plain = kernel(0), eager(0)
     except Exception as error:
         return f"failed: {type(error).__name__}: {error}"
+    if failed := dispatch.failed():
+        return "; ".join(f"{name} failed: {reason}" for name, reason in failed.items())
     for a, b in zip(ours, plain, strict=True):
         far = (a.float() - b.float()).abs().amax(dim=1) > _CLOSE[dtype] * b.float().abs().max()
         if float(far.float().mean()) > 0.01:
