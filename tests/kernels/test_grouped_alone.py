@@ -7,11 +7,20 @@ import torch
 
 from kernels.stacks import make_stack, owners
 from lora_merge.errors import MethodError
-from lora_merge.kernels.gated_stack import Layout, Rule, Units, dispatch, gated_expand, grouped
+from lora_merge.kernels.gated_stack import (
+    Layout,
+    Rule,
+    Units,
+    candidates,
+    dispatch,
+    gated_expand,
+    grouped,
+)
 from lora_merge.kernels.gated_stack import tune as tuning
+from lora_merge.kernels.gated_stack.candidates import StackShape
 from lora_merge.kernels.gated_stack.layout import Places
 from lora_merge.kernels.gated_stack.operation import chosen
-from lora_merge.kernels.gated_stack.tune import StackShape, tune
+from lora_merge.kernels.gated_stack.tune import tune
 
 TOP2 = Rule("softmax", 2)
 CPU = torch.device("cpu")
@@ -98,7 +107,7 @@ def test_expanding_grouped_units_without_a_kernel() -> None:
 
 @pytest.mark.parametrize("fault", [None, "fails", "differs"])
 def test_grouping_is_timed_where_it_may_pay_and_is_right(fault, monkeypatch) -> None:
-    stacked = tuning._stacked
+    stacked = candidates._stacked
 
     def run(x, modules, layout, rule, how):
         outputs = stacked(x, modules, layout, rule, "eager")
@@ -114,10 +123,10 @@ def test_grouping_is_timed_where_it_may_pay_and_is_right(fault, monkeypatch) -> 
     def quick(work, device, **how):
         return {name: tuning.Timing(1.0, 1.0, 1.0, 1) for name in work}
 
-    monkeypatch.setattr(tuning, "_stacked", run)
+    monkeypatch.setattr(candidates, "_stacked", run)
     monkeypatch.setattr(dispatch, "_failed", {})
     monkeypatch.setattr(tuning, "measure", quick)
-    monkeypatch.setattr(tuning, "_COLD", 1)
+    monkeypatch.setattr(candidates, "_COLD", 1)
     monkeypatch.setattr(tuning.fused, "refusal", lambda *_: "")
     few, many = StackShape(8, (6,), (1,) * 7), StackShape(8, (6,), (1,) * 8)
     tried = {

@@ -57,7 +57,8 @@ def command(
     import torch
 
     from lora_merge.cli._output import Output
-    from lora_merge.kernels.gated_stack.tune import llama_shapes, store, tune
+    from lora_merge.kernels.gated_stack.candidates import llama_shapes
+    from lora_merge.kernels.gated_stack.tune import store, tune
     from lora_merge.merge.executor import pick_device
     from lora_merge.mixture import Mixture
     from lora_merge.mixture.prepare import stack_shapes
@@ -97,6 +98,8 @@ def command(
     output.data(result, _view(rows))
     if path is not None:
         output.note(f"kept in {path}")
+    if any(row.fastest in ("concat", "joined") for row in rows):
+        output.note('concat and joined run where load_mixture is given layout="rows" or "border"')
 
 
 def _view(rows: "list[Measured]") -> "Table":

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_merge.adapters import AlignedModule, ModuleSpec, RankStack, read_stacks
 from lora_merge.errors import AlignmentError, MethodError
-from lora_merge.kernels.gated_stack.tune import StackShape
+from lora_merge.kernels.gated_stack.candidates import StackShape
 from lora_merge.mixture.gate import GateSpec
 from lora_merge.mixture.initial import svd_form
 from lora_merge.mixture.member import Member

@@ -227,7 +227,7 @@ def test_scores_of_a_float32_gate_are_those_of_float32(device) -> None:
     x = torch.randn(130, 1030, generator=random).to(device, torch.bfloat16)
     gate = torch.randn(70, 1030, generator=random).to(device)
     expected = x.double() @ gate.double().T
-    parts = _launch_grouped.score(x, gate)
+    parts = _launch.score(x, gate)
     assert parts.shape == (2, 130, 70)
     assert_near(parts.sum(0), expected, torch.float32, scale=1030**0.5)
 

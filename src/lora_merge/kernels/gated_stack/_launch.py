@@ -14,6 +14,8 @@ from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.kernels.gated_stack.layout import WORD, Layout
 
 INTERPRETED = type(_triton.shrink_kernel).__name__ == "InterpretedFunction"
+_PIECE = 1024  # width of a piece of the scores' products; of the width alone, or bits would depend
+# on the tokens beside a token
 _NARROW = 64  # tokens up to which the own shrink is used; above, a library GEMM is
 
 
@@ -81,11 +83,11 @@ def shrink(
 
     Returns:
         Shapes (split, T, n) and (split, T, m), float32, m > 0 columns of one tensor; from a GEMM
-        split = 1, in the dtypes of `x` and `gate`.
+        split = 1 and the dtype of `x`, and what `score` gives.
     """
     if tiles is None:
         u = functional.linear(x, down)[None]
-        return u, u if gate is None else functional.linear(x.to(gate.dtype), gate)[None]
+        return u, u if gate is None else score(x, gate)
     (tokens, width), units = x.shape, down.shape[0]
     other = down if gate is None else gate
     scores = 0 if gate is None else gate.shape[0]
@@ -103,6 +105,37 @@ def shrink(
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return parts[:, :, :units], parts[:, :, units:]
+
+
+def score(x: Tensor, gate: Tensor) -> Tensor:
+    """Products of tokens with the gate's rows.
+
+    Tensor cores make them where the gate's numbers are sums of few numbers of the tokens' dtype;
+    elsewhere a library does, in the gate's dtype.
+
+    Args:
+        x: Shape (T, d_in), last dimension contiguous.
+        gate: Shape (n, d_in), contiguous, of any floating dtype.
+
+    Returns:
+        Pieces that add up to the products, shape (split, T, n), contiguous; float32, or from a
+        library in the dtype of `gate`.
+    """
+    if x.dtype == gate.dtype and x.dtype != torch.float32:
+        pieces = 1
+    elif x.dtype == torch.bfloat16 and gate.dtype == torch.float32:
+        pieces = 3
+    else:
+        return functional.linear(x.to(gate.dtype), gate)[None]
+    (tokens, width), scores = x.shape, gate.shape[0]
+    split = min(16, _cdiv(width, _PIECE))
+    parts = torch.empty(split, tokens, scores, dtype=torch.float32, device=x.device)
+    with _on(x.device):
+        _triton.score_kernel[(_cdiv(tokens, 128), _cdiv(scores, 64), split)](
+            x, gate, parts, tokens, x.stride(0), scores, width, BM=128, BN=64, BK=64, SPLIT=split,
+            PIECES=pieces, UPCAST=INTERPRETED, num_warps=8, num_stages=3, enable_fp_fusion=False,
+        )  # fmt: skip
+    return parts
 
 
 def gate(

@@ -2,11 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lora_merge.kernels.gated_stack import _triton_grouped
 from lora_merge.kernels.gated_stack._launch import (
-    INTERPRETED,
     _arithmetic,
     _cdiv,
     _numbers,
@@ -18,41 +16,8 @@ from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.kernels.gated_stack.layout import Layout, Places
 
 BLOCK = 32  # tokens of a block
-_PIECE = 1024  # width of a piece of the scores' products; of the width alone, or bits would depend
-# on the tokens beside a token
 _OFTEN = 4  # tiles of columns that a program of the expand writes one after the other
 _CACHE = 24 << 20  # bytes of output that are still in a GPU's cache when the next slot reads them
-
-
-def score(x: Tensor, gate: Tensor) -> Tensor:
-    """Products of tokens with the gate's rows.
-
-    Tensor cores make them where the gate's numbers are sums of few numbers of the tokens' dtype;
-    elsewhere a library does, in the gate's dtype.
-
-    Args:
-        x: Shape (T, d_in), last dimension contiguous.
-        gate: Shape (n, d_in), contiguous, of any floating dtype.
-
-    Returns:
-        Pieces that add up to the products, shape (split, T, n), contiguous; float32, or from a
-        library in the dtype of `gate`.
-    """
-    if x.dtype == gate.dtype and x.dtype != torch.float32:
-        pieces = 1
-    elif x.dtype == torch.bfloat16 and gate.dtype == torch.float32:
-        pieces = 3
-    else:
-        return functional.linear(x.to(gate.dtype), gate)[None]
-    (tokens, width), scores = x.shape, gate.shape[0]
-    split = min(16, _cdiv(width, _PIECE))
-    parts = torch.empty(split, tokens, scores, dtype=torch.float32, device=x.device)
-    with _on(x.device):
-        _triton_grouped.score_kernel[(_cdiv(tokens, 128), _cdiv(scores, 64), split)](
-            x, gate, parts, tokens, x.stride(0), scores, width, BM=128, BN=64, BK=64, SPLIT=split,
-            PIECES=pieces, UPCAST=INTERPRETED, num_warps=8, num_stages=3, enable_fp_fusion=False,
-        )  # fmt: skip
-    return parts
 
 
 def route(

@@ -1,6 +1,7 @@
 """Shrink, gate and expand as Triton kernels. Imported only when they are chosen.
 
     shrink   partial sums of x [down; gate rows]^T, the width cut into SPLIT pieces
+    score    the same of the gate's rows alone, for many tokens
     gate     the pieces added in a fixed order, scores to weights, z = g u, and a bit per unit
     expand   y + z up, reading only the rows of `up` whose bit some token of the tile has set
 
@@ -112,6 +113,53 @@ def shrink_kernel(
             x, gate, parts + units, tile - unit_tiles, tokens, stride_x, scores, width, stride,
             BM, BN, GATE_BK, SPLIT, GATE_UPCAST, GATE_PRECISION,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def score_kernel(
+    x,
+    gate,
+    parts,
+    tokens,
+    stride_x,
+    scores,
+    width,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PIECES: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """parts[piece, t, n] = sum over a piece of the width of x[t, k] gate[n, k].
+
+    A float32 entry of the gate is the sum of three bfloat16 numbers, and a product of two bfloat16
+    numbers is exact in float32: tensor cores then give what float32 arithmetic would.
+    """
+    t = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    piece = tl.program_id(2)
+    x_rows = x + t[:, None] * stride_x
+    gate_rows = gate + n[:, None] * width
+    in_t = (t < tokens)[:, None]
+    in_n = n < scores
+    steps = tl.cdiv(tl.cdiv(width, BK), SPLIT)
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for step in range(steps):
+        k = (piece * steps + step) * BK + tl.arange(0, BK)
+        in_k = (k < width)[None, :]
+        a = tl.load(x_rows + k[None, :], mask=in_t & in_k, other=0.0)
+        rest = tl.load(gate_rows + k[None, :], mask=in_n[:, None] & in_k, other=0.0)
+        for last in tl.static_range(PIECES):
+            b = rest.to(a.dtype)
+            if UPCAST:
+                acc = tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), acc)
+            else:
+                acc = tl.dot(a, tl.trans(b), acc)
+            if last + 1 < PIECES:
+                rest -= b.to(tl.float32)
+    at = parts + (piece * tokens.to(tl.int64) + t[:, None]) * scores + n[None, :]
+    tl.store(at, acc, mask=in_t & in_n[None, :])
 
 
 @triton.jit

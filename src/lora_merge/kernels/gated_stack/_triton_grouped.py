@@ -1,6 +1,5 @@
 """Many tokens, few experts each: tokens are grouped by expert, and each group is one small product.
 
-    score    products of tokens with the gate's rows, exact in the rows' float32
     route    scores to the kept experts and their weights, and how many tokens of a tile take each
     place    tokens in order of their expert, in blocks of BM tokens of one expert
     shrink   z = g down_e x for the tokens of a block
@@ -17,53 +16,6 @@ import triton
 import triton.language as tl
 
 from lora_merge.kernels.gated_stack._triton import weights_of
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def score_kernel(
-    x,
-    gate,
-    parts,
-    tokens,
-    stride_x,
-    scores,
-    width,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PIECES: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """parts[piece, t, n] = sum over a piece of the width of x[t, k] gate[n, k].
-
-    A float32 entry of the gate is the sum of three bfloat16 numbers, and a product of two bfloat16
-    numbers is exact in float32: tensor cores then give what float32 arithmetic would.
-    """
-    t = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    piece = tl.program_id(2)
-    x_rows = x + t[:, None] * stride_x
-    gate_rows = gate + n[:, None] * width
-    in_t = (t < tokens)[:, None]
-    in_n = n < scores
-    steps = tl.cdiv(tl.cdiv(width, BK), SPLIT)
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for step in range(steps):
-        k = (piece * steps + step) * BK + tl.arange(0, BK)
-        in_k = (k < width)[None, :]
-        a = tl.load(x_rows + k[None, :], mask=in_t & in_k, other=0.0)
-        rest = tl.load(gate_rows + k[None, :], mask=in_n[:, None] & in_k, other=0.0)
-        for last in tl.static_range(PIECES):
-            b = rest.to(a.dtype)
-            if UPCAST:
-                acc = tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), acc)
-            else:
-                acc = tl.dot(a, tl.trans(b), acc)
-            if last + 1 < PIECES:
-                rest -= b.to(tl.float32)
-    at = parts + (piece * tokens.to(tl.int64) + t[:, None]) * scores + n[None, :]
-    tl.store(at, acc, mask=in_t & in_n[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -34,12 +34,13 @@ def routed_shrink(
     Returns:
         Grouped units of each member.
     """
+    from lora_merge.kernels.gated_stack import _launch
     from lora_merge.kernels.gated_stack import _launch_grouped as launch
 
     assert layout.segments is not None
     (segments, widest), units = layout.segments, layout.num_units
     x = _rows(x)
-    parts = launch.score(x, gate.contiguous())
+    parts = _launch.score(x, gate.contiguous())
     bias = None if bias is None else bias.contiguous()
     tile = launch.tile_of(layout, rule)
     experts, weights, counts = launch.route(parts, layout, rule, bias, tile)
