@@ -28,6 +28,16 @@ def test_gram_is_the_matrix_of_inner_products(rows: int, width: int, others: int
     torch.testing.assert_close(gram(x, y), x.double() @ y.T, rtol=1e-12, atol=1e-9)
 
 
+@pytest.mark.parametrize(("precise", "rtol"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("rows", [96, 97, 250])
+def test_the_triangle_of_a_large_gram_is_the_whole(rows, precise, rtol):
+    x = normal(2, rows, 2500, dtype=torch.float32)
+    products = gram(x, precise=precise)
+    length = torch.linalg.vector_norm(x.double(), dim=2)
+    error = (products - x.double() @ x.double().mT) / (length[..., None] * length[:, None])
+    assert float(error.abs().max()) < rtol
+
+
 @given(m=sizes, n=sizes, batch=st.sampled_from([(), (2,), (2, 3)]))
 def test_thin_qr_reconstructs_with_orthonormal_columns(
     m: int, n: int, batch: tuple[int, ...]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -125,18 +126,19 @@ def _fill(
     up = torch.empty(first.d_out, size, dtype=torch.float32, device=device)
     scale = torch.empty(size, dtype=torch.float64)
     owner = torch.empty(size, dtype=torch.int64)
-    start = 0
+    start, total = 0, 0.0
     for index, spec in module.specs.items():
         a, b = to_matrix(spec, *read(index), expert)
         part = slice(start, start + spec.rank)
         down[part].copy_(a)
         up[:, part].copy_(b)
+        total += float(a.sum()) + float(b.sum())
         scale[part] = spec.scaling
         owner[part] = index
         start += spec.rank
     stack = RankStack(down, up, scale.to(device), owner.to(device))
-    # A finite sum proves that every entry is finite, in one pass without a temporary.
-    if not bool(torch.isfinite(down.sum() + up.sum())):
+    # A finite sum proves that every entry is finite; what was just read is still in the cache.
+    if not isfinite(total):
         _refuse_non_finite(alignment, module)
     return stack
 

@@ -10,15 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import (
-    Adapter,
-    AlignedModule,
-    Alignment,
-    RankStack,
-    align,
-    read_stacks,
-)
-from lora_merge.adapters.modules import to_matrix
+from lora_merge.adapters import Adapter, Alignment, align, read_stacks
 from lora_merge.analysis.overlap import PairTables, pair_tables
 from lora_merge.analysis.parallel import in_order
 from lora_merge.analysis.places import labels, place_of
@@ -236,33 +228,16 @@ def _compare_module(
     several = module.first.num_experts > 1
     count = len(alignment.adapters)
     results = []
-    for expert, stack in enumerate(_stacks(alignment, module)):
+    for expert, stack in enumerate(read_stacks(alignment, module)):
         name = f"{module.name}[{expert}]" if several else module.name
         try:
             tables = pair_tables(stack, count, samples=samples, seed=seed + index, angles=angles)
         except FloatingPointError as error:
-            for _ in read_stacks(alignment, module):  # names what is not finite
-                pass
             raise AdapterError(
                 f"{name}: the factors are too large to multiply", "leave this module out"
             ) from error
         results.append((name, tables))
     return results
-
-
-def _stacks(alignment: Alignment, module: AlignedModule) -> Iterator[RankStack]:
-    """Stacks in the stored dtype, cast piece by piece later: half the memory traffic."""
-    stored = {i: alignment.adapters[i].read(module.name) for i in module.specs}
-    if len({spec.dtype for spec in module.specs.values()}) > 1:
-        yield from read_stacks(alignment, module)
-        return
-    for expert in range(module.first.num_experts):
-        factors = [
-            (*to_matrix(spec, *stored[i], expert), spec.scaling) for i, spec in module.specs.items()
-        ]
-        owners = torch.tensor(list(module.specs))
-        stack = RankStack.of(factors)
-        yield replace(stack, owner=owners[stack.owner])
 
 
 def _matrices(label: str, tables: Sequence[PairTables]) -> PairMatrices:

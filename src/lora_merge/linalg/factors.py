@@ -7,30 +7,43 @@ they square the condition number, and float32 would lose singular values below 3
 import torch
 from torch import Tensor
 
-# Columns per float64 chunk of a Gram. The chunk of a 64-row stack then stays in the CPU's cache:
-# measured 2.4 ms for 64 x 14336, against 3.9 ms with 4096 columns.
-_GRAM_CHUNK = 1024
+# Bytes of each row in a chunk of a Gram. The chunk of a 64-row stack then stays in the CPU's cache:
+# measured 2.4 ms for 64 x 14336 in float64, against 3.9 ms with four times as much.
+_CHUNK_BYTES = 8192
+# Rows of a block of a symmetric Gram, whose lower triangle is not computed: of 512 rows x 14336
+# 28 ms in float32 instead of 44, and 102 ms in float64 instead of 165.
+_BLOCK = 96
 # Above this condition number (estimated from the Cholesky factor) CholeskyQR2 in float32 no longer
 # reaches orthogonality 1e-6, and Householder QR takes over.
 _CHOLESKY_MAX_CONDITION = 1e4
 
 
-def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
+def gram(x: Tensor, y: Tensor | None = None, *, precise: torch.dtype = torch.float64) -> Tensor:
     """Inner products of the rows of `x` with those of `y`, accumulated in float64.
 
     Args:
         x: Rows, shape (..., R, d), any float dtype.
         y: Rows, shape (..., S, d); default: `x` itself.
+        precise: Of the products within a chunk of columns; chunks are summed in float64.
 
     Returns:
         Shape (..., R, S), float64.
     """
-    rows = x if y is None else y
-    total = torch.zeros(*x.shape[:-1], rows.shape[-2], dtype=torch.float64, device=x.device)
-    for start in range(0, x.shape[-1], _GRAM_CHUNK):
-        part = x[..., start : start + _GRAM_CHUNK].to(torch.float64)
-        other = part if y is None else y[..., start : start + _GRAM_CHUNK].to(torch.float64)
-        total += part @ other.mT
+    count = (x if y is None else y).shape[-2]
+    total = torch.zeros(*x.shape[:-1], count, dtype=torch.float64, device=x.device)
+    width = _CHUNK_BYTES // precise.itemsize
+    for start in range(0, x.shape[-1], width):
+        part = x[..., start : start + width].to(precise)
+        if y is not None:
+            total += part @ y[..., start : start + width].to(precise).mT
+            continue
+        for row in range(0, count, _BLOCK):
+            below = row + _BLOCK
+            total[..., row:below, row:] += part[..., row:below, :] @ part[..., row:, :].mT
+    if y is None:
+        for below in range(_BLOCK, count, _BLOCK):
+            row = below - _BLOCK
+            total[..., below:, row:below] = total[..., row:below, below:].mT
     return total
 
 
