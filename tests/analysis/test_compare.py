@@ -126,8 +126,8 @@ def test_many_units_take_the_fast_grams_with_the_same_result(monkeypatch):
     torch.testing.assert_close(fast.angles_in, exact.angles_in, rtol=0, atol=1e-5)
     assert fast.total_interference == pytest.approx(exact.total_interference, rel=1e-4)
     brief = pair_tables(stack, 4, samples=500, seed=0)
-    torch.testing.assert_close(brief.cosine_out, exact.cosine_out, rtol=0, atol=1e-6)
-    torch.testing.assert_close(brief.cosine_in, exact.cosine_in, rtol=0, atol=1e-6)
+    torch.testing.assert_close(brief.cosine_out, exact.cosine_out, rtol=2e-4, atol=1e-5)
+    torch.testing.assert_close(brief.cosine_in, exact.cosine_in, rtol=2e-4, atol=1e-5)
     assert brief.angles_out is None
 
 
@@ -165,14 +165,16 @@ class Bfloat16Products(TorchDispatchMode):
 def test_bfloat16_hardware_costs_no_digits(monkeypatch):
     stack = random_stack([4, 3, 4], 300, 200, seed=1, dtype=torch.bfloat16)
     monkeypatch.setattr(overlap, "_EXACT_UNITS", 1)
+    exact = pair_tables(stack, 3, samples=500, seed=0)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
     with Bfloat16Products():
         rounded = pair_tables(stack, 3, samples=500, seed=0)
-    exact = pair_tables(stack, 3, samples=500, seed=0)
     for name in ("products", "overlap_in", "cosine_in", "cosine_out", "interference", "conflicts"):
         torch.testing.assert_close(
-            getattr(rounded, name), getattr(exact, name), rtol=1e-6, atol=1e-6, msg=name
+            getattr(rounded, name), getattr(exact, name), rtol=1e-5, atol=1e-5, msg=name
         )
-    assert rounded.total_interference == pytest.approx(exact.total_interference, rel=1e-3)
+    assert rounded.total_interference == pytest.approx(exact.total_interference, rel=1e-5)
 
 
 def test_sampled_conflicts_are_those_of_all_entries_within_their_error():

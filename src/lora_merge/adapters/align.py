@@ -92,9 +92,19 @@ def align(adapters: Sequence[Adapter], *, force: bool = False) -> Alignment:
 
 
 def read_stacks(
-    alignment: Alignment, module: AlignedModule, *, device: torch.device | str = "cpu"
+    alignment: Alignment,
+    module: AlignedModule,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[RankStack]:
-    """Read one module of all adapters; yields one float32 stack per expert (one, usually).
+    """Read one module of all adapters; yields one stack per expert (one, usually).
+
+    Args:
+        alignment: The adapters.
+        module: Which module.
+        device: Where the stacks shall be.
+        dtype: Of the stacks; float32 holds 16-bit factors exactly.
 
     Raises:
         AdapterError: If a tensor holds NaN or infinity; names adapter and module.
@@ -105,12 +115,12 @@ def read_stacks(
         def read(index: int) -> tuple[Tensor, Tensor]:
             return alignment.adapters[index].read(module.name)
 
-        yield _fill(alignment, module, read, 0, place)
+        yield _fill(alignment, module, read, 0, place, dtype)
         return
     # The experts share their tensors, so these are read once and kept until the last expert.
     stored = {i: alignment.adapters[i].read(module.name) for i in module.specs}
     for expert in range(module.first.num_experts):
-        yield _fill(alignment, module, stored.__getitem__, expert, place)
+        yield _fill(alignment, module, stored.__getitem__, expert, place, dtype)
 
 
 def _fill(
@@ -119,11 +129,12 @@ def _fill(
     read: Callable[[int], tuple[Tensor, Tensor]],
     expert: int,
     device: torch.device,
+    dtype: torch.dtype,
 ) -> RankStack:
     """Copy the stored halves straight into the stack, casting on the way: no temporaries."""
     first, size = module.first, module.num_units
-    down = torch.empty(size, first.d_in, dtype=torch.float32, device=device)
-    up = torch.empty(first.d_out, size, dtype=torch.float32, device=device)
+    down = torch.empty(size, first.d_in, dtype=dtype, device=device)
+    up = torch.empty(first.d_out, size, dtype=dtype, device=device)
     scale = torch.empty(size, dtype=torch.float64)
     owner = torch.empty(size, dtype=torch.int64)
     start, total = 0, 0.0

@@ -192,12 +192,14 @@ def compare(
         alignment = replace(alignment, modules=kept)
     samples = min(max(_SAMPLES // len(alignment.modules), 256), 8192)
 
-    def one(index: int) -> list[tuple[str, PairTables]]:
-        return _compare_module(alignment, index, samples, seed, angles)
-
-    tables: dict[str, PairTables] = {}
     specs = [spec for module in alignment.modules for spec in module.specs.values()]
     sixteen_bit = all(spec.dtype == "BF16" and spec.key_gate is None for spec in specs)
+    dtype = torch.bfloat16 if sixteen_bit else torch.float32  # half the memory traffic
+
+    def one(index: int) -> list[tuple[str, PairTables]]:
+        return _compare_module(alignment, index, dtype, samples, seed, angles)
+
+    tables: dict[str, PairTables] = {}
     with _bfloat16_products(sixteen_bit):
         for results in in_order(one, range(len(alignment.modules)), jobs=jobs):
             tables.update(results)
@@ -222,13 +224,13 @@ def _bfloat16_products(allowed: bool) -> Iterator[None]:
 
 
 def _compare_module(
-    alignment: Alignment, index: int, samples: int, seed: int, angles: bool
+    alignment: Alignment, index: int, dtype: torch.dtype, samples: int, seed: int, angles: bool
 ) -> list[tuple[str, PairTables]]:
     module = alignment.modules[index]
     several = module.first.num_experts > 1
     count = len(alignment.adapters)
     results = []
-    for expert, stack in enumerate(read_stacks(alignment, module)):
+    for expert, stack in enumerate(read_stacks(alignment, module, dtype=dtype)):
         name = f"{module.name}[{expert}]" if several else module.name
         try:
             tables = pair_tables(stack, count, samples=samples, seed=seed + index, angles=angles)

@@ -14,10 +14,14 @@ from torch import Tensor
 from lora_merge.adapters import RankStack
 from lora_merge.linalg import gram
 
-# Up to so many units, everything is float64; beyond, Grams are float32 in chunks that are summed in
-# float64, and directions below 1e-3 of an adapter's largest are left out of subspaces.
+# Up to so many units, everything is float64; beyond, products are float32 (those of Grams in chunks
+# that are summed in float64), and directions below 1e-3 of an adapter's largest are left out of
+# subspaces.
 _EXACT_UNITS = 256
 _SHORTEST_SQUARE = 1e-24
+# How often eighth powers are taken to bring out a matrix's largest eigenvalue: what one competitor
+# can hide of it is less than 1 / (e 8^4) = 1e-4.
+_POWERS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +35,7 @@ class PairTables:
         chance_out: What random subspaces of these sizes would show: max(k_i, k_j) / d_out.
         chance_in: The same for d_in.
         dimensions: min(k_i, k_j), how many principal angles there are.
-        cosine_out: Largest principal cosine of the output spaces; of more than 256 units to 1e-6,
+        cosine_out: Largest principal cosine of the output spaces; of more than 256 units to 1e-4,
             unless all are kept.
         cosine_in: Largest principal cosine of the input spaces.
         interference: Singular task interference of the pair, ||(U^T U - I) S (V^T V - I)||_1.
@@ -107,8 +111,9 @@ def pair_tables(
     units = gram_up * gram_down
     values, to_up, to_down = _cores(gram_up, gram_down, scale)
     keep = values > (1e-7 if exact else 1e-3) * values[:, :1]
-    cross_up = _cross(to_up * keep[:, None, :], gram_up)
-    cross_down = _cross(to_down * keep[:, None, :], gram_down)
+    precise = torch.float64 if exact or _rounds_float32() else torch.float32
+    cross_up = _cross(to_up * keep[:, None, :], gram_up, precise)
+    cross_down = _cross(to_down * keep[:, None, :], gram_down, precise)
     kept = keep.sum(1)
     smaller = torch.minimum(kept[:, None], kept)
     larger = torch.maximum(kept[:, None], kept)
@@ -118,7 +123,7 @@ def pair_tables(
     fewest = smaller.clamp_min(1)
     cosines_of = _principal_cosines if exact or angles else _largest_cosines
     cosines_up, cosines_down = cosines_of(cross_up), cosines_of(cross_down)
-    interference, everyone = _interference(cross_up, cross_down, values, exact)
+    interference, everyone = _interference(cross_up, cross_down, values.to(precise))
 
     def spread(table: Tensor) -> Tensor:
         full = torch.zeros(count, count, *table.shape[2:], dtype=torch.float64)
@@ -151,6 +156,12 @@ def pair_tables(
         angles_out=spread(cosines_up) if angles else None,
         angles_in=spread(cosines_down) if angles else None,
     )
+
+
+def _rounds_float32() -> bool:
+    """Whether products of float32 are rounded to bfloat16: wherever AMX may, exact for Grams."""
+    allowed = torch.get_float32_matmul_precision() == "medium"
+    return allowed and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def _fast_gram(x: Tensor) -> Tensor:
@@ -196,11 +207,15 @@ def _square_root(matrix: Tensor) -> Tensor:
     return root
 
 
-def _cross(to_basis: Tensor, blocks: Tensor) -> Tensor:
+def _cross(to_basis: Tensor, blocks: Tensor, precise: torch.dtype) -> Tensor:
     """U_i^T U_j of all pairs, shape (N, N, r, r), from factors' Grams and what makes U of them."""
     count, width = to_basis.shape[:2]
+    # Factors of length one: neither half then leaves the range of float32.
+    size = torch.einsum("iaia->ia", blocks).amax(1).clamp_min(1e-300).sqrt()
+    to_basis = (to_basis * size[:, None, None]).to(precise)
+    blocks = (blocks / (size[:, None] * size)[:, None, :, None]).to(precise)
     left = to_basis.mT @ blocks.reshape(count, width, count * width)
-    return left.reshape(count, width, count, width).transpose(1, 2).contiguous() @ to_basis
+    return left.reshape(count, width, count, width).transpose(1, 2) @ to_basis
 
 
 def _principal_cosines(cross: Tensor) -> Tensor:
@@ -213,29 +228,38 @@ def _principal_cosines(cross: Tensor) -> Tensor:
 
 
 def _largest_cosines(cross: Tensor) -> Tensor:
-    """The first of the principal cosines, shape (N, N, 1), in half the time of all of them."""
+    """The first of the principal cosines, shape (N, N, 1), in a third of the time of all of them.
+
+    Powers of a positive matrix turn into the projection on its leading eigenvectors.
+    """
     count = len(cross)
     i, j = torch.triu_indices(count, count)
     half = cross[i, j]
-    squares = torch.linalg.eigvalsh((half.mT @ half).to(torch.float32))
+    squares = half.mT @ half
+    power = squares
+    for _ in range(_POWERS):
+        power = torch.linalg.matrix_power(power / _traces(power), 8)
+    found = (squares * (power / _traces(power))).sum((1, 2))
     largest = cross.new_zeros(count, count, 1)
-    largest[i, j] = largest[j, i] = squares[:, -1:].clamp(0, 1).sqrt().to(cross.dtype)
+    largest[i, j, 0] = largest[j, i, 0] = found.clamp(0, 1).sqrt()
     return largest
 
 
-def _interference(
-    cross_up: Tensor, cross_down: Tensor, values: Tensor, exact: bool
-) -> tuple[Tensor, float]:
+def _traces(matrices: Tensor) -> Tensor:
+    """Shape (P, 1, 1), above zero."""
+    return matrices.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30)[:, None, None]
+
+
+def _interference(cross_up: Tensor, cross_down: Tensor, values: Tensor) -> tuple[Tensor, float]:
     """Singular task interference of every pair, (N, N) with zeros on its diagonal, and of all.
 
     Block [i, i] of a pair's matrix is (U_i^T U_j) S_j (V_j^T V_i); U_i^T U_i - I is zero exactly.
     """
+    size = values.numel()
     others = 1 - torch.eye(len(values), dtype=values.dtype)[:, :, None, None]
-    up = cross_up * (others * values[:, None, :])
-    down = cross_down * others
-    one = (up @ down.mT).abs().sum((2, 3))
-    size, precise = values.numel(), torch.float64 if exact else torch.float32
-    rows, columns = (x.transpose(1, 2).to(precise).reshape(size, size) for x in (up, down))
+    up, down = cross_up * (others * values[:, None, :]), cross_down * others
+    one = (up @ down.mT).abs().sum((2, 3), dtype=torch.float64)
+    rows, columns = (x.transpose(1, 2).reshape(size, size) for x in (up, down))
     return one + one.mT, float((rows @ columns).abs().sum(dtype=torch.float64))
 
 

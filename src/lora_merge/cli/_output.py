@@ -43,8 +43,7 @@ class Output:
     def data(self, data: Mapping[str, Any], *renderables: RenderableType) -> None:
         """The command's result: `data` as JSON, or the renderables."""
         if self.as_json:
-            json.dump(data, sys.stdout, indent=2, allow_nan=False)
-            sys.stdout.write("\n")
+            sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
             return
         for renderable in renderables:
             # Sentences and paths are left whole; a terminal breaks them itself.
