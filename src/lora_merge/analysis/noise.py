@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lora_merge.linalg import gram
 
-_BLOCK = 512
 _STEPS = 200_001  # of the numerical integral; the median is right to 1e-9
 
 
@@ -57,7 +56,7 @@ def noise_rank(matrix: Tensor, leading: Tensor, residual: float) -> int:
     low, high = int((leading > bound).sum()), count  # `low` exceed it, those from `high` on do not
     if low == high:
         return low
-    products = _lower_gram(matrix if matrix.shape[0] == small else matrix.mT)
+    products = gram(matrix if matrix.shape[0] == small else matrix.mT)
 
     def narrow(index: int) -> tuple[int, int]:
         exceeds = _count_below(products, float(leading[index]) / omega) >= reach
@@ -74,16 +73,6 @@ def noise_rank(matrix: Tensor, leading: Tensor, residual: float) -> int:
     while low < high:
         low, high = narrow((low + high) // 2)
     return low
-
-
-def _lower_gram(rows: Tensor) -> Tensor:
-    """Inner products of rows, float64; above the diagonal only in part, which nobody reads."""
-    count = rows.shape[0]
-    products = torch.zeros(count, count, dtype=torch.float64)
-    for start in range(0, count, _BLOCK):
-        stop = min(start + _BLOCK, count)
-        products[start:stop, :stop] = gram(rows[start:stop], rows[:stop])
-    return products
 
 
 def _count_below(products: Tensor, value: float) -> int:
