@@ -137,8 +137,9 @@ def advise(spectra: AdapterSpectra) -> Advice:
     if not values:
         why = "every delta is zero" if spectra.finite else "no module is finite"
         return Advice(f"{why}: there is nothing to keep", (), remarks)
-    before = {n: spectra.ranks[n] for n in values}
-    costs = {n: spectra.costs[n] for n in values}
+    ranks, per_unit = spectra.ranks, spectra.costs
+    before = {n: ranks[n] for n in values}
+    costs = {n: per_unit[n] for n in values}
 
     def plan(rule: str) -> RankPlan:
         return choose_ranks(values, costs, rule, before=before)
@@ -179,10 +180,10 @@ def _option(text: str, flag: str, plan: RankPlan) -> Option:
 
 def _uniform_rank(values: Sequence[Any], share: float) -> int:
     """Smallest rank that, given to every module, keeps a share of all energy together."""
-    tails = [tail_energy(v) for v in values]
-    total = math.fsum(float(t[0]) for t in tails)
+    tails = [tail_energy(v).tolist() for v in values]
+    total = math.fsum(t[0] for t in tails)
     for rank in range(1, max(len(t) for t in tails)):
-        if math.fsum(float(t[min(rank, len(t) - 1)]) for t in tails) <= (1 - share) * total:
+        if math.fsum(t[min(rank, len(t) - 1)] for t in tails) <= (1 - share) * total:
             return rank
     return max(len(t) for t in tails) - 1
 

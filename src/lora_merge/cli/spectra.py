@@ -11,6 +11,7 @@ from lora_merge.cli._options import json_option, open_options
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from lora_merge.analysis.base import BaseReport
     from lora_merge.analysis.spectra import AdapterSpectra
 
 _METRICS = ["frobenius", "spectral", "stable", "erank", "k95", "top1"]
@@ -99,17 +100,15 @@ def command(
         from lora_merge.analysis.figures import write_pictures
 
         write_pictures(results, svg=svg, png=png, html_page=html, metric=metric)
-    document = spectra_document(results)
-    views = _views(results, bool(modules), metric, sort, top, output.width, output.plain)
+    reports: list[BaseReport] = []
     if base is not None:
         from lora_merge.analysis.base import default_cache, relate_to_base
         from lora_merge.analysis.checkpoint import open_checkpoint
-        from lora_merge.cli._base_view import base_view
 
         checkpoint = open_checkpoint(base)
         with output.progress("reading the base", sum(len(r.finite) for r in results)) as advance:
-            for index, (adapter, spectra) in enumerate(zip(opened, results, strict=True)):
-                report = relate_to_base(
+            reports = [
+                relate_to_base(
                     adapter,
                     spectra,
                     checkpoint,
@@ -117,9 +116,20 @@ def command(
                     cache=default_cache(),
                     on_module=advance,
                 )
-                document["adapters"][index]["base"] = report.to_dict()
-                views.append(base_view(report, spectra.adapter, plain=output.plain))
-    output.data(document, *views)
+                for adapter, spectra in zip(opened, results, strict=True)
+            ]
+    if as_json:
+        document = spectra_document(results)
+        for entry, report in zip(document["adapters"], reports, strict=False):
+            entry["base"] = report.to_dict()
+        output.data(document)
+        return
+    from lora_merge.cli._base_view import base_view
+
+    views = _views(results, bool(modules), metric, sort, top, output.width, output.plain)
+    for spectra, report in zip(results, reports, strict=False):
+        views.append(base_view(report, spectra.adapter, plain=output.plain))
+    output.data({}, *views)
 
 
 def _views(
