@@ -109,7 +109,7 @@ def test_run_makes_the_same_bytes(three: list[str], tmp_path: Path) -> None:
         (["cluster", "{a}", "--rank", "99"], 1, ["rank 99", "4"]),
         (["cluster", "{none}", "--rank", "4"], 1, ["no such file"]),
         (["cluster", "{a}", "{nan}", "--rank", "4"], 1, ["NaN", "{nan}", "q_proj"]),
-        (["cluster", "{a}", "{other}", "--rank", "4"], 1, ["tiny-base", "other", "--force"]),
+        (["cluster", "{a}", "{other}", "--rank", "4"], 1, ["other", "--accept-base-models"]),
         (["cluster", "{a}", "--rank", "4", "--device", "cuda:77"], 1, ["cuda|CUDA"]),
         (["cluster", "{a}", "--rank", "4", "--device", "toaster"], 1, ["toaster"]),
         (["cluster", "{a}", "--rank", "4", "-o", "{a}"], 1, ["input"]),
@@ -145,15 +145,30 @@ def test_bad_input_is_told_in_a_line_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_force_accepts_base_models_and_says_so(
+def test_replacing_and_accepting_base_models_are_two_things(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a = str(save_adapter(tmp_path / "a"))
     b = str(save_adapter(tmp_path / "b", base_model_name_or_path="other-base"))
     out = tmp_path / "out"
-    assert run(["cluster", a, b, "--rank", "4", "-o", str(out), "--force"]) == 0
+    merge = ["cluster", a, b, "--rank", "4", "-o", str(out)]
+    assert run([*merge, "--force"]) == 1
+    assert not out.exists()
+    assert run([*merge, "--accept-base-models"]) == 0
     assert "base models differ: other-base, tiny-base" in capsys.readouterr().err
     assert run(["run", str(out / "lora_merge.yaml"), "-o", str(tmp_path / "again")]) == 0
+    capsys.readouterr()
+    assert run([*merge, "--accept-base-models"]) == 1
+    assert "--force to replace it" in capsys.readouterr().err
+    assert run([*merge, "--accept-base-models", "--force"]) == 0
+    assert run(["compare", a, b]) == 1
+    assert run(["compare", a, b, "--accept-base-models"]) == 0
+    gate = ["gate", a, b, "-o", str(tmp_path / "mix")]
+    assert run([*gate, "--force"]) == 1
+    assert run([*gate, "--accept-base-models"]) == 0
+    more = ["gate", a, "--into", str(tmp_path / "mix"), "-o", str(tmp_path / "more")]
+    assert run(more) == 1
+    assert run([*more, "--accept-base-models"]) == 0
 
 
 def test_a_bare_file_needs_its_alpha(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,7 @@ FLAGS = {
     "ranks": (["--ranks", "per-module"], "ranks", "per-module"),
     "extras": (["--extras", "drop"], "extras", "drop"),
     "seed": (["--seed", "7"], "seed", 7),
+    "accept_base_models": (["--accept-base-models"], "accept_base_models", True),
 }
 
 

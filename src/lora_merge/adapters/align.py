@@ -75,6 +75,12 @@ def align(adapters: Sequence[Adapter], *, force: bool = False) -> Alignment:
         raise AlignmentError(["there are none"], "name at least one adapter")
     mismatches: list[str] = []
     base = _base_models(adapters, mismatches, force)
+    remedy = "take adapters of one base model"
+    if mismatches:
+        remedy += (
+            "; if only the names differ, --accept-base-models "
+            "(accept_base_models in a recipe or in Python) takes them as one"
+        )
     names = sorted({name for adapter in adapters for name in adapter.modules})
     modules = []
     for name in names:
@@ -83,11 +89,7 @@ def align(adapters: Sequence[Adapter], *, force: bool = False) -> Alignment:
         _check_geometry(name, specs, adapters, mismatches)
     _check_parameters(adapters, mismatches)
     if mismatches:
-        raise AlignmentError(
-            mismatches,
-            "merge adapters of one base model"
-            + ("" if force else "; --force accepts different base model names, not shapes"),
-        )
+        raise AlignmentError(mismatches, remedy)
     return Alignment(tuple(adapters), tuple(modules), base)
 
 

@@ -1,7 +1,6 @@
 """Options that several commands share, and the one way to run a merge from them."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +16,14 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 pickle_option = click.option(
     "--allow-pickle", is_flag=True, help="Load .bin files (with weights_only=True)."
 )
+bases_option = click.option(
+    "--accept-base-models", is_flag=True, help="Accept adapters that name different base models."
+)
+
+
+def force_option(what: str) -> Callable[[F], F]:
+    """`--force`, which replaces an output that is there and does nothing else."""
+    return click.option("--force", is_flag=True, help=f"Replace {what} that is there.")
 
 
 class WeightType(click.ParamType):  # type: ignore[type-arg]
@@ -79,6 +86,7 @@ _result_options = together(
         help="What to do with biases and modules that were saved whole.",
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of all randomness."),
+    bases_option,
 )
 
 run_options = together(
@@ -90,11 +98,7 @@ run_options = together(
         show_default=True,
         help="Directory to make.",
     ),
-    click.option(
-        "--force",
-        is_flag=True,
-        help="Replace an adapter directory that is there; accept different base models.",
-    ),
+    force_option("an adapter directory"),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1."),
     click.option("--jobs", type=click.IntRange(min=1), help="Worker threads.  [default: CPUs]"),
     click.option("--dry-run", is_flag=True, help="Plan from the headers, write nothing."),
@@ -141,7 +145,6 @@ def run_merge(
     output = Output(as_json)
     pick_device(device)
     recipe, adapters = open_recipe(recipe, allow_pickle=allow_pickle)
-    recipe = replace(recipe, accept_base_models=recipe.accept_base_models or force)
     plan = plan_recipe(recipe, adapters)
     for note in plan.notes:
         output.note(note)

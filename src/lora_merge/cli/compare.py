@@ -5,7 +5,7 @@ from typing import Any, Literal
 import click
 
 from lora_merge.cli._open import open_all
-from lora_merge.cli._options import adapters_argument, json_option, open_options
+from lora_merge.cli._options import adapters_argument, bases_option, json_option, open_options
 
 
 @click.command(
@@ -35,7 +35,7 @@ Examples:
     help="Only these modules, with all principal angles. Repeatable.",
 )
 @click.option("--per-module", is_flag=True, help="Every module's matrices in --json.")
-@click.option("--force", is_flag=True, help="Accept different base model names.")
+@bases_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampled signs.")
 @click.option("--width", type=click.IntRange(min=60), help="Columns.  [default: the terminal's]")
 @open_options
@@ -46,7 +46,7 @@ def command(
     algorithm: Literal["agglomerative", "spectral"],
     modules: tuple[str, ...],
     per_module: bool,
-    force: bool,
+    accept_base_models: bool,
     seed: int,
     width: int | None,
     alpha: float | None,
@@ -71,7 +71,7 @@ def command(
             opened,
             modules=modules,
             angles=bool(modules),
-            force=force,
+            force=accept_base_models,
             seed=seed,
             on_module=advance,
         )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from lora_merge.cli._options import json_option
+from lora_merge.cli._options import force_option, json_option
 from lora_merge.cli._texts import batch_options, load_texts, text_options
 
 
@@ -23,7 +23,7 @@ Examples:
 @click.option("--rank", type=click.IntRange(min=1), help="Largest rank of each.  [default: all]")
 @batch_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="To make.")
-@click.option("--force", is_flag=True, help="Replace a directory that is there.")
+@force_option("a directory")
 @json_option
 def command(
     mixture: Path,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from lora_merge.cli._options import json_option
+from lora_merge.cli._options import force_option, json_option
 from lora_merge.cli._texts import batch_options, load_texts, text_options
 
 
@@ -21,7 +21,7 @@ Examples:
 @click.option("--module", "modules", multiple=True, help="Where.  [default: once per layer]")
 @batch_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="To make.")
-@click.option("--force", is_flag=True, help="Replace a mixture directory that is there.")
+@force_option("a mixture directory")
 @json_option
 def command(
     mixture: Path,

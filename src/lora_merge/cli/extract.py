@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_merge.cli._options import json_option
+from lora_merge.cli._options import force_option, json_option
 from lora_merge.cli._rule_options import rule_options, take_rule
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ Examples:
 @click.option("--uniform/--per-module", default=True, help="Pad all modules to one rank, or not.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), help="[default: the tuned model's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the randomised SVD.")
-@click.option("--force", is_flag=True, help="Replace an adapter directory that is there.")
+@force_option("an adapter directory")
 @json_option
 def command(as_json: bool, **arguments: Any) -> None:
     """Write the leading part of every weight's difference between two checkpoints as a LoRA.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_merge.cli._options import json_option, open_options
+from lora_merge.cli._options import force_option, json_option, open_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,7 +34,7 @@ Examples:
 @click.option(
     "-w", "--weight", type=float, default=1.0, show_default=True, help="Scales the delta."
 )
-@click.option("--force", is_flag=True, help="Replace a model or adapter directory that is there.")
+@force_option("a model or adapter directory")
 @open_options
 @json_option
 def command(

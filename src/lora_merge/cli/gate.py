@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_merge.cli._options import json_option, pickle_option, together
+from lora_merge.cli._options import (
+    bases_option,
+    force_option,
+    json_option,
+    pickle_option,
+    together,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -91,11 +97,8 @@ Examples:
     show_default=True,
     help="Directory to make.",
 )
-@click.option(
-    "--force",
-    is_flag=True,
-    help="Replace a mixture directory that is there; accept different base models.",
-)
+@bases_option
+@force_option("a mixture directory")
 @click.option("--dry-run", is_flag=True, help="Show what it would be, write nothing.")
 @pickle_option
 @json_option
@@ -110,6 +113,7 @@ def command(
     hidden_size: int | None,
     seed: int,
     out: Path,
+    accept_base_models: bool,
     force: bool,
     dry_run: bool,
     allow_pickle: bool,
@@ -152,7 +156,11 @@ def command(
         )
     elif into is not None:
         mixture = append_experts(
-            Mixture.from_pretrained(into), opened(adapters), names=names or None, seed=seed
+            Mixture.from_pretrained(into),
+            opened(adapters),
+            names=names or None,
+            seed=seed,
+            accept_base_models=accept_base_models,
         )
     else:
         chosen = {k: settings[k] for k in _SETTINGS if settings[k] is not None}
@@ -166,7 +174,7 @@ def command(
             general=opened(general),
             seed=seed,
             hidden_size=hidden_size,
-            accept_base_models=force,
+            accept_base_models=accept_base_models,
             **chosen,
         )
     if not dry_run:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_merge.cli._open import open_all
-from lora_merge.cli._options import json_option, open_options
+from lora_merge.cli._options import force_option, json_option, open_options
 from lora_merge.cli._rule_options import rule_options, take_rule
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ Examples:
 @click.option("--drop-empty", is_flag=True, help="Let a module have rank 0 and drop it.")
 @click.option("--uniform", is_flag=True, help="Pad all modules to the largest rank.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), help="[default: the adapter's]")
-@click.option("--force", is_flag=True, help="Replace an adapter directory that is there.")
+@force_option("an adapter directory")
 @click.option("--dry-run", is_flag=True, help="Show the plan as a difference, write nothing.")
 @click.option("--list", "each", is_flag=True, help="In a plan, list every module.")
 @click.option("--width", type=click.IntRange(min=60), help="Columns.  [default: the terminal's]")

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lora_merge.cli._options import json_option, together
+from lora_merge.cli._options import force_option, json_option, together
 from lora_merge.cli._texts import text_options
 
 _training_options = together(
@@ -76,7 +76,7 @@ change their task.
 @click.option("--shard", "sharded", is_flag=True, help="Spread the base over processes (FSDP).")
 @click.option("--resume", is_flag=True, help="Go on from OUT.training, exactly.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="To make.")
-@click.option("--force", is_flag=True, help="Replace a mixture directory that is there.")
+@force_option("a mixture directory")
 @json_option
 def command(
     mixture: Path,

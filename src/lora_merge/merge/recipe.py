@@ -219,7 +219,7 @@ def plan_recipe(recipe: Recipe, adapters: Sequence[Adapter]) -> MergePlan:
         dtype=recipe.dtype,
         layout=recipe.ranks,
         extras=recipe.extras,
-        force=recipe.accept_base_models,
+        accept_base_models=recipe.accept_base_models,
     )
 
 

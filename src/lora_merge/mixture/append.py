@@ -19,6 +19,7 @@ def append_experts(
     *,
     names: Sequence[str] | None = None,
     seed: int = 0,
+    accept_base_models: bool = False,
 ) -> Mixture:
     """A mixture with more experts; rows of the old ones keep every bit.
 
@@ -31,6 +32,7 @@ def append_experts(
         adapters: New experts.
         names: Their names.
         seed: Of the rows of modules that no expert touched before.
+        accept_base_models: Accept experts that name different base models.
 
     Raises:
         AlignmentError: If they do not fit the old ones.
@@ -49,7 +51,7 @@ def append_experts(
     width = None
     if spec.signal == "hidden":
         width = mixture.gate["classifier.0.weight"].shape[1]
-    alignment = align([expert.adapter for expert in experts])
+    alignment = align([expert.adapter for expert in experts], force=accept_base_models)
     fresh = initial_gate(alignment, spec, len(old) + len(new), seed=seed, hidden_size=width)
     grown = Mixture.of(spec, experts, fresh)
     grown.descriptors = mixture.descriptors
