@@ -138,6 +138,27 @@ def test_pruning_and_training_experts(inside: Path, capsys, tmp_path: Path) -> N
     assert 0 < data["ranks"] < 3 * 14 * 4 and data["last"]["ranks"] <= data["ranks"]
     experts = Mixture.from_pretrained(out).experts
     assert data["ranks"] == sum(sum(e.adapter.ranks().elements()) for e in experts)
+    assert data["trained"] == ["gate", "experts", "ranks"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("preset", "options", "said"),
+    [
+        ("meteora", [], "gate trained; 8 rows, 1 steps"),
+        ("arrow", ["--train-experts"], "experts trained; 8 rows"),
+        ("meteora", ["--train-experts"], "gate and experts trained; 8 rows"),
+        ("arrow", ["--rank-l1", "10"], "ranks pruned from 168 to 168; 8 rows"),
+    ],
+)
+def test_train_says_what_it_trained(
+    inside: Path, capsys, tmp_path: Path, preset: str, options: list[str], said: str
+) -> None:
+    mix, out = str(tmp_path / "mix"), str(tmp_path / "out")
+    assert run(["gate", "math", "code", "chat", "--preset", preset, "-o", mix]) == 0
+    train = ["train", mix, "--base", "base", "--data", "rows.jsonl", "-o", out, "--steps", "1"]
+    assert run([*train, "--warmup", "0", *options]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{out}: {said}")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

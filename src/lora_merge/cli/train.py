@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_merge.cli._options import force_option, json_option, together
 from lora_merge.cli._texts import text_options
+
+if TYPE_CHECKING:
+    from lora_merge.mixture import Mixture
 
 _training_options = together(
     click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True),
@@ -164,10 +167,26 @@ def command(
         "left_out": list(rows.faults),
         "steps": settings["steps"],
         "steps_run": len(history),
-        "ranks": sum(sum(e.adapter.ranks().elements()) for e in trained.experts),
+        "trained": _what(start, settings),
+        "ranks_before": _ranks(start),
+        "ranks": _ranks(trained),
         "last": dict(last),
     }
     output.data(result, *_view(result, history))
+
+
+def _what(mixture: "Mixture", settings: Mapping[str, Any]) -> list[str]:
+    """What a training changes: the gate if it is learned, and what was asked for."""
+    changed = {
+        "gate": mixture.spec.is_learned,
+        "experts": settings["train_experts"],
+        "ranks": settings["rank_l1"] > 0,
+    }
+    return [name for name, does in changed.items() if does]
+
+
+def _ranks(mixture: "Mixture") -> int:
+    return sum(sum(expert.adapter.ranks().elements()) for expert in mixture.experts)
 
 
 def _view(result: dict[str, Any], history: list[Mapping[str, Any]]) -> list[Any]:
@@ -180,7 +199,11 @@ def _view(result: dict[str, Any], history: list[Mapping[str, Any]]) -> list[Any]
             if name in last:
                 before = f"{first[name]:.4g}" if name in first else "-"
                 grid.add_row(name.replace("_", " "), before, f"{last[name]:.4g}")
-    done = f"{result['out']}: gate trained on {result['rows']} rows, {result['steps']} steps"
+    trained = [name for name in result["trained"] if name != "ranks"]
+    parts = [f"{' and '.join(trained)} trained"] if trained else []
+    if "ranks" in result["trained"]:
+        parts.append(f"ranks pruned from {result['ranks_before']} to {result['ranks']}")
+    done = f"{result['out']}: {', '.join(parts)}; {result['rows']} rows, {result['steps']} steps"
     if result["steps_run"] < result["steps"]:
         done += f" ({result['steps_run']} of them now)"
     return [grid, done]
