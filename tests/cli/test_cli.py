@@ -76,6 +76,31 @@ def test_json_is_one_document(
     assert {m["rank"] for m in info["modules"]} == {4}
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["info", "{a}"],
+        ["cluster", "{a}", "{b}", "--rank", "4", "--dry-run"],
+        ["cluster", "{a}", "{b}", "--rank", "4", "-o", "{out}"],
+        ["methods"],
+        ["methods", "ties"],
+        ["spectra", "{a}", "{b}"],
+        ["spectra", "{a}", "--module", "*0.mlp.up_proj"],
+        ["compare", "{a}", "{b}", "--module", "*"],
+        ["resize", "{a}", "--dry-run", "--list"],
+        ["gate", "{a}", "{b}", "--dry-run"],
+    ],
+)
+def test_piped_lines_end_without_spaces(
+    command: list[str], three: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"a": three[0], "b": three[1], "out": str(tmp_path / "out")}
+    assert run([part.format(**places) for part in command]) == 0
+    shown = capsys.readouterr()
+    assert shown.out
+    assert not re.search(r"[ \t]$", shown.out + shown.err, re.MULTILINE)
+
+
 def test_dry_run_plans_what_is_then_written(
     three: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,11 +259,15 @@ def test_interruption_loses_nothing(
         assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "out"]
 
 
-def test_a_closed_pipe_is_no_error(three: list[str]) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [["info", "{}"], ["spectra", "--json", "{}"], ["methods"], ["merge", "--print-recipe", "{}"]],
+)
+def test_a_closed_pipe_is_no_error(command: list[str], three: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "lora_merge", "info", three[0]],
+        [sys.executable, "-m", "lora_merge", *(part.format(three[0]) for part in command)],
         stdout=writer,
         stderr=subprocess.PIPE,
         check=False,

@@ -11,12 +11,6 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Let the command line decide; rich would exit with 1."""
-        raise BrokenPipeError
-
-
 class Output:
     """One command's output, for people or as one JSON document.
 
@@ -27,8 +21,8 @@ class Output:
 
     def __init__(self, as_json: bool, *, width: int | None = None) -> None:
         self.as_json = as_json
-        self._out = _Console(highlight=False, soft_wrap=False, width=width)
-        self._err = _Console(stderr=True, highlight=False)
+        self._out = Console(highlight=False, soft_wrap=False, width=width)
+        self._err = Console(stderr=True, highlight=False)
 
     @property
     def width(self) -> int:
@@ -45,9 +39,14 @@ class Output:
         if self.as_json:
             sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
             return
-        for renderable in renderables:
-            # Sentences and paths are left whole; a terminal breaks them itself.
-            self._out.print(renderable, soft_wrap=isinstance(renderable, str))
+        with self._out.capture() as captured:
+            for renderable in renderables:
+                # Sentences and paths are left whole; a terminal breaks them itself.
+                self._out.print(renderable, soft_wrap=isinstance(renderable, str))
+        # Tables fill their last column with spaces. They are cut here, and written past rich,
+        # which would end the process when a reader goes away.
+        lines = captured.get().splitlines()
+        sys.stdout.writelines(f"{line.rstrip()}\n" for line in lines)
 
     def note(self, text: str) -> None:
         """A remark for the person at the terminal."""

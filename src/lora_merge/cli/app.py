@@ -56,6 +56,15 @@ class _LazyGroup(click.Group):
             raise click.UsageError(f"no command {args[0]!r}; did you mean {near[0]!r}?", ctx)
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a reader that goes away (`| head`) ends it without a complaint."""
+        try:
+            super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Here, because click would exit with 1; and Python complains when it closes stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lora-merge")
@@ -80,7 +89,6 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
     try:
         cli.main(arguments, prog_name="lora-merge", standalone_mode=False)
-        sys.stdout.flush()
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
@@ -89,10 +97,6 @@ def run(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         _complain("interrupted; nothing was written")
         return 130
-    except BrokenPipeError:
-        # The reader went away (`| head`). Python would complain again when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except LoraMergeError as error:
         if os.environ.get("LORA_MERGE_DEBUG"):
             raise
