@@ -49,6 +49,16 @@ def test_timings_are_of_one_call() -> None:
     assert Timing.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Timing(3.0, 2.0, 4.0, 5)
 
 
+def test_a_table_that_cannot_be_kept_is_told_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tuning, "measure", lambda *_, **__: pytest.fail("measured"))
+    assert run(["tune", "--device", "cpu", "--experts", "1"]) == 1
+    assert "set XDG_CACHE_HOME" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_implementation_is_timed_and_means_the_same(dtype, monkeypatch) -> None:
     """What is timed is what a model would compute: all ways agree."""

@@ -46,9 +46,7 @@ def check_target(
                 f"{target} is not empty and holds no adapter, so it is not replaced",
                 "choose another -o, or empty it yourself",
             )
-    parent = _existing_parent(resolved)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent} is not writable", "choose another -o")
+    parent = check_parent(resolved)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(
@@ -56,6 +54,29 @@ def check_target(
             f"on {parent}",
             "free space or choose another -o",
         )
+
+
+def check_parent(path: Path, remedy: str = "choose another -o") -> Path:
+    """Refuse a path whose directory cannot be written, before any work is done.
+
+    Args:
+        path: What is to be created; directories above it may be missing.
+        remedy: What the user can do about it.
+
+    Returns:
+        The nearest directory above it that exists.
+
+    Raises:
+        OutputError: If nothing can be created there.
+    """
+    parent = path.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is no directory", remedy)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent} is not writable", remedy)
+    return parent
 
 
 @contextlib.contextmanager
@@ -158,12 +179,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _existing_parent(path: Path) -> Path:
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise OutputError(f"{parent} is no directory", "choose another -o")
-    return parent

@@ -56,8 +56,10 @@ def command(
     """
     import torch
 
+    from lora_merge.adapters import check_parent
     from lora_merge.cli._output import Output
     from lora_merge.kernels.gated_stack.candidates import llama_shapes
+    from lora_merge.kernels.gated_stack.dispatch import device_name, table_path
     from lora_merge.kernels.gated_stack.tune import store, tune
     from lora_merge.merge.executor import pick_device
     from lora_merge.mixture import Mixture
@@ -75,6 +77,8 @@ def command(
     place = pick_device(device)
     if graph and place.type != "cuda":
         raise click.UsageError("--graph times CUDA graphs, and there is no GPU here")
+    if not dry_run:
+        check_parent(table_path(device_name(place)), "set XDG_CACHE_HOME to a writable place")
     if place.type != "cuda":
         output.note(f"no GPU: measuring on {place.type}, where only eager and concat run")
     shapes = llama_shapes(experts, rank)
