@@ -170,6 +170,38 @@ def test_bad_input_is_told_in_a_line_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["cluster", "none", "--rank", "4"],
+        ["merge", "user/none", "user/nothing"],
+        ["run", "recipe.yaml"],
+        ["fuse", "none", "--base", "none"],
+        ["resize", "none", "--energy", "0.9"],
+        ["extract", "--base", ".", "--tuned", "."],
+        ["gate", "none"],
+        ["train", "none", "--base", "none", "--data", "rows"],
+        ["consolidate", "none", "--base", "none", "--data", "rows"],
+        ["describe", "none", "--base", "none", "--data", "rows"],
+        ["export", "none", "--to", "experts"],
+    ],
+)
+def test_an_output_that_is_there_is_refused_first(
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before anything is opened: the inputs named here do not even exist."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("recipe.yaml").write_text("merge_method: lego\nadapters: [{adapter: none}]\n")
+    Path("rows").write_text("")
+    save_adapter(tmp_path / "out")
+    assert run([*command, "-o", "../out"]) == 1
+    assert "../out exists and is not empty" in capsys.readouterr().err
+
+
 def test_replacing_and_accepting_base_models_are_two_things(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,10 +1,18 @@
 """Open the adapters a command line names."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lora_merge.adapters import Adapter
+
+
+def check_out(out: Path, *inputs: str | Path, force: bool) -> None:
+    """Refuse an output directory before anything is read, measured or downloaded."""
+    from lora_merge.adapters import check_target
+
+    check_target(out, force=force, inputs=[Path(i) for i in inputs if Path(i).exists()])
 
 
 def open_all(

@@ -137,6 +137,7 @@ def run_merge(
     from lora_merge.analysis.parallel import default_jobs
     from lora_merge.cli._memory import return_large_blocks
     from lora_merge.cli._merge_view import plan_data, plan_view, report_view
+    from lora_merge.cli._open import check_out
     from lora_merge.cli._output import Output
     from lora_merge.merge.executor import pick_device
     from lora_merge.merge.recipe import open_recipe, plan_recipe, resolved_recipe
@@ -144,6 +145,8 @@ def run_merge(
 
     output = Output(as_json)
     pick_device(device)
+    if not dry_run:
+        check_out(out, *(item.adapter for item in recipe.adapters), force=force)
     recipe, adapters = open_recipe(recipe, allow_pickle=allow_pickle)
     plan = plan_recipe(recipe, adapters)
     for note in plan.notes:

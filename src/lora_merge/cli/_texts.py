@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from lora_merge.mixture import Mixture
     from lora_merge.mixture.data import Dataset
 
+# Rows need the base model's tokenizer to be read; that they are there is checked before it loads.
+ROWS = click.Path(path_type=Path, exists=True, dir_okay=False)
+
 text_options = together(
     click.argument("mixture", type=click.Path(path_type=Path)),
     click.option("--base", required=True, help="Base model: a directory or a Hub id."),
-    click.option("--data", type=click.Path(path_type=Path), required=True, help="JSON lines."),
+    click.option("--data", type=ROWS, required=True, help="JSON lines."),
 )
 batch_options = together(
     click.option("--max-length", type=click.IntRange(min=2), default=512, show_default=True),

@@ -44,7 +44,7 @@ def command(
     held still at its mean weights. With more it is a mixture again, and a learned gate of it should
     be trained once more.
     """
-    from lora_merge.adapters import check_target
+    from lora_merge.cli._open import check_out
     from lora_merge.cli._output import Output, percent
     from lora_merge.mixture import load_mixture
     from lora_merge.mixture.base import watch_rows
@@ -52,7 +52,7 @@ def command(
     from lora_merge.mixture.exporters import export_static
 
     output = Output(as_json)
-    check_target(out, force=force)
+    check_out(out, force=force)
     opened, model, rows = load_texts(
         output, mixture, base=base, data=data, max_length=max_length, device=device
     )

@@ -40,12 +40,12 @@ def command(
 
     `lora-merge novelty` then tells whether other texts need an expert that is not there yet.
     """
-    from lora_merge.adapters import check_target
+    from lora_merge.cli._open import check_out
     from lora_merge.cli._output import Output
     from lora_merge.mixture.novelty import describe
 
     output = Output(as_json)
-    check_target(out, force=force)
+    check_out(out, force=force)
     opened, model, rows = load_texts(
         output, mixture, base=base, data=data, max_length=max_length, device=device
     )

@@ -41,6 +41,7 @@ def command(
     static   one LoRA, the gate held still at the weights (default 1/N each)
     xlora    PEFT's X-LoRA layout, as PEFT 0.19 and earlier read it
     """  # noqa: D301 -- click's mark is the character itself
+    from lora_merge.cli._open import check_out
     from lora_merge.cli._output import Output, percent
     from lora_merge.mixture import Mixture
     from lora_merge.mixture.exporters import export_experts, export_static
@@ -51,6 +52,7 @@ def command(
         raise click.UsageError("--weight and --rank belong to --to static")
     if (base is not None) != (kind == "xlora"):
         raise click.UsageError("--to xlora needs --base, and nothing else does")
+    check_out(out, force=force)
     opened = Mixture.from_pretrained(mixture)
     error = 0.0
     lines = [f"{out}: {kind}"]

@@ -45,9 +45,11 @@ def command(as_json: bool, **arguments: Any) -> None:
     from lora_merge.analysis.checkpoint import open_checkpoint
     from lora_merge.analysis.coverage import survey
     from lora_merge.analysis.extract import extract
+    from lora_merge.cli._open import check_out
     from lora_merge.cli._output import Output
 
     output = Output(as_json)
+    check_out(arguments["out"], arguments["base"], arguments["tuned"], force=arguments["force"])
     base, tuned = open_checkpoint(arguments.pop("base")), open_checkpoint(arguments.pop("tuned"))
     names, _ = survey(base, tuned, include=arguments["include"], exclude=arguments["exclude"])
     dtype = arguments.pop("dtype")

@@ -131,6 +131,7 @@ def command(
     phatgoose               one gate vector per expert, each trained on its own
     """  # noqa: D301 -- click's mark is the character itself
     from lora_merge.adapters import Adapter, expand
+    from lora_merge.cli._open import check_out
     from lora_merge.cli._output import Output
     from lora_merge.mixture import Mixture
     from lora_merge.mixture.append import append_experts
@@ -145,6 +146,8 @@ def command(
     if not adapters and checkpoint is None:
         raise click.UsageError("name at least one ADAPTER")
     _check_together(into, checkpoint, general, settings)
+    if not dry_run:
+        check_out(out, *adapters, *general, force=force)
     if checkpoint is not None:
         mixture = import_checkpoint(
             checkpoint,

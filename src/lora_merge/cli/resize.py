@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_merge.cli._open import open_all
+from lora_merge.cli._open import check_out, open_all
 from lora_merge.cli._options import force_option, json_option, open_options
 from lora_merge.cli._rule_options import rule_options, take_rule
 
@@ -129,6 +129,8 @@ def _run(
     from lora_merge.cli._output import Output
 
     output = Output(as_json, width=width)
+    if out is not None and not dry_run:
+        check_out(out, ref, force=force)
     opened = open_all([ref], alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
     if len(opened) != 1:
         raise click.UsageError(f"{ref} stands for {len(opened)} adapters; resize takes one")

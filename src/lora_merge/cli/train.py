@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_merge.cli._options import force_option, json_option, together
-from lora_merge.cli._texts import text_options
+from lora_merge.cli._texts import ROWS, text_options
 
 if TYPE_CHECKING:
     from lora_merge.mixture import Mixture
@@ -71,7 +71,7 @@ change their task.
     short_help="Train a mixture's gate, prune its ranks or train its experts.",
 )
 @text_options
-@click.option("--eval", "evaluation", type=click.Path(path_type=Path), help="JSON lines.")
+@click.option("--eval", "evaluation", type=ROWS, help="JSON lines.")
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True)
 @click.option("--strict", is_flag=True, help="Refuse the data if any row is bad.")
 @_training_options
@@ -106,7 +106,7 @@ def command(
     """
     import torch
 
-    from lora_merge.adapters import check_target
+    from lora_merge.cli._open import check_out
     from lora_merge.cli._output import Output
     from lora_merge.mixture import Mixture, TrainSettings, train_gate
     from lora_merge.mixture.base import load_base
@@ -114,14 +114,14 @@ def command(
     from lora_merge.mixture.processes import Processes, is_launched, join, leave, shard
 
     output = Output(as_json)
+    chosen = TrainSettings(**settings)
+    if sharded and not is_launched():
+        raise click.UsageError("--shard spreads the base over processes; start several")
+    check_out(out, force=force)
     start = Mixture.from_pretrained(mixture)
     if is_launched():
         device = str(join(cpu=device == "cpu"))
-    elif sharded:
-        raise click.UsageError("--shard spreads the base over processes; start several")
     first = Processes.current().rank == 0
-    if first:
-        check_target(out, force=force)
     model, tokenizer = load_base(base, "cpu" if sharded else device)
     if sharded:
         shard(model, torch.device(device))
@@ -149,7 +149,7 @@ def command(
             model,
             start,
             rows.examples,
-            TrainSettings(**settings),
+            chosen,
             evaluation=held.examples if held else (),
             work=out.with_name(out.name + ".training"),
             resume=resume,
