@@ -7,7 +7,7 @@ import torch
 
 from builders import SHAPES, adapter_parts, make_adapter
 from lora_merge.adapters import TensorDict, build_adapter, parse_config
-from lora_merge.analysis.figures import draw, write_pictures
+from lora_merge.analysis.figures import check_pictures, draw, write_pictures
 from lora_merge.analysis.spectra import adapter_spectra
 from lora_merge.errors import LoraMergeError, OutputError
 
@@ -59,7 +59,15 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch):
     spectra = [adapter_spectra(make_adapter())]
     with pytest.raises(OutputError):
         write_pictures(spectra, svg=tmp_path / "missing" / "a.svg")
+    with pytest.raises(OutputError, match="does not exist"):
+        check_pictures(None, tmp_path / "missing" / "a.svg")
+    with pytest.raises(OutputError, match="is a directory"):
+        check_pictures(tmp_path)
+    check_pictures(None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(LoraMergeError) as caught:
         draw(spectra)
     assert "lora-merge[plot]" in caught.value.remedy
+    with pytest.raises(LoraMergeError, match="matplotlib"):
+        check_pictures(tmp_path / "a.svg")
+    check_pictures(None)

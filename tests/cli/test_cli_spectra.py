@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from builders import SHAPES, adapter_parts, save_adapter, save_parts
 from lora_merge.cli.app import cli
+from lora_merge.cli.app import run as main
 from lora_merge.errors import AdapterError, MethodError, SourceError
 
 
@@ -148,3 +149,9 @@ def test_a_bare_file_needs_its_alpha(tmp_path):
     assert bare == norm
     rslora = json.loads(run(file, "--alpha", 8, "--rslora", "--json"))["adapters"][0]["frobenius"]
     assert rslora == pytest.approx(2 * norm)
+
+
+@pytest.mark.parametrize("option", ["--csv", "--svg", "--png", "--html"])
+def test_a_file_that_cannot_be_written_is_told_before_reading(tmp_path, capsys, option):
+    assert main(["spectra", "nowhere", option, str(tmp_path / "no" / "file")]) == 1
+    assert "no does not exist" in capsys.readouterr().err

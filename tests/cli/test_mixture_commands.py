@@ -124,6 +124,22 @@ def test_train_resume_and_usage(inside: Path, capsys, tmp_path: Path) -> None:
     assert len(data["modules"]) == 14 and set(data["by_label"]) == {"math", "code"}
 
 
+@pytest.mark.parametrize(
+    ("plot", "message"),
+    [
+        ("usage.xyz", "try: one of: png, svg, pdf"),
+        ("usage", "no known format of pictures"),
+        ("nowhere/usage.png", "nowhere does not exist"),
+    ],
+)
+def test_a_picture_that_cannot_be_is_told_before_the_model_loads(
+    inside: Path, capsys, plot: str, message: str
+) -> None:
+    usage = ["usage", "nowhere", "--base", "nowhere", "--data", "rows.jsonl"]
+    assert run([*usage, "--plot", plot]) == 1
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_pruning_and_training_experts(inside: Path, capsys, tmp_path: Path) -> None:
     mix, out = str(tmp_path / "mix"), str(tmp_path / "small")

@@ -2,7 +2,7 @@
 
 from lora_merge.adapters.adapter import Adapter, ExtraSpec
 from lora_merge.adapters.align import AlignedModule, Alignment, align, read_stacks
-from lora_merge.adapters.atomic import atomic_directory, atomic_file, check_parent, check_target
+from lora_merge.adapters.atomic import atomic_directory, atomic_file, check_file, check_parent, check_target
 from lora_merge.adapters.config import AdapterConfig, parse_config, read_config
 from lora_merge.adapters.modules import ModuleSpec
 from lora_merge.adapters.opening import build_adapter, open_adapter
@@ -48,6 +48,7 @@ __all__ = [
     "atomic_directory",
     "atomic_file",
     "build_adapter",
+    "check_file",
     "check_parent",
     "check_target",
     "commonest_dtype",

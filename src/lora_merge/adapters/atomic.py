@@ -79,6 +79,19 @@ def check_parent(path: Path, remedy: str = "choose another -o") -> Path:
     return parent
 
 
+def check_file(path: Path) -> None:
+    """Refuse a file that cannot be written, before any work is done for it.
+
+    Raises:
+        OutputError: If its directory does not exist or cannot be written, or a directory has its
+            name.
+    """
+    if check_parent(path, "choose another file") != path.resolve().parent:
+        raise OutputError(f"{path.parent} does not exist", "choose another file")
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory", "choose another file")
+
+
 @contextlib.contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
     """A fresh directory that takes the target's name when the block ends without an error.

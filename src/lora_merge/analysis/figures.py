@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lora_merge.adapters import atomic_file
+from lora_merge.adapters import atomic_file, check_file
 from lora_merge.analysis.measures import tail_energy
 from lora_merge.analysis.places import labels
 from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum
@@ -33,8 +33,21 @@ _AXIS = {
 }
 
 
-def draw(spectra: Sequence[AdapterSpectra], metric: str = "frobenius") -> "Figure":
-    """One row per adapter: heat map, spectra by kind of module, energy curves; shared scales.
+def check_pictures(*files: Path | None) -> None:
+    """Refuse pictures that could not be drawn or written, before anything is measured for them.
+
+    Raises:
+        LoraMergeError: If matplotlib is not installed.
+        OutputError: If a file's directory cannot be written.
+    """
+    for file in files:
+        if file is not None:
+            figure_class()
+            check_file(file)
+
+
+def figure_class() -> "type[Figure]":
+    """Matplotlib's figure.
 
     Raises:
         LoraMergeError: If matplotlib is not installed.
@@ -45,8 +58,18 @@ def draw(spectra: Sequence[AdapterSpectra], metric: str = "frobenius") -> "Figur
         raise LoraMergeError(
             "pictures need matplotlib, which is not installed", "pip install 'lora-merge[plot]'"
         ) from error
+    return Figure
+
+
+def draw(spectra: Sequence[AdapterSpectra], metric: str = "frobenius") -> "Figure":
+    """One row per adapter: heat map, spectra by kind of module, energy curves; shared scales.
+
+    Raises:
+        LoraMergeError: If matplotlib is not installed.
+    """
+    figure_of = figure_class()
     rows = len(spectra)
-    figure = Figure(figsize=(14, 0.6 + 3.6 * rows), layout="constrained")
+    figure = figure_of(figsize=(14, 0.6 + 3.6 * rows), layout="constrained")
     axes = figure.subplots(rows, 3, squeeze=False, width_ratios=(1.25, 1, 1))
     norm = _shared_norm(spectra, metric)
     for row, one in zip(axes, spectra, strict=True):

@@ -83,11 +83,16 @@ def command(
     """
     if intruders and base is None:
         raise click.UsageError("--intruders needs --base")
+    from lora_merge.adapters import check_file
     from lora_merge.analysis.export import spectra_document, write_csv
+    from lora_merge.analysis.figures import check_pictures, write_pictures
     from lora_merge.analysis.spectra import adapter_spectra
     from lora_merge.cli._output import Output
 
     output = Output(as_json, width=width)
+    if csv:
+        check_file(csv)
+    check_pictures(svg, png, html)
     opened = open_all(adapters, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
     with output.progress("reading", sum(len(a.modules) for a in opened)) as advance:
         results = [
@@ -96,10 +101,7 @@ def command(
         ]
     if csv:
         write_csv(results, csv)
-    if svg or png or html:
-        from lora_merge.analysis.figures import write_pictures
-
-        write_pictures(results, svg=svg, png=png, html_page=html, metric=metric)
+    write_pictures(results, svg=svg, png=png, html_page=html, metric=metric)
     reports: list[BaseReport] = []
     if base is not None:
         from lora_merge.analysis.base import default_cache, relate_to_base

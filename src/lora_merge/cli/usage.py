@@ -28,7 +28,7 @@ Examples:
     "--by", type=click.Choice(["layer", "kind", "module"]), default="layer", show_default=True
 )
 @batch_options
-@click.option("--plot", type=click.Path(path_type=Path), help="Also draw it into this picture.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw it: a .png, .svg or .pdf.")
 @json_option
 def command(
     mixture: Path,
@@ -48,10 +48,12 @@ def command(
     from lora_merge.cli._output import Output
     from lora_merge.mixture import load_mixture
     from lora_merge.mixture.base import watch_rows
-    from lora_merge.mixture.picture import draw_usage
+    from lora_merge.mixture.picture import check_picture, draw_usage
     from lora_merge.mixture.usage import kind_of, layer_of
 
     output = Output(as_json)
+    if plot is not None:
+        check_picture(plot)
     opened, model, rows = load_texts(
         output, mixture, base=base, data=data, max_length=max_length, device=device
     )

@@ -4,8 +4,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_merge.adapters import atomic_file
-from lora_merge.errors import LoraMergeError
+from lora_merge.analysis.figures import check_pictures, figure_class
+from lora_merge.errors import OutputError
 from lora_merge.mixture.usage import Usage, natural
+
+FORMATS = ("png", "svg", "pdf")
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a picture that could not be drawn, before a model runs for it.
+
+    Raises:
+        LoraMergeError: If matplotlib is not installed.
+        OutputError: If its format is unknown, or its directory cannot be written.
+    """
+    if path.suffix.lower().removeprefix(".") not in FORMATS:
+        raise OutputError(f"{path}: no known format of pictures", f"one of: {', '.join(FORMATS)}")
+    check_pictures(path)
 
 
 def draw_usage(usage: Usage, path: Path, key: Callable[[str], str]) -> None:
@@ -17,26 +32,19 @@ def draw_usage(usage: Usage, path: Path, key: Callable[[str], str]) -> None:
         key: From a module's name to its place (`layer_of`, `kind_of` or `str`).
 
     Raises:
-        LoraMergeError: If matplotlib is not installed or cannot write the picture.
+        LoraMergeError: If matplotlib is not installed.
+        OutputError: If the picture cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LoraMergeError("drawing needs matplotlib", "pip install matplotlib") from error
+    check_picture(path)
     weights = usage.by(key)
     names = natural(weights)
     width, height = 2.5 + 1.0 * len(usage.experts), 1.2 + 0.22 * len(names)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_class()(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow([weights[n].tolist() for n in names], aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(usage.experts)), usage.experts, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_title("mean weight of each expert", fontsize=10)
     figure.colorbar(image)
-    try:
-        with atomic_file(path) as staging:
-            figure.savefig(staging, dpi=150)
-    except ValueError as error:
-        raise LoraMergeError(f"{path} cannot be drawn: {error}", "name a .png") from error
+    with atomic_file(path) as staging:
+        figure.savefig(staging, dpi=150)
