@@ -213,6 +213,21 @@ def test_a_kill_loses_nothing(tmp_path: Path) -> None:
     assert files(target) == before
 
 
+def test_leftovers_are_swept_and_living_runs_are_not(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    (tmp_path / ".out.dead.tmp").mkdir()
+    (tmp_path / ".out.dead.tmp" / "half").write_text("x")
+    (tmp_path / ".other.dead.tmp").mkdir()
+    with atomic_directory(target) as first:
+        (first / "file").write_text("first")
+        with atomic_directory(target) as second:
+            assert first.is_dir() and not (tmp_path / ".out.dead.tmp").exists()
+            (second / "file").write_text("second")
+        assert (target / "file").read_text() == "second"
+    assert (target / "file").read_text() == "first"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.dead.tmp", "out"]
+
+
 def test_targets_are_refused_before_work(tmp_path: Path) -> None:
     source = save_adapter(tmp_path / "in")
     foreign = tmp_path / "home"

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import glob
 import os
 import shutil
 import tempfile
@@ -98,10 +99,11 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
     The files are flushed to disk first. An existing target is exchanged for the new directory in
     one step where the system can (Linux), and deleted afterwards; on an error or a kill it is still
-    what it was.
+    what it was. What runs that were killed left beside the target is deleted first.
     """
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
     try:
         staging = Path(
             tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
@@ -110,7 +112,9 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         raise OutputError(
             f"cannot write beside {target}: {error.strerror}", "choose another -o"
         ) from error
+    lock = None
     try:
+        lock = _lock(staging)
         yield staging
         staging.chmod(0o777 & ~_umask())
         for path in staging.rglob("*"):
@@ -124,6 +128,37 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _sweep(target: Path) -> None:
+    """Delete directories that nobody is writing any more."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            lock = _lock(left)
+            if lock is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a directory until its descriptor is closed or the process ends, however it ends.
+
+    Returns:
+        The descriptor; None if another process has the lock, or the system has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 @contextlib.contextmanager
