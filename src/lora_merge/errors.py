@@ -25,11 +25,17 @@ class AdapterError(LoraMergeError):
 
 
 class AlignmentError(LoraMergeError):
-    """Adapters cannot be stacked together; lists every mismatch at once."""
+    """Adapters cannot be stacked together, or do not fit a model; lists every mismatch at once."""
 
-    def __init__(self, mismatches: Sequence[str], remedy: str = "") -> None:
+    def __init__(
+        self,
+        mismatches: Sequence[str],
+        remedy: str = "",
+        *,
+        what: str = "the adapters do not fit together",
+    ) -> None:
         self.mismatches = tuple(mismatches)
-        super().__init__("the adapters do not fit together:\n  " + "\n  ".join(mismatches), remedy)
+        super().__init__("\n  ".join((f"{what}:", *mismatches)), remedy)
 
 
 class MethodError(LoraMergeError):

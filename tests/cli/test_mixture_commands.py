@@ -81,13 +81,28 @@ def test_gate_says_what_it_made(inside: Path, capsys, tmp_path: Path) -> None:
         (["gate", "math", "--preset", "arrow", "-w", "1"], 1, "it has no weights"),
         (["train", "math", "--base", "base", "--data", "rows.jsonl"], 1, "no mixture_config"),
         (["usage", "nowhere", "--base", "base", "--data", "rows.jsonl"], 1, "no such mixture"),
+        (["usage", "{mix}", "--base", "none", "--data", "rows.jsonl"], 1, "base model none: "),
+        (["usage", "{mix}", "--base", "math", "--data", "rows.jsonl"], 1, "base model math: "),
+        (["export", "{mix}", "--to", "xlora", "--base", "none"], 1, "base model none: "),
+        (["usage", "{mix}", "--base", "base", "--data", "none.jsonl"], 2, "none.jsonl"),
+        (
+            ["usage", "{mix}", "--base", "base", "--data", "rows.jsonl", "--device", "meta"],
+            1,
+            "auto",
+        ),
+        (["train", "{mix}", "--base", "none", "--data", "rows.jsonl", "--lr", "-1"], 1, "lr is -1"),
     ],
 )
 def test_bad_input_is_one_clear_message(
     inside: Path, capsys, tmp_path: Path, arguments: list[str], code: int, message: str
 ) -> None:
     out = [] if arguments[0] == "usage" else ["-o", str(tmp_path / "out")]
-    assert run([*arguments, *out]) == code
+    mix = str(tmp_path / "mix")
+    if "{mix}" in arguments:
+        gate = ["gate", "math", "code", "--preset", "xlora", "--hidden-size", "32"]
+        assert run([*gate, "-o", mix]) == 0
+        capsys.readouterr()
+    assert run([part.format(mix=mix) for part in (*arguments, *out)]) == code
     shown = capsys.readouterr()
     assert message in shown.err and "Traceback" not in shown.err and shown.out == ""
     assert not (tmp_path / "out").exists()

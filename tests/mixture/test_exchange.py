@@ -12,9 +12,10 @@ from tiny import experts_for, llama, saved_experts, shapes_of, tokens
 from builders import SHAPES, make_adapter
 from lora_merge.errors import AdapterError, MethodError, OutputError
 from lora_merge.mixture import Mixture, load_mixture
+from lora_merge.mixture.base import layer_order
 from lora_merge.mixture.exporters import export_experts, export_static
 from lora_merge.mixture.importers import import_meteora
-from lora_merge.mixture.xlora_files import export_xlora, import_xlora, layer_order
+from lora_merge.mixture.xlora_files import export_xlora, import_xlora
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing:FutureWarning",

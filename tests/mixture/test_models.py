@@ -272,5 +272,5 @@ def test_grouped_convolutions_and_wrong_kinds_are_refused() -> None:
         (nn.Embedding(4, 8), "a linear layer's factors, but the model has a Embedding"),
         (nn.Linear(5, 8), "experts 8 x 4, the model 8 x 5"),
     ):
-        with pytest.raises(AlignmentError, match=message):
+        with pytest.raises(AlignmentError, match=f"do not fit the model:\n.*{message}"):
             load_mixture(nn.Sequential(module), Mixture([adapter], "arrow"))

@@ -44,8 +44,9 @@ def command(
     from lora_merge.cli._open import check_out
     from lora_merge.cli._output import Output, percent
     from lora_merge.mixture import Mixture
+    from lora_merge.mixture.base import layer_order
     from lora_merge.mixture.exporters import export_experts, export_static
-    from lora_merge.mixture.xlora_files import export_xlora, layer_order
+    from lora_merge.mixture.xlora_files import export_xlora
 
     output = Output(as_json)
     if kind != "static" and (weights or rank):

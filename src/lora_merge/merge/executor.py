@@ -115,8 +115,10 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise MethodError(f"{name!r} is no device", "use auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise MethodError("there is no CUDA device here", "use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise MethodError(f"{name} is no device for this", "use auto, cpu, cuda or cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MethodError(f"there is no device {name} here", "use --device cpu")
     return device
 
 

@@ -1,12 +1,15 @@
 """Load the base model that a mixture runs in, and run rows through it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 
 from lora_merge.errors import LoraMergeError, SourceError
+from lora_merge.merge.executor import pick_device
 from lora_merge.mixture.attach import AttachedMixture
 from lora_merge.mixture.data import Example, in_order
 from lora_merge.mixture.usage import Usage
@@ -23,30 +26,58 @@ def load_base(base: str, device: str = "auto") -> tuple[Any, Any]:
         LoraMergeError: If transformers is not installed.
         SourceError: If there is no such model.
     """
-    try:
+    place = pick_device(device)
+    with _told(base):
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
-    except ImportError as error:
-        raise LoraMergeError(
-            "running a model needs transformers", "pip install 'lora-merge[peft]'"
-        ) from error
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         tokenizer = AutoTokenizer.from_pretrained(base)
         model: Any = AutoModelForCausalLM.from_pretrained(base)
-        model = model.to(torch.device(device))
+        model = model.to(place)
+    return model.eval(), tokenizer
+
+
+def layer_order(base: str, mixture_modules: Sequence[str]) -> list[str]:
+    """The order in which PEFT walks a model's modules; builds the model without its weights.
+
+    Args:
+        base: Base model: directory or Hub id; only its config is read.
+        mixture_modules: The modules that the experts adapt.
+
+    Raises:
+        LoraMergeError: If transformers is not installed.
+        SourceError: If there is no such model.
+    """
+    with _told(base), torch.device("meta"):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(base)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    wanted = set(mixture_modules)
+    return [name for name, _ in model.named_modules() if name in wanted]
+
+
+@contextmanager
+def _told(base: str) -> Iterator[None]:
+    """What transformers says of a base model, in a line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise LoraMergeError(
+            "a base model needs transformers", "pip install 'lora-merge[peft]'"
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         remedy = (
             "check the files"
             if Path(base).exists()
             else "check the path, the spelling and HF_TOKEN"
         )
-        reason = str(error).strip().splitlines()[0]
+        reason = shorten(str(error), 300, placeholder=" ...")
         raise SourceError(f"base model {base}: {reason}", remedy) from error
-    return model.eval(), tokenizer
 
 
 def watch_rows(

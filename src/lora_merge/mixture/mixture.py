@@ -307,4 +307,8 @@ def _refuse_unmixable(mixture: Mixture) -> None:
             elif spec.key_bias:
                 faults.append(f"{expert.name}: {spec.name} has a bias on B (lora_bias)")
     if faults:
-        raise AlignmentError(faults[:8], "a gate weighs plain low-rank modules only")
+        raise AlignmentError(
+            faults[:8],
+            "a gate weighs plain low-rank modules only",
+            what="there are modules that no gate can weigh",
+        )

@@ -15,6 +15,8 @@ from lora_merge.mixture.member import Member
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.standardise import standardised_rows
 
+_MISFIT = "the experts do not fit the model"
+
 # Names of modules that read one tensor, as the model families call them.
 _SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -85,7 +87,9 @@ def find_targets(model: nn.Module, mixture: Mixture) -> dict[str, nn.Module]:
         if len(missing) > 6:
             shown.append(f"and {len(missing) - 6} more of {len(names)}")
         base = mixture.alignment.base_model
-        raise AlignmentError(shown, f"load the experts' base model ({base or 'not named'})")
+        raise AlignmentError(
+            shown, f"load the experts' base model ({base or 'not named'})", what=_MISFIT
+        )
     targets = {name: table[there] for name, there in zip(names, found, strict=True)}
     faults = [
         fault
@@ -93,7 +97,9 @@ def find_targets(model: nn.Module, mixture: Mixture) -> dict[str, nn.Module]:
         if (fault := _misfit(module.first, targets[module.name]))
     ]
     if faults:
-        raise AlignmentError(faults[:8], "load the base model the experts were trained on")
+        raise AlignmentError(
+            faults[:8], "load the base model the experts were trained on", what=_MISFIT
+        )
     return targets
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lora_merge.adapters import SafetensorsFile, atomic_directory, check_target, load_pickle
 from lora_merge.errors import AdapterError, MethodError
+from lora_merge.mixture.base import layer_order
 from lora_merge.mixture.directory import write_expert
 from lora_merge.mixture.gate import gate_spec
 from lora_merge.mixture.mixture import Mixture, make_experts
@@ -101,12 +102,12 @@ def export_xlora(
     Args:
         mixture: An X-LoRA mixture without a null expert.
         folder: To make.
-        order: The modules as PEFT walks the base model; see `layer_order`.
+        order: The modules as PEFT walks the base model; see `base.layer_order`.
         force: Replace an adapter directory that is there.
     """
     spec = mixture.spec
     if spec.signal != "hidden" or spec.null_expert or spec.value == "sigmoid":
-        raise MethodError(f"a {spec.preset} gate is no X-LoRA gate", "export xlora mixtures")
+        raise MethodError(f"the {spec.preset} gate is no X-LoRA gate", "export xlora mixtures")
     check_target(folder, force=force, inputs=mixture.files)
     count, depth = mixture.num_experts, spec.depth
     tensors: dict[str, Tensor] = {}
@@ -144,22 +145,6 @@ def export_xlora(
         (staging / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         path = staging / "adapter_model.safetensors"
         save_file(tensors, str(path), metadata={"format": "pt"})
-
-
-def layer_order(base: str, mixture_modules: Sequence[str]) -> list[str]:
-    """The order in which PEFT walks a model's modules; builds the model without its weights.
-
-    Args:
-        base: Base model: directory or Hub id; only its config is read.
-        mixture_modules: The modules that the experts adapt.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(base)
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    wanted = set(mixture_modules)
-    return [name for name, _ in model.named_modules() if name in wanted]
 
 
 def _settings(raw: Mapping[str, Any], count: int) -> dict[str, Any]:
