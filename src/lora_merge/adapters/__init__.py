@@ -2,11 +2,17 @@
 
 from lora_merge.adapters.adapter import Adapter, ExtraSpec
 from lora_merge.adapters.align import AlignedModule, Alignment, align, read_stacks
-from lora_merge.adapters.atomic import atomic_directory, atomic_file, check_file, check_parent, check_target
+from lora_merge.adapters.atomic import (
+    atomic_directory,
+    atomic_file,
+    check_file,
+    check_parent,
+    check_target,
+)
 from lora_merge.adapters.config import AdapterConfig, parse_config, read_config
 from lora_merge.adapters.modules import ModuleSpec
 from lora_merge.adapters.opening import build_adapter, open_adapter
-from lora_merge.adapters.source import Source, expand, pin, resolve, sha256
+from lora_merge.adapters.source import Source, download, expand, pin, resolve, sha256
 from lora_merge.adapters.stack import RankStack
 from lora_merge.adapters.tensors import (
     DTYPE_CODES,
@@ -52,6 +58,7 @@ __all__ = [
     "check_parent",
     "check_target",
     "commonest_dtype",
+    "download",
     "expand",
     "load_pickle",
     "open_adapter",

@@ -140,6 +140,32 @@ def _hub(ref: str, allow_pickle: bool) -> Source:
     repo, revision, subfolder = _parse_hub(ref)
     if ".." in Path(subfolder).parts or subfolder.startswith("/"):
         raise SourceError(f"{ref}: a subfolder may not leave the repository", "drop the '..'")
+    names = [CONFIG_NAME, WEIGHTS_NAME] + ([PICKLE_NAME] if allow_pickle else [])
+    patterns = [f"{subfolder}/{name}" if subfolder else name for name in names]
+    folder = download(ref, repo, revision, patterns)
+    inside = folder / subfolder if subfolder else folder
+    if not inside.is_dir():
+        raise SourceError(f"{ref}: {repo} holds no adapter there", "name the right subfolder")
+    weights = _weights_in(ref, inside, allow_pickle)
+    config = inside / CONFIG_NAME
+    return Source(ref, weights, config if config.is_file() else None, revision=folder.name)
+
+
+def download(ref: str, repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Get files of a Hub repository, from the cache if they are there.
+
+    Args:
+        ref: What the user typed.
+        repo: The repository's id.
+        revision: Branch, tag or commit; None for the main branch.
+        patterns: Names of files, may be shell patterns.
+
+    Returns:
+        The folder of the revision, named after its commit.
+
+    Raises:
+        SourceError: If the repository cannot be had; says why.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -149,10 +175,8 @@ def _hub(ref: str, allow_pickle: bool) -> Source:
         RevisionNotFoundError,
     )
 
-    names = [CONFIG_NAME, WEIGHTS_NAME] + ([PICKLE_NAME] if allow_pickle else [])
-    patterns = [f"{subfolder}/{name}" if subfolder else name for name in names]
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         raise SourceError(
             f"{ref}: gated on the Hub", "accept its terms, then set HF_TOKEN"
@@ -169,12 +193,6 @@ def _hub(ref: str, allow_pickle: bool) -> Source:
             f"{ref}: not on disk, not in the Hub cache, and the Hub cannot be asked",
             "check the path, the network and HF_HUB_OFFLINE",
         ) from error
-    inside = folder / subfolder if subfolder else folder
-    if not inside.is_dir():
-        raise SourceError(f"{ref}: {repo} holds no adapter there", "name the right subfolder")
-    weights = _weights_in(ref, inside, allow_pickle)
-    config = inside / CONFIG_NAME
-    return Source(ref, weights, config if config.is_file() else None, revision=folder.name)
 
 
 def _parse_hub(ref: str) -> tuple[str, str | None, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lora_merge.adapters import download
 from lora_merge.errors import LoraMergeError, SourceError
 from lora_merge.merge.executor import pick_device
 from lora_merge.mixture.attach import AttachedMixture
@@ -61,7 +62,10 @@ def layer_order(base: str, mixture_modules: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _told(base: str) -> Iterator[None]:
-    """What transformers says of a base model, in a line."""
+    """What the Hub and transformers say of a base model, in a line."""
+    if not Path(base).exists():
+        # Asked for here first: transformers would repeat its questions for most of a minute.
+        download(f"base model {base}", base, None, ["config.json"])
     try:
         yield
     except ModuleNotFoundError as error:
@@ -71,13 +75,8 @@ def _told(base: str) -> Iterator[None]:
             "a base model needs transformers", "pip install 'lora-merge[peft]'"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        remedy = (
-            "check the files"
-            if Path(base).exists()
-            else "check the path, the spelling and HF_TOKEN"
-        )
         reason = shorten(str(error), 300, placeholder=" ...")
-        raise SourceError(f"base model {base}: {reason}", remedy) from error
+        raise SourceError(f"base model {base}: {reason}", "check its files") from error
 
 
 def watch_rows(

@@ -28,6 +28,7 @@ from lora_merge.adapters import (
     align,
     atomic_directory,
     check_target,
+    download,
     open_adapter,
     plan_output,
     read_stacks,
@@ -158,21 +159,12 @@ def _folder_of(ref: str | Path) -> Path:
         return path
     if path.exists() or str(ref).count("/") != 1 or str(ref).startswith((".", "/", "~")):
         raise SourceError(f"{ref}: no such mixture directory", "check the path")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     repo, _, revision = str(ref).partition("@")
     patterns = ["*.json", GATE, DESCRIPTORS, f"{EXPERTS}/*/*.json", f"{EXPERTS}/*/*.safetensors"]
-    try:
-        found = snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise SourceError(
-            f"{ref}: not on disk, and the Hub has no such mixture or cannot be asked",
-            "check the spelling, the network and HF_TOKEN",
-        ) from error
-    if not is_mixture(Path(found)):
+    found = download(str(ref), repo, revision or None, patterns)
+    if not is_mixture(found):
         raise SourceError(f"{ref}: the repository holds no {CONFIG}", "it is no mixture")
-    return Path(found)
+    return found
 
 
 def _read_config(folder: Path, ref: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from lora_merge.adapters import (
 )
 from lora_merge.adapters.keys import PREFIX
 from lora_merge.errors import AdapterError, MethodError
-from lora_merge.mixture.base import layer_order
 from lora_merge.mixture.gate import gate_spec
 from lora_merge.mixture.mixture import Expert, Mixture, make_experts
 from lora_merge.mixture.xlora_files import import_xlora
