@@ -1,6 +1,7 @@
 """Opening adapters: lazily, and with errors that name file, module and remedy."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,29 @@ def test_what_is_not_in_the_cache_is_said_when_offline(hub_cache: Path, ref: str
         Adapter.from_pretrained(ref)
     assert ref in str(caught.value)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_an_alpha_that_is_no_number_is_refused(alpha: float) -> None:
+    for config in ({"alpha": alpha}, {"alpha_pattern": {"q_proj": alpha}}):
+        with pytest.raises(AdapterError, match="no usable alpha"):
+            make_adapter("mine", **config)
+
+
+def test_names_and_files_that_cannot_be_read(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo" / "adapter_model.safetensors"
+    fifo.parent.mkdir()
+    os.mkfifo(fifo)
+    (tmp_path / "link").symlink_to("nowhere")
+    save_adapter(tmp_path / os.fsdecode(b"caf\xe9"))
+    for ref, word in (
+        (fifo.parent, "no adapter_model.safetensors"),
+        (fifo, "not an adapter"),
+        (tmp_path / "link", "leads nowhere"),
+        (tmp_path / os.fsdecode(b"caf\xe9"), r"caf\\udce9.*not UTF-8"),
+    ):
+        with pytest.raises(SourceError, match=word):
+            resolve(str(ref))
 
 
 def test_the_real_adapters(shared: Path) -> None:

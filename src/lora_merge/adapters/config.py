@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,9 @@ _VARIANTS: dict[str, str] = {
 }
 # Initialisations that subtract B @ A from the base weight before training.
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# Squares of a delta scaled by more would leave the range of float32.
+_LARGEST_ALPHA = 1e15
 
 
 @dataclass(frozen=True)
@@ -147,24 +149,32 @@ def parse_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
         raise AdapterError(
             f"{adapter}: adapter_config.json has a field of the wrong type: {error}", "repair it"
         ) from error
-    _check_numbers(config, adapter)
+    check_alphas(config, adapter)
+    _check_ranks(config, adapter)
     _check_patterns(config, adapter)
     return config
 
 
-def _check_numbers(config: AdapterConfig, adapter: str) -> None:
-    """Ranks are positive and alphas finite; JSON as Python writes it may say NaN."""
+def check_alphas(config: AdapterConfig, adapter: str) -> None:
+    """Refuse an alpha that no delta bears, from a file or from the command line.
+
+    Raises:
+        AdapterError: Naming it; JSON as Python writes it may say NaN.
+    """
+    alphas = {"lora_alpha": config.lora_alpha, **config.alpha_pattern}
+    wrong = [f"{key} = {value}" for key, value in alphas.items() if not abs(value) < _LARGEST_ALPHA]
+    if wrong:
+        raise AdapterError(f"{adapter}: no usable alpha ({', '.join(wrong)})", "correct it")
+
+
+def _check_ranks(config: AdapterConfig, adapter: str) -> None:
     default = {"r": config.r} if config.init_r is None else {"init_r": config.init_r}
     ranks = {**default, **config.rank_pattern}
-    alphas = {"lora_alpha": config.lora_alpha, **config.alpha_pattern}
-    for what, wrong in (
-        ("positive rank", [f"{k} = {r}" for k, r in ranks.items() if r is None or r < 1]),
-        ("finite alpha", [f"{k} = {a}" for k, a in alphas.items() if not isfinite(a)]),
-    ):
-        if wrong:
-            raise AdapterError(
-                f"{adapter}: adapter_config.json has no {what} ({', '.join(wrong)})", "repair it"
-            )
+    wrong = [f"{key} = {value}" for key, value in ranks.items() if value is None or value < 1]
+    if wrong:
+        raise AdapterError(
+            f"{adapter}: adapter_config.json has no positive rank ({', '.join(wrong)})", "repair it"
+        )
 
 
 def _check_patterns(config: AdapterConfig, adapter: str) -> None:

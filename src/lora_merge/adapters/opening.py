@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import prod
 
 from lora_merge.adapters.adapter import Adapter, ExtraSpec
-from lora_merge.adapters.config import AdapterConfig, read_config
+from lora_merge.adapters.config import AdapterConfig, check_alphas, read_config
 from lora_merge.adapters.keys import FactorKeys, sort_keys
 from lora_merge.adapters.modules import Form, ModuleSpec
 from lora_merge.adapters.source import Source
@@ -50,6 +50,7 @@ def build_adapter(
             f"{name}: no adapter_config.json, so the scaling is unknown",
             "put the config beside the file, or give --alpha (and --rslora)",
         )
+    check_alphas(config, name)
     notes = []
     emptied = [m for m, keys in table.factors.items() if keys.gate and 0 in entries[keys.gate][1]]
     if emptied:
@@ -96,7 +97,7 @@ def _module_spec(
     if min((*shape_a, *shape_b), default=0) < 1 or len(shape_a) < 2 or len(shape_b) < 2:
         raise AdapterError(
             f"{where}: empty or flat factors",
-            "they were probably saved from an unsharded run; gather the shards before saving",
+            "they were probably saved from a sharded run; gather the shards before saving",
         )
     form = _form_of(module, keys, config, shape_a)
     rank, experts = _rank_of(module, form, config, shape_a[0], where)

@@ -72,6 +72,15 @@ def resolve(ref: str, *, allow_pickle: bool = False) -> Source:
         SourceError: If the reference leads nowhere, or only to a pickle that is not allowed.
     """
     path = Path(ref).expanduser()
+    try:
+        ref.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"{ref!a}: the name is not UTF-8, and neither a recipe nor a model card can hold it",
+            "rename it",
+        ) from error
+    if path.is_symlink() and not path.exists():
+        raise SourceError(f"{ref}: a link that leads nowhere", "repair the link")
     return _local(ref, path, allow_pickle) if path.exists() else _hub(ref, allow_pickle)
 
 
@@ -99,7 +108,9 @@ def derived_data(name: str) -> Path:
 def _local(ref: str, path: Path, allow_pickle: bool) -> Source:
     if path.is_dir():
         weights = _weights_in(ref, path, allow_pickle)
-    elif path.suffix == ".safetensors" or (path.suffix in {".bin", ".pt"} and allow_pickle):
+    elif path.is_file() and (
+        path.suffix == ".safetensors" or (path.suffix in {".bin", ".pt"} and allow_pickle)
+    ):
         weights = path
     else:
         raise SourceError(
@@ -123,7 +134,7 @@ def _weights_in(ref: str, folder: Path, allow_pickle: bool) -> Path:
             f"{ref}: its weights are a pickle ({PICKLE_NAME}), which can run code when loaded",
             "pass --allow-pickle to load it with weights_only=True",
         )
-    others = sorted(folder.glob("*.safetensors"))
+    others = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     if len(others) == 1:
         return others[0]
     if others:

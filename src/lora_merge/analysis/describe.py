@@ -118,7 +118,8 @@ def _oddities(adapter: Adapter, modules: list[ModuleInfo]) -> list[str]:
     zero = [m.name for m in modules if m.norm == 0]
     if zero:
         which = "every module" if len(zero) == len(modules) else f"{len(zero)} modules"
-        found.append(f"{which} adds nothing: B is zero, as before training ({zero[0]})")
+        why = "B is zero, as before training" if any(m.scaling for m in modules) else "alpha is 0"
+        found.append(f"{which} adds nothing: {why} ({zero[0]})")
     for what, values in (
         ("ranks", Counter(m.rank for m in modules)),
         ("scalings", Counter(f"{m.scaling:g}" for m in modules)),
