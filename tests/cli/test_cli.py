@@ -97,7 +97,7 @@ def test_piped_lines_end_without_spaces(
     places = {"a": three[0], "b": three[1], "out": str(tmp_path / "out")}
     assert run([part.format(**places) for part in command]) == 0
     shown = capsys.readouterr()
-    assert shown.out and shown.out[0] != "\n"
+    assert shown.out and shown.out[0] != "\n" and not shown.out.endswith("\n\n")
     assert not re.search(r"[ \t]$", shown.out + shown.err, re.MULTILINE)
 
 

@@ -43,10 +43,10 @@ class Output:
             for renderable in renderables:
                 # Sentences and paths are left whole; a terminal breaks them itself.
                 self._out.print(renderable, soft_wrap=isinstance(renderable, str))
-        # Tables fill their last column with spaces and begin with an empty line. They are cut here,
-        # and written past rich, which would end the process when a reader goes away.
+        # Tables fill their last column with spaces, begin and end with an empty line. That is cut,
+        # and the rest written past rich, which would end the process when a reader goes away.
         lines = [line.rstrip() for line in captured.get().splitlines()]
-        sys.stdout.write("\n".join(lines).lstrip("\n") + "\n")
+        sys.stdout.write("\n".join(lines).strip("\n") + "\n")
 
     def note(self, text: str) -> None:
         """A remark for the person at the terminal."""

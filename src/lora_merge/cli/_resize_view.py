@@ -68,7 +68,7 @@ def report_view(report: ResizeReport, output: OutputPlan) -> RenderableType:
     text.append(f"{100 * plan.energy:.2f} % of the energy in ", style="bold")
     text.append(f"{_share(plan)} of the parameters\n", style="bold")
     text.append(
-        f"relative error  {_percent(total)} = truncation {_percent(report.truncation)}, "
+        f"relative error {_percent(total)} = truncation {_percent(report.truncation)}, "
         f"rounding to {report.dtype} {_percent(report.cast)}\n"
     )
     return Group(text, output_view(plan, output), Text(f"wrote {report.out}"))

@@ -249,7 +249,7 @@ def mixture_view(mixture: "Mixture") -> list["RenderableType"]:
         f"gate       {spec.preset}: {spec.signal}, per {spec.granularity}, {spec.value}{kept}"
         f"{', can abstain' if spec.null_expert else ''}",
         f"cost       R up to {cost.max_units} on {cost.modules} modules, {size(cost.bytes)} in "
-        f"float32, {cost.percent:.1f} % of their work"
-        + (" and a second pass of the base" if cost.passes > 1 else ""),
+        f"float32, {cost.percent:.1f} % of their work",
     )
-    return [grid, *lines]
+    twice = ("           and a second pass of the base",) if cost.passes > 1 else ()
+    return [grid, *lines, *twice]

@@ -33,6 +33,8 @@ def command(
 
 
 def _view(info: "AdapterInfo") -> "list[RenderableType]":
+    from rich.text import Text
+
     from lora_merge.analysis.places import place_of
     from lora_merge.cli._output import size, span, table
 
@@ -61,7 +63,7 @@ def _view(info: "AdapterInfo") -> "list[RenderableType]":
             f"{sum(norms) / len(norms):.4g}",
             f"{max(norms):.4g}",
         )
-    remarks = [f"- {_safe(oddity)}" for oddity in info.oddities]
+    remarks = [Text(f"- {oddity}") for oddity in info.oddities]
     return ["\n".join(lines), grid, *remarks]
 
 

@@ -206,4 +206,4 @@ def _view(result: dict[str, Any], history: list[Mapping[str, Any]]) -> list[Any]
     done = f"{result['out']}: {', '.join(parts)}; {result['rows']} rows, {result['steps']} steps"
     if result["steps_run"] < result["steps"]:
         done += f" ({result['steps_run']} of them now)"
-    return [grid, done]
+    return [grid, done] if history else [done]
