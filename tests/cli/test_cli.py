@@ -262,7 +262,7 @@ def start(arguments: list[str]) -> subprocess.Popen[bytes]:
         "def slow(*a, **k): print('busy', flush=True); time.sleep(0.5); return add(*a, **k)\n"
         "AdapterWriter.add = slow\n"
         "sys.argv = ['lora-merge', *sys.argv[1:]]\n"
-        "from lora_merge.cli.app import main; main()\n"
+        "from lora_merge.__main__ import main; main()\n"
     )
     return subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
@@ -289,6 +289,34 @@ def test_interruption_loses_nothing(
     assert b"Traceback" not in errors
     if number != signal.SIGKILL:
         assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "out"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_while_a_module_loads_ends_at_once(
+    number: int, code: int, tmp_path: Path
+) -> None:
+    """Python swallows an exception in some places there, and C++ aborts at it."""
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "try:\n"
+        "    print('busy', flush=True); time.sleep(60)\n"
+        "except BaseException:\n"
+        "    pass\n"
+    )
+    program = (
+        "import sys; from lora_merge.cli import app\n"
+        f"sys.path.insert(0, {str(tmp_path)!r}); app.run = lambda _: __import__('slow') and 0\n"
+        "from lora_merge.__main__ import main; main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"busy\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert b"Traceback" not in errors
 
 
 @pytest.mark.parametrize(

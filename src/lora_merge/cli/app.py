@@ -1,12 +1,9 @@
 """The `lora-merge` command: a table of subcommands, and what becomes of errors."""
 
-import gc
 import os
-import signal
 import sys
 from difflib import get_close_matches
 from importlib import import_module
-from types import FrameType
 from typing import Any
 
 import click
@@ -76,17 +73,8 @@ def cli() -> None:
     """
 
 
-def main() -> None:
-    """Entry point: 0 done, 1 the input is at fault, 2 wrong usage, 130 interrupted."""
-    signal.signal(signal.SIGTERM, _terminate)
-    # Importing torch makes a million objects that stay; looking through them for garbage again and
-    # again took 8 % of a four-adapter merge.
-    gc.set_threshold(200_000, 20, 20)
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit code."""
+    """Run one command line and return its exit code, as `__main__.main` explains them."""
     try:
         cli.main(arguments, prog_name="lora-merge", standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -95,7 +83,7 @@ def run(arguments: list[str]) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        _complain("interrupted; nothing was written")
+        _complain("interrupted")
         return 130
     except LoraMergeError as error:
         if os.environ.get("LORA_MERGE_DEBUG"):
@@ -109,8 +97,3 @@ def run(arguments: list[str]) -> int:
 
 def _complain(text: str) -> None:
     click.echo(text, err=True)
-
-
-def _terminate(number: int, frame: FrameType | None) -> Any:
-    """End on SIGTERM the way an error does, so that temporary files are removed."""
-    raise SystemExit(128 + number)
