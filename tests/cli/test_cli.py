@@ -336,6 +336,20 @@ def test_a_closed_pipe_is_no_error(command: list[str], three: list[str]) -> None
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("options", [[], ["--json"], ["--help"]])
+def test_a_full_disk_behind_stdout_is_told(options: list[str], three: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "lora_merge", "info", three[0], *options],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert b"No space left" in done.stderr and b"Traceback" not in done.stderr
+
+
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from lora_merge.errors import SourceError
 

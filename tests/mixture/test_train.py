@@ -130,6 +130,10 @@ def test_a_killed_run_resumes_to_the_same_bits(setting, preset: str, tmp_path: P
             model, mixture, examples, TrainSettings(**{**vars(settings), "lr": 1.0}),
             work=tmp_path / "cut", resume=True,
         )  # fmt: skip
+    state = tmp_path / "cut" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(MethodError, match="cannot be read"):
+        train_gate(model, mixture, examples, settings, work=tmp_path / "cut", resume=True)
 
 
 def test_accumulation_is_one_large_batch(setting) -> None:

@@ -58,9 +58,8 @@ class _LazyGroup(click.Group):
         try:
             super().invoke(ctx)
             sys.stdout.flush()
-        except BrokenPipeError:
-            # Here, because click would exit with 1; and Python complains when it closes stdout.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # here, because click would exit with 1
+            _leave_stdout()
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -92,7 +91,21 @@ def run(arguments: list[str]) -> int:
         if error.remedy:
             _complain(f"  try: {error.remedy}")
         return 1
+    except OSError as error:  # what nobody foresaw of a disk or a network
+        if os.environ.get("LORA_MERGE_DEBUG"):
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _leave_stdout()
+        _complain(f"error: {error}")
+        return 1
     return 0
+
+
+def _leave_stdout() -> None:
+    """Write nothing more to it: Python would complain when it closes it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(text: str) -> None:

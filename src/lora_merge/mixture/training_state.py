@@ -1,6 +1,8 @@
 """A training run on disk: its checkpoint, and one JSON line per step beside it."""
 
+import io
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +47,9 @@ def save_state(
         "optimizer": None if optimizer is None else optimizer.state_dict(),
     }
     with atomic_directory(work) as folder:
-        torch.save(state, folder / _STATE)
+        buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
+        torch.save(state, buffer)
+        (folder / _STATE).write_bytes(buffer.getbuffer())
         # Says to `check_target` and to people what this directory is.
         (folder / "config.json").write_text(json.dumps({"lora_merge": "training checkpoint"}))
 
@@ -59,12 +63,17 @@ def restore_state(
     """Take a checkpoint up; returns its step, 0 if there is none.
 
     Raises:
-        MethodError: If it belongs to another run.
+        MethodError: If it is damaged, or belongs to another run.
     """
     path = work / _STATE
     if not path.is_file():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise MethodError(
+            f"{work}: the checkpoint cannot be read", "start afresh without --resume"
+        ) from error
     kept, now = state["settings"], asdict(settings)
     changed = [k for k in now if kept.get(k) != now[k] and k not in _FREE]
     shapes = [tuple(t.shape) for t in state["tensors"]]
