@@ -139,6 +139,12 @@ def test_run_makes_the_same_bytes(three: list[str], tmp_path: Path) -> None:
         (["cluster", "{a}", "--rank", "4", "--device", "toaster"], 1, ["toaster"]),
         (["cluster", "{a}", "--rank", "4", "-o", "{a}"], 1, ["input"]),
         (["info", "{none}"], 1, ["no such file"]),
+        (["info", ""], 1, ["an empty name"]),
+        (["info", "{in}/[ab]"], 2, ["stands for 2 adapters"]),
+        (["fuse", "{in}/[ab]", "--base", "{in}", "-o", "x"], 2, ["stands for 2 adapters"]),
+        (["fuse", "{a}", "--base", "{in}", "-o", "x", "-w", "nan"], 1, ["the weight is nan"]),
+        (["merge", "{a}", "{b}", "--scale", "inf"], 1, ["scale is inf", "a finite number"]),
+        (["resize", "{a}", "-o", "x", "--min-rank", "3", "--max-rank", "2"], 2, ["is above"]),
         (["run", "{none}"], 1, ["cannot read"]),
     ],
 )
@@ -158,6 +164,7 @@ def test_bad_input_is_told_in_a_line_and_writes_nothing(
         "other": save_adapter(tmp_path / "in" / "other", base_model_name_or_path="other"),
         "nan": save_parts(tmp_path / "in" / "nan", config, tensors),
         "none": tmp_path / "in" / "none",
+        "in": tmp_path / "in",
     }
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))

@@ -90,6 +90,8 @@ def test_gate_says_what_it_made(inside: Path, capsys, tmp_path: Path) -> None:
             1,
             "auto",
         ),
+        (["gate", "math", "--name", ""], 1, "give each a name"),
+        (["export", "{mix}", "--to", "static", "-w", "nan", "-w", "1"], 1, "give finite numbers"),
         (["train", "{mix}", "--base", "none", "--data", "rows.jsonl", "--lr", "-1"], 1, "lr is -1"),
     ],
 )

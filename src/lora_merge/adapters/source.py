@@ -72,6 +72,8 @@ def resolve(ref: str, *, allow_pickle: bool = False) -> Source:
         SourceError: If the reference leads nowhere, or only to a pickle that is not allowed.
     """
     path = Path(ref).expanduser()
+    if not ref.strip():
+        raise SourceError("an empty name is no adapter", "name a directory, a file or a repository")
     try:
         ref.encode()
     except UnicodeEncodeError as error:

@@ -99,8 +99,8 @@ def load_pickle(path: Path, adapter: str) -> TensorDict:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here, and all mean the same to the user
         raise AdapterError(
-            f"{adapter}: {path} cannot be unpickled safely, it is no plain dictionary of tensors: "
-            f"{str(error).splitlines()[0]}",
+            f"{adapter}: {path} cannot be unpickled safely, it is no plain dictionary of tensors "
+            f"({type(error).__name__})",
             "ask its author for a safetensors file",
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):

@@ -141,7 +141,9 @@ def extract(
     names, others = survey(base, tuned, include=include, exclude=exclude)
     if not names:
         raise MethodError(
-            "the checkpoints have no matrix of the same name and shape", "check both directories"
+            "the checkpoints have no matrix of the same name and shape"
+            + (" among those to extract" if include or exclude else ""),
+            "check both directories" + (", --include and --exclude" if include or exclude else ""),
         )
     coverage = [measured(base, tuned, one) for one in others]
     parts: dict[str, Difference] = {}

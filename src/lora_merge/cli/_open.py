@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import click
 
 if TYPE_CHECKING:
     from lora_merge.adapters import Adapter
@@ -18,19 +20,21 @@ def check_out(out: Path, *inputs: str | Path, force: bool) -> None:
 def open_all(
     refs: Sequence[str], *, alpha: float | None, rslora: bool, allow_pickle: bool
 ) -> "list[Adapter]":
-    """Open every reference; patterns stand for what they match."""
-    from lora_merge.adapters import expand
-
-    return [
-        open_one(ref, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle) for ref in expand(refs)
-    ]
-
-
-def open_one(ref: str, *, alpha: float | None, rslora: bool, allow_pickle: bool) -> "Adapter":
-    """Open one reference; `open_options` takes what else there is to say of it."""
-    from lora_merge.adapters import AdapterConfig, open_adapter, resolve
+    """Open every reference, with `open_options`; patterns stand for what they match."""
+    from lora_merge.adapters import AdapterConfig, expand, open_adapter, resolve
 
     fallback = None
     if alpha is not None:
         fallback = AdapterConfig(r=None, lora_alpha=alpha, use_rslora=rslora)
-    return open_adapter(resolve(ref, allow_pickle=allow_pickle), fallback=fallback)
+    return [
+        open_adapter(resolve(ref, allow_pickle=allow_pickle), fallback=fallback)
+        for ref in expand(refs)
+    ]
+
+
+def open_single(ref: str, **options: Any) -> "Adapter":
+    """Open the one adapter that a reference stands for, with `open_options`."""
+    opened = open_all([ref], **options)
+    if len(opened) != 1:
+        raise click.UsageError(f"{ref} stands for {len(opened)} adapters; name one")
+    return opened[0]

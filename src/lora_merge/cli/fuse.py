@@ -54,13 +54,13 @@ def command(
     are copied (the adapter's own tokenizer, if it brings one), a model card is written; the result
     loads like the base and needs no PEFT.
     """
-    from lora_merge.cli._open import check_out, open_one
+    from lora_merge.cli._open import check_out, open_single
     from lora_merge.cli._output import Output
     from lora_merge.merge.fuse import fuse
 
     output = Output(as_json)
     check_out(out, adapter, base, force=force)
-    opened = open_one(adapter, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
+    opened = open_single(adapter, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
     with output.progress("fusing", len(opened.modules)) as advance:
         report = fuse(opened, base, out, weight=weight, force=force, on_module=advance)
     for note in report.notes:

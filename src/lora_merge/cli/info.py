@@ -22,11 +22,11 @@ def command(
 ) -> None:
     """Show what an ADAPTER is: base model, modules, ranks, norms, and what is odd about it."""
     from lora_merge.analysis.describe import describe
-    from lora_merge.cli._open import open_one
+    from lora_merge.cli._open import open_single
     from lora_merge.cli._output import Output
 
     output = Output(as_json)
-    opened = open_one(adapter, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
+    opened = open_single(adapter, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
     with output.progress("reading", len(opened.modules)) as advance:
         info = describe(opened, on_module=advance)
     output.data(info.to_dict(), *_view(info))

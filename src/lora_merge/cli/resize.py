@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_merge.cli._open import check_out, open_all
+from lora_merge.cli._open import check_out, open_single
 from lora_merge.cli._options import force_option, json_option, open_options
 from lora_merge.cli._rule_options import rule_options, take_rule
 
@@ -93,6 +93,8 @@ def _refuse_combinations(rule: str, given: dict[str, Any]) -> None:
         )
     if given["drop_empty"] and given["min_rank"] > 1:
         raise click.UsageError("--drop-empty allows rank 0, --min-rank does not")
+    if given["max_rank"] and given["min_rank"] > given["max_rank"]:
+        raise click.UsageError("--min-rank is above --max-rank")
     if given["exact"] and not rule.startswith("budget:"):
         raise click.UsageError("--exact needs --budget")
     if given["objective"] != "absolute" and not rule.startswith(("budget:", "match:")):
@@ -131,10 +133,7 @@ def _run(
     output = Output(as_json, width=width)
     if out is not None and not dry_run:
         check_out(out, ref, force=force)
-    opened = open_all([ref], alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
-    if len(opened) != 1:
-        raise click.UsageError(f"{ref} stands for {len(opened)} adapters; resize takes one")
-    adapter = opened[0]
+    adapter = open_single(ref, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
     with output.progress("measuring", len(adapter.modules)) as advance:
         spectra = adapter_spectra(adapter, keep_cores=True, on_module=advance)
     require_finite(spectra)

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from lora_merge.adapters import (
 from lora_merge.adapters.card import fused_card
 from lora_merge.adapters.stream import cast_to
 from lora_merge.analysis.checkpoint import Checkpoint, TensorPlace, open_checkpoint
-from lora_merge.errors import AdapterError
+from lora_merge.errors import AdapterError, MethodError
 from lora_merge.merge.match import Match, Target, match_adapter
 from lora_merge.merge.shards import ShardEditor, copy_shard
 
@@ -101,8 +101,11 @@ def fuse(
     Raises:
         SourceError: If the base is no safetensors checkpoint.
         AdapterError: If the adapter does not fit the base; nothing is written.
+        MethodError: If the weight is no finite number.
         OutputError: If the directory cannot be written; nothing is left behind.
     """
+    if not isfinite(weight):
+        raise MethodError(f"the weight is {weight}", "give a finite number")
     checkpoint = open_checkpoint(base)
     match = match_adapter(adapter, checkpoint)
     new_bytes = sum(prod(shape) * DTYPES[code].itemsize for code, shape in match.new.values())

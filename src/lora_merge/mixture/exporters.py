@@ -102,6 +102,8 @@ def _weight_table(
     row = torch.tensor(list(weights or own), dtype=torch.float64)
     if len(row) != count:
         raise MethodError(f"{len(row)} weights for {count} experts", "give one per expert")
+    if not bool(row.isfinite().all()):
+        raise MethodError(f"the weights are {row.tolist()}", "give finite numbers")
     return dict.fromkeys(modules, row)
 
 

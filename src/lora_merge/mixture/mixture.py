@@ -196,7 +196,8 @@ def make_experts(
     """
     adapters = [r if isinstance(r, Adapter) else Adapter.from_pretrained(r) for r in refs]
     if names is not None:
-        if len(names) != len(adapters) or len({*names, *taken}) != len(names) + len(taken):
+        apart = len({*names, *taken}) == len(names) + len(taken)
+        if len(names) != len(adapters) or not apart or not all(map(str.strip, names)):
             raise MethodError(
                 f"{len(adapters)} experts, names {list(names)}", "give each a name of its own"
             )
