@@ -365,6 +365,33 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         run(["info", str(tmp_path / "none")])
 
 
+@pytest.mark.parametrize(
+    "command", [["merge", "{a}", "{b}", "--dry-run"], ["merge", "{a}", "{b}", "--rank", "zzz:1"]]
+)
+def test_a_terminal_gets_whole_words(command: list[str], three: list[str], tmp_path: Path) -> None:
+    """Notes and errors are longer than a line; the same words arrive piped and on a terminal."""
+    import pty
+
+    command = [part.format(a=three[0], b=three[1]) for part in command]
+    arguments = [sys.executable, "-m", "lora_merge", *command, "-o", str(tmp_path / "out")]
+    piped = subprocess.run(arguments, capture_output=True, check=False, text=True)
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "60", "TERM": "dumb"}
+    done = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=follower, env=environment)
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(leader, 4096)
+        except OSError:
+            break
+    done.wait()
+    os.close(leader)
+    lines = shown.decode().splitlines()
+    assert max(map(len, lines)) <= 60 < max(map(len, piped.stderr.splitlines()))
+    assert " ".join(lines).split() == piped.stderr.split()
+
+
 def test_progress_is_for_terminals_only(three: list[str], tmp_path: Path) -> None:
     """With a pseudo-terminal on stderr a bar is drawn; stdout stays clean."""
     import pty

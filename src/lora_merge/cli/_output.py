@@ -41,8 +41,9 @@ class Output:
             return
         with self._out.capture() as captured:
             for renderable in renderables:
-                # Sentences and paths are left whole; a terminal breaks them itself.
-                self._out.print(renderable, soft_wrap=isinstance(renderable, str))
+                # Sentences and paths are left whole where no terminal would break them in words.
+                whole = isinstance(renderable, str) and not self._out.is_terminal
+                self._out.print(renderable, soft_wrap=whole)
         # Tables fill their last column with spaces, begin and end with an empty line. That is cut,
         # and the rest written past rich, which would end the process when a reader goes away.
         lines = [line.rstrip() for line in captured.get().splitlines()]
@@ -51,7 +52,8 @@ class Output:
     def note(self, text: str) -> None:
         """A remark for the person at the terminal."""
         if not self.as_json:
-            self._err.print(f"note: {text}", style="dim", markup=False, soft_wrap=True)
+            whole = not self._err.is_terminal
+            self._err.print(f"note: {text}", style="dim", markup=False, soft_wrap=whole)
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:

@@ -4,6 +4,8 @@ import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from shutil import get_terminal_size
+from textwrap import fill
 from typing import Any
 
 import click
@@ -109,4 +111,10 @@ def _leave_stdout() -> None:
 
 
 def _complain(text: str) -> None:
+    if sys.stderr.isatty():  # which would break it within words
+        width = get_terminal_size().columns
+        text = "\n".join(
+            fill(line, width, break_long_words=False, break_on_hyphens=False)
+            for line in text.splitlines()
+        )
     click.echo(text, err=True)
