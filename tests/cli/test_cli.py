@@ -139,6 +139,7 @@ def test_run_makes_the_same_bytes(three: list[str], tmp_path: Path) -> None:
         (["cluster", "{a}", "--rank", "4", "--device", "toaster"], 1, ["toaster"]),
         (["cluster", "{a}", "--rank", "4", "-o", "{a}"], 1, ["input"]),
         (["info", "{none}"], 1, ["no such file"]),
+        (["merge", "{a}", "--print-recipe", "--json"], 2, ["prints YAML"]),
         (["info", ""], 1, ["an empty name"]),
         (["info", "{in}/[ab]"], 2, ["stands for 2 adapters"]),
         (["fuse", "{in}/[ab]", "--base", "{in}", "-o", "x"], 2, ["stands for 2 adapters"]),
@@ -376,7 +377,7 @@ def test_a_terminal_gets_whole_words(command: list[str], three: list[str], tmp_p
     arguments = [sys.executable, "-m", "lora_merge", *command, "-o", str(tmp_path / "out")]
     piped = subprocess.run(arguments, capture_output=True, check=False, text=True)
     leader, follower = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "60", "TERM": "dumb"}
+    environment = {**os.environ, "COLUMNS": "60", "TERM": "xterm"}
     done = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=follower, env=environment)
     os.close(follower)
     shown = b""
@@ -387,7 +388,7 @@ def test_a_terminal_gets_whole_words(command: list[str], three: list[str], tmp_p
             break
     done.wait()
     os.close(leader)
-    lines = shown.decode().splitlines()
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).splitlines()
     assert max(map(len, lines)) <= 60 < max(map(len, piped.stderr.splitlines()))
     assert " ".join(lines).split() == piped.stderr.split()
 

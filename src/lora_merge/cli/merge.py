@@ -126,6 +126,8 @@ def command(parameters: tuple[str, ...], **arguments: Any) -> None:
     short = {name: arguments.pop(name) for name in ("compat", "side")}
     given += [(name, value) for name, value in short.items() if value is not None]
     recipe = recipe_from(arguments.pop("method"), parameters=given, **arguments)
+    if print_recipe and run["as_json"]:
+        raise click.UsageError("--print-recipe prints YAML: leave --json out")
     if print_recipe:
         sys.stdout.write(recipe.to_yaml())
         return
