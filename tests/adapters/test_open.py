@@ -161,7 +161,7 @@ def test_every_mismatch_is_listed_at_once() -> None:
     for word in ("24 x 16", "24 x 99", "41 x 16", "tiny-base", "other-base", "first", "second"):
         assert word in str(caught.value)
     with pytest.raises(AlignmentError) as caught:
-        align([first, second], force=True)
+        align([first, second], accept_base_models=True)
     assert len(caught.value.mismatches) == 2
 
 

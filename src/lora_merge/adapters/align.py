@@ -58,7 +58,7 @@ class Alignment:
     base_model: str | None
 
 
-def align(adapters: Sequence[Adapter], *, force: bool = False) -> Alignment:
+def align(adapters: Sequence[Adapter], *, accept_base_models: bool = False) -> Alignment:
     """Check that adapters can be stacked, from headers alone, and list their modules.
 
     Different ranks, scalings, dtypes and target modules are normal. Shapes, kinds and base models
@@ -66,7 +66,7 @@ def align(adapters: Sequence[Adapter], *, force: bool = False) -> Alignment:
 
     Args:
         adapters: In the order in which stacks will number them.
-        force: Accept different base models.
+        accept_base_models: Accept different base models.
 
     Raises:
         AlignmentError: Listing every mismatch at once.
@@ -74,7 +74,7 @@ def align(adapters: Sequence[Adapter], *, force: bool = False) -> Alignment:
     if not adapters:
         raise AlignmentError(["there are none"], "name at least one adapter")
     mismatches: list[str] = []
-    base = _base_models(adapters, mismatches, force)
+    base = _base_models(adapters, mismatches, accept_base_models)
     remedy = "take adapters of one base model"
     if mismatches:
         remedy += (
@@ -165,12 +165,12 @@ def _refuse_non_finite(alignment: Alignment, module: AlignedModule) -> None:
             refuse_non_finite(tensor, f"{name}: {module.name}: lora_{letter}")
 
 
-def _base_models(adapters: Sequence[Adapter], mismatches: list[str], force: bool) -> str | None:
+def _base_models(adapters: Sequence[Adapter], mismatches: list[str], accept: bool) -> str | None:
     known: dict[str, str] = {}
     for adapter in adapters:
         if adapter.config.base_model:
             known.setdefault(adapter.config.base_model, adapter.name)
-    if len(known) > 1 and not force:
+    if len(known) > 1 and not accept:
         mismatches.append(
             "base models differ: "
             + ", ".join(f"{base!r} ({adapter})" for base, adapter in sorted(known.items()))

@@ -162,7 +162,7 @@ def _lock(folder: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
+def atomic_file(target: Path, remedy: str = "choose another file") -> Iterator[Path]:
     """A path to write to that takes the target's name when the block ends without an error.
 
     What is no plain file (a pipe, /dev/stdout) is written to as it is.
@@ -186,9 +186,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
         _flush(staging)
         staging.replace(target)
     except OSError as error:
-        raise OutputError(
-            f"cannot write {target}: {error.strerror or error}", "choose another file"
-        ) from error
+        raise OutputError(f"cannot write {target}: {error.strerror or error}", remedy) from error
     finally:
         if staging is not None:
             staging.unlink(missing_ok=True)

@@ -162,7 +162,7 @@ def compare(
     *,
     modules: Sequence[str] = (),
     angles: bool = False,
-    force: bool = False,
+    accept_base_models: bool = False,
     seed: int = 0,
     jobs: int | None = None,
     on_module: Callable[[], None] | None = None,
@@ -173,7 +173,7 @@ def compare(
         adapters: At least two, of one base model.
         modules: Shell patterns; only modules that match one. Default: all.
         angles: Keep every module's principal cosines, not only the largest.
-        force: Accept different base model names.
+        accept_base_models: Accept different base model names.
         seed: Of the sampled sign conflicts.
         jobs: Worker threads.
         on_module: Called after each module.
@@ -185,7 +185,7 @@ def compare(
     """
     if len(adapters) < 2:
         raise MethodError("a comparison needs at least two adapters", "name another one")
-    alignment = align(adapters, force=force)
+    alignment = align(adapters, accept_base_models=accept_base_models)
     if modules:
         chosen = set(select_names([m.name for m in alignment.modules], modules, "the adapters"))
         kept = tuple(m for m in alignment.modules if m.name in chosen)

@@ -71,7 +71,7 @@ def command(
             opened,
             modules=modules,
             angles=bool(modules),
-            force=accept_base_models,
+            accept_base_models=accept_base_models,
             seed=seed,
             on_module=advance,
         )

@@ -180,14 +180,14 @@ def plan_merge(
         MethodError: If the method cannot do what is asked.
     """
     given = _check_weights(adapters, weights)
-    align(adapters, force=accept_base_models)  # an adapter of weight 0 must fit, too
+    align(adapters, accept_base_models=accept_base_models)  # an adapter of weight 0 must fit, too
     present = [i for i, w in enumerate(given) if w.constant != 0]
     if not present:
         raise MethodError("all weights are 0", "give at least one adapter a weight")
     as_given = [adapters[i] for i in present]
     reason = None
     if method == "auto":
-        choice = choose(align(as_given, force=accept_base_models))
+        choice = choose(align(as_given, accept_base_models=accept_base_models))
         method, reason = choice.method, f"auto chose {choice.method}: {choice.reason}"
     chosen = find_method(method)
     shared_parameters, own = split_parameters(chosen, parameters or {}, own_parameters, adapters)
@@ -199,7 +199,7 @@ def plan_merge(
         present = _by_content(present, adapters, given, own)
     chosen_weights = [given[i] for i in present]
     alignment = _weighted_alignment(
-        align([adapters[i] for i in present], force=accept_base_models), chosen_weights
+        align([adapters[i] for i in present], accept_base_models=accept_base_models), chosen_weights
     )
     chosen_own = [own[i] for i in present]
     check_own(chosen, shared_parameters, chosen_own, alignment)

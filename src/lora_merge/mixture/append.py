@@ -51,7 +51,7 @@ def append_experts(
     width = None
     if spec.signal == "hidden":
         width = mixture.gate["classifier.0.weight"].shape[1]
-    alignment = align([expert.adapter for expert in experts], force=accept_base_models)
+    alignment = align([expert.adapter for expert in experts], accept_base_models=accept_base_models)
     fresh = initial_gate(alignment, spec, len(old) + len(new), seed=seed, hidden_size=width)
     grown = Mixture.of(spec, experts, fresh)
     grown.descriptors = mixture.descriptors

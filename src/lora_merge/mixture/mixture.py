@@ -109,7 +109,7 @@ class Mixture:
             raise MethodError("a mixture needs at least one expert", "name an adapter")
         self.experts = tuple(experts)
         self.alignment: Alignment = align(
-            [expert.adapter for expert in experts], force=accept_base_models
+            [expert.adapter for expert in experts], accept_base_models=accept_base_models
         )
         self.spec = _fit_weights(spec, self.num_experts)
         _refuse_unmixable(self)

@@ -1,7 +1,7 @@
 """Measure the implementations on a device, and keep what was measured for `dispatch`."""
 
+import contextlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.errors import MethodError, OutputError
+from lora_merge.adapters import atomic_file
+from lora_merge.errors import MethodError
 from lora_merge.kernels.gated_stack import dispatch, fused
 from lora_merge.kernels.gated_stack.candidates import RULES, StackShape, prepare
 from lora_merge.kernels.gated_stack.dispatch import Case, GateKind, case_of
@@ -98,15 +99,10 @@ def store(rows: Sequence[Measured], device: torch.device) -> Path:
     except (OSError, ValueError, KeyError, TypeError):
         kept = {}
     table = {"device": name, "versions": versions, "rows": {**kept, **new}}
-    try:
+    with contextlib.suppress(OSError):  # the next line tells what is wrong
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(table, file, indent=1)
-        Path(file.name).replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}", "set XDG_CACHE_HOME to a writable place"
-        ) from error
+    with atomic_file(path, "set XDG_CACHE_HOME to a writable place") as staging:
+        staging.write_text(json.dumps(table, indent=1))
     dispatch.forget()
     return path
 
