@@ -76,7 +76,8 @@ def kernel_units(group: "Group", x: Tensor, start: int, stop: int) -> Sequence[S
     if torch.compiler.is_compiling():
         plan = _plan(group, x, down, start, stop)
     else:
-        key = start, stop, x.numel(), x.dtype
+        tokens = x.numel() // max(1, x.shape[-1])
+        key = start, stop, (tokens - 1).bit_length(), x.dtype  # one for each row of the table
         found = group.plans.get(key)
         if found is None or not found.holds(group.context):
             found = group.plans[key] = _plan(group, x, down, start, stop)

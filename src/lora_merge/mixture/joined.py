@@ -131,6 +131,8 @@ class JoinedGroup:
     def _by_kernel(self, x: Tensor) -> list[Tensor] | None:
         """Outputs of all modules from a kernel, if one is to run."""
         count = x.numel()
+        if count > concat.FEW_TOKENS * self.joined.d_in:
+            return None
         plan = self._plans.get(count)
         if plan is None or not plan.holds(self.context):
             plan = self._plans[count] = plan_joined(self.group, x, self.joined)

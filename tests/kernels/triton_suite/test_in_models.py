@@ -217,3 +217,25 @@ def test_in_a_cuda_graph(gate: str, device: str, monkeypatch, tmp_path: Path) ->
         x.copy_(other)
         graph.replay()
     assert torch.equal(got, expected)
+
+
+def test_what_is_planned_does_not_grow_with_every_length(
+    device: str, monkeypatch, tmp_path
+) -> None:
+    """A server sees thousands of lengths; the table has a row for each power of two."""
+    model = small_llama(device)
+    paths = saved_experts(tmp_path, model)
+    monkeypatch.setenv(dispatch.VARIABLE, "joined")
+    handle = load_mixture(model, Mixture(paths, "meteora"), layout="rows")
+    with torch.no_grad():
+        for length in range(1, 24):
+            model(input_ids=tokens(1, length).to(device))
+    for joined in handle._joined:
+        assert len(joined._plans) == 16
+    handle.detach()
+    monkeypatch.setenv(dispatch.VARIABLE, "eager")
+    handle = load_mixture(model, Mixture(paths, "meteora"))
+    with torch.no_grad():
+        for length in range(1, 24):
+            model(input_ids=tokens(1, length).to(device))
+    assert all(len(group.plans) <= 6 for group in handle.parts)
