@@ -76,6 +76,7 @@ ENTRIES = (
     Entry("wudi", reference={16: 0.9104, 32: 0.9280, "full": 0.9323}),
     Entry("wudi", {"side": "both"}),
     Entry("lego", {"balance": True}, ranks=(16, 32), reference={16: 0.8842, 32: 0.8811}),
+    Entry("lego", {"balance": True, "units": "normalized"}, ranks=(16, 32)),
     Entry("ties", reference={16: 0.8859, 32: 0.9226}),
     Entry("knots-ties", {"density": 0.3}, reference={16: 0.8594, 32: 0.9147, "full": 0.9251}),
     Entry("core-ties", {"density": 0.3}, reference={16: 0.8733, 32: 0.9138, "full": 0.9295}),
