@@ -133,7 +133,8 @@ def plan_joined(group: "Group", x: Tensor, joined: Joined) -> Plan:
         return replace(plan, given=True, stack=JoinedStack(joined, layout.columns))
     gate, bias = group.gate_of(0, count)
     rule = context.spec.rule(len(gate) // count)
-    return replace(plan, stack=JoinedStack(joined, layout.columns, rule=rule, bias=bias))
+    stack = JoinedStack(joined, layout.columns, scores=len(gate), rule=rule, bias=bias)
+    return replace(plan, stack=stack)
 
 
 def _is_seen(context: Context) -> bool:

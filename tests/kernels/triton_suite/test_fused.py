@@ -103,6 +103,22 @@ def test_gradients_of_given_weights(rows, device) -> None:
         assert_near(a, b, torch.float32, scale=100.0)
 
 
+@pytest.mark.parametrize("leaf", ["up", "y"])
+def test_gradients_of_what_the_shrink_does_not_see(leaf, device) -> None:
+    """Experts may be trained on one side alone, on few tokens."""
+    stack = make_stack(4, [2, 5], device=device)
+    y, up = stack.ys[0].clone(), stack.ups[0].clone()
+    learned = (up if leaf == "up" else y).requires_grad_(True)
+    gradients = []
+    for how in ("triton", "eager"):
+        (units,) = routed_shrink(
+            stack.x, stack.down, stack.gate, stack.layout, stack.rule, implementation=how
+        )
+        out = gated_expand(y, units, up)
+        gradients += torch.autograd.grad(out.square().sum(), [learned])
+    assert_near(gradients[0], gradients[1], torch.float32, scale=100.0)
+
+
 def test_training_a_gate_keeps_units_and_weights_alone(device) -> None:
     """T (R + C) entries beside x, however wide the module is."""
     tokens, ranks = 8, [4] * 8
@@ -186,6 +202,13 @@ def test_what_a_kernel_cannot_take_is_refused(device) -> None:
             stack.rule,
             implementation="triton",
         )
+    for tokens in (3, 20):
+        some = make_stack(tokens, [2, 2], device=device)
+        (units,) = routed_shrink(
+            some.x, some.down, some.gate, some.layout, some.rule, implementation="triton"
+        )
+        with pytest.raises(MethodError, match="tokens are"):
+            gated_expand(some.ys[0], units, some.ups[0].half())
     with pytest.raises(MethodError, match="tokens are"):
         routed_shrink(
             stack.x,

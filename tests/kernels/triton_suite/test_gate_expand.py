@@ -1,5 +1,7 @@
 """Gate and expand as one kernel, against the specification: members, pieces, rules, dtypes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,7 +45,7 @@ def check(
     y = draw(tokens, sum(widths) + 2, device=device, seed=2)[:, 1:-1]
     ups = [draw(units, w, device=device, dtype=dtype, seed=3 + w) for w in widths]
     extra = draw(members * count, device=device, seed=4) if bias else None
-    all_units = Ungated(parts, scores, owners(ranks).to(device), rule, extra)
+    all_units = Ungated(parts, scores, owners(ranks).to(device), dtype, rule, extra)
     flat = torch.cat([up.flatten() for up in ups])
     out = _launch.gate_expand(
         y, parts, scores, flat, widths, all_units.columns,
@@ -108,8 +110,8 @@ def test_rows_that_nobody_uses_are_not_read(device) -> None:
     up = draw(9, 12, device=device)
     up[3:7] = torch.nan  # the second expert is the first choice of neither
     units = Ungated(draw(1, tokens, 9, device=device), scores, owners(ranks).to(device),
-                    Rule("softmax", 1))  # fmt: skip
+                    torch.float32, Rule("softmax", 1))  # fmt: skip
     y = draw(tokens, 12, device=device, seed=5)
     for rows in (slice(0, 1), slice(0, 2)):
-        part = Ungated(units.parts[:, rows], units.scores[:, rows], units.columns, units.rule)
+        part = replace(units, parts=units.parts[:, rows], scores=units.scores[:, rows])
         assert fused.gate_expand(y[rows], part, up).isfinite().all()

@@ -116,6 +116,19 @@ def test_a_float32_gate_beside_bfloat16_weights(device: str, calls, monkeypatch,
     torch.testing.assert_close(logits("joined"), second, rtol=0, atol=0.02)
 
 
+def test_a_gate_that_is_converted_with_its_model(device: str, monkeypatch, tmp_path: Path) -> None:
+    """Its rows stand in the matrix as they are then, not in pieces."""
+    model = small_llama(device)
+    load_mixture(model, Mixture(saved_experts(tmp_path, model), "meteora"), layout="rows")
+    model.bfloat16()
+    outputs = {}
+    for how in ("eager", "joined"):
+        monkeypatch.setenv(dispatch.VARIABLE, how)
+        with torch.no_grad():
+            outputs[how] = model(input_ids=tokens(1, 3).to(device)).logits.float()
+    torch.testing.assert_close(outputs["joined"], outputs["eager"], rtol=0, atol=0.02)
+
+
 def test_auto_asks_the_table(device: str, calls, monkeypatch, tmp_path: Path) -> None:
     """A row for one case alone: the top-k gate of the module that shares its input with nobody."""
     model = small_llama(device)

@@ -183,7 +183,7 @@ def _pieced(modules: _Modules, rule: Rule | None) -> Joined:
 
 def _joined(x: Tensor, joined: Joined, layout: Layout, rule: Rule | Tensor) -> list[Tensor]:
     if isinstance(rule, Rule):
-        outs = JoinedStack(joined, layout.columns, rule=rule)(x)
+        outs = JoinedStack(joined, layout.columns, scores=layout.widths[1], rule=rule)(x)
     else:
         outs = JoinedStack(joined, layout.columns)(x, rule)
     return [out.view(len(x), -1) for out in outs]

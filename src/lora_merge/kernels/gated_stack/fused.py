@@ -108,7 +108,7 @@ def shrink(
     parts, pieces = _shrink(x, down, None if rule is None else scores)
     pieces = _rows(scores)[None] if rule is None else pieces
     bias = None if bias is None else bias.contiguous()
-    return Ungated(parts, pieces, layout.columns, rule, bias).members(layout.members)
+    return Ungated(parts, pieces, layout.columns, x.dtype, rule, bias).members(layout.members)
 
 
 def gate_expand(y: Tensor, units: Ungated, up: Tensor) -> Tensor:

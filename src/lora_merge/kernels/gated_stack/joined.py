@@ -44,6 +44,7 @@ class JoinedStack:
     Args:
         joined: The modules, alike and without border; gate rows of bfloat16 are `gate_pieces`.
         columns: Weight that each unit of one member takes, int64, shape (R,).
+        scores: M n, scores of all modules, which may stand in pieces.
         rule: How scores become weights; None if they are given at every call.
         bias: For the selection alone, shape (M n,).
     """
@@ -53,6 +54,7 @@ class JoinedStack:
         joined: Joined,
         columns: Tensor,
         *,
+        scores: int = 0,
         rule: Rule | None = None,
         bias: Tensor | None = None,
     ) -> None:
@@ -66,7 +68,7 @@ class JoinedStack:
         self.rows, self.rows_t = joined.rows, joined.rows.mT
         self.widths = tuple(b - a for a, b in pairwise(joined.outputs))
         self.splits = [joined.outputs[-1], joined.num_units, joined.scores]
-        self.pieces = 3 if self.wide else 1
+        self.scores = scores
 
     def __call__(self, x: Tensor, weights: Tensor | None = None) -> list[Tensor]:
         """Every output without the module's bias.
@@ -89,8 +91,9 @@ class JoinedStack:
         if weights is not None:
             scores = weights[None]
         else:
-            (step, _), count = scores.stride(), self.splits[2] // self.pieces
-            scores = scores.as_strided((self.pieces, tokens, count), (count, step, 1))
+            count = self.scores
+            shape = self.splits[2] // count, tokens, count
+            scores = scores.as_strided(shape, (count, scores.stride(0), 1))
         out = self.launch(
             y, u[None], scores, self.up, self.widths, self.columns,
             self.tiles(tokens, self.splits[0]), self.up.dtype, rule=self.rule, bias=self.bias,

@@ -134,6 +134,7 @@ class Ungated:
         scores: Pieces that add up to the scores, shape (split', T, n); without a rule the weights
             themselves, shape (1, T', C).
         columns: Weight that each unit takes, int64, shape (R,).
+        dtype: Of the tokens, and of the factors.
         rule: How scores become weights.
         bias: For the selection alone, shape (n,).
     """
@@ -141,6 +142,7 @@ class Ungated:
     parts: Tensor
     scores: Tensor
     columns: Tensor
+    dtype: torch.dtype
     rule: Rule | None = None
     bias: Tensor | None = None
 
@@ -148,7 +150,7 @@ class Ungated:
         """Those of each member, where the attributes hold all members' side by side."""
         parts, scores = self.parts.chunk(count, dim=2), self.scores.chunk(count, dim=2)
         biases = [None] * count if self.bias is None else self.bias.chunk(count)
-        rest = self.columns, self.rule
+        rest = self.columns, self.dtype, self.rule
         return [Ungated(p, s, *rest, b) for p, s, b in zip(parts, scores, biases, strict=True)]
 
 

@@ -171,10 +171,10 @@ def gated_expand(
     """
     flat = y.reshape(-1, y.shape[-1])
     if isinstance(units, Ungated):
-        kernel = implementation in (None, "triton", "grouped")
-        units = units if kernel else gate_now(units, up.dtype)
-    if isinstance(units, Ungated):
-        return _gate_and_expand(flat, units, up).view(y.shape)
+        kernel = implementation in (None, "triton", "grouped") and y.is_floating_point()
+        if kernel and not _as_operator(flat, up):
+            return _gate_and_expand(flat, units, up).view(y.shape)
+        units = gate_now(units)
     if units.places is not None:
         return _expand_grouped(y, flat, units.z, up, units.places, implementation)
     z, words = units.z, units.words
@@ -200,21 +200,22 @@ def gated_expand(
     return guarded("gated_expand", fast, plain)
 
 
-def gate_now(units: Ungated, dtype: torch.dtype) -> Units:
+def gate_now(units: Ungated) -> Units:
     """Gate units in plain PyTorch that were to be gated with the expand."""
     scores = units.scores.sum(0)
     weights = scores if units.rule is None else weights_of(scores, units.rule, units.bias)
     u = units.parts.sum(0)
-    return Units(eager.gate_units(u, weights, None, units.columns).to(dtype))
+    return Units(eager.gate_units(u, weights, None, units.columns).to(units.dtype))
 
 
 def _gate_and_expand(flat: Tensor, units: Ungated, up: Tensor) -> Tensor:
     _same("up", up.shape, (units.parts.shape[2], flat.shape[1]))
     _same("units", units.parts.shape[1:2], flat.shape[:1])
+    _together(units.parts, up, units.dtype)  # sums of products are float32
     return guarded(
         "gate_expand",
         lambda: fused.gate_expand(flat, units, up),
-        lambda: eager.expand(flat, gate_now(units, up.dtype).z, up),
+        lambda: eager.expand(flat, gate_now(units).z, up),
     )
 
 
@@ -300,10 +301,11 @@ def _same(what: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
         )
 
 
-def _together(x: Tensor, factor: Tensor) -> None:
-    if x.device != factor.device or x.dtype != factor.dtype:
+def _together(x: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> None:
+    dtype = dtype or x.dtype
+    if x.device != factor.device or dtype != factor.dtype:
         raise MethodError(
-            f"gated stack: tokens are {x.dtype} on {x.device}, the stack is {factor.dtype} on "
+            f"gated stack: tokens are {dtype} on {x.device}, the stack is {factor.dtype} on "
             f"{factor.device}",
             "bring both to one device and dtype",
         )
