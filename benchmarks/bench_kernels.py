@@ -29,7 +29,7 @@ from transformers import logging
 
 import lora_merge
 from lora_merge.kernels.gated_stack import dispatch
-from lora_merge.kernels.timing import Timing, measure
+from lora_merge.machine.timing import Timing, measure
 
 RESULTS = Path(__file__).parent / "results"
 

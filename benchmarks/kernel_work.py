@@ -17,8 +17,10 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import lora_merge
-from lora_merge.kernels.gated_stack import dispatch, fused
-from lora_merge.mixture import Mixture, load_mixture
+from lora_merge.kernels.gated_stack import dispatch
+from lora_merge.kernels.gated_stack.gpu import fused
+from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.runtime.attach import load_mixture
 
 CONTEXT = 512  # tokens before the one that is decoded
 

@@ -60,10 +60,11 @@ def _against_peft(adapters: list[str], module: str = "model.layers.0.self_attn.q
     from peft import LoraConfig, get_peft_model
     from torch import nn
 
-    from lora_merge.adapters import Adapter, align, read_stacks
-    from lora_merge.merge.method import Job
+    from lora_merge.adapters.adapter import Adapter
+    from lora_merge.adapters.alignment import align, read_stacks
+    from lora_merge.merge.methods.method import Job
+    from lora_merge.merge.methods.registry import find_method
     from lora_merge.merge.pipeline import Semantics, finish, merge_stack
-    from lora_merge.merge.registry import find_method
 
     alignment = align([Adapter.from_pretrained(a) for a in adapters])
     chosen = next(m for m in alignment.modules if m.name == module)

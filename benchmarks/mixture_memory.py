@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from mixture_models import SETTINGS, build, save_experts
 
-from lora_merge.mixture import Mixture, load_mixture
+from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.runtime.attach import load_mixture
 
 ALLOWED = 64 * 2**20  # bytes above the packed size
 CASES = [(preset, "stack") for preset in SETTINGS]

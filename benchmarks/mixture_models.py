@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_merge.mixture import Mixture, load_mixture
+from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.runtime.attach import load_mixture
 
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EXPERTS, RANK = 4, 16

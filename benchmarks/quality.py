@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lora_merge
-from lora_merge.adapters import align, read_stacks
+from lora_merge.adapters.alignment import align, read_stacks
 
 # Scales are START * STEP**k; weights are powers of WEIGHT_STEP.
 START, STEP, WEIGHT_STEP = 0.65, 1.12, 1.15

@@ -29,8 +29,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from lora_merge import merge
-from lora_merge.mixture import Mixture, TrainSettings, load_mixture, train_gate
-from lora_merge.mixture.data import Example, in_order
+from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.runtime.attach import load_mixture
+from lora_merge.mixture.training.data import Example, in_order
+from lora_merge.mixture.training.settings import TrainSettings
+from lora_merge.mixture.training.train import train_gate
 
 LENGTH = 160
 SETTLED = 8  # tokens after the start or a change of style that the settled loss leaves out
@@ -104,7 +107,7 @@ def composite(story: str, draw: random.Random, tokenizer: Any) -> Example:
 def train_lora(base: str, examples: list[Example], folder: Path, steps: int) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from lora_merge.mixture.data import batches
+    from lora_merge.mixture.training.data import batches
 
     torch.manual_seed(1)
     config = LoraConfig(r=16, lora_alpha=32, target_modules=LEAVES, task_type="CAUSAL_LM")

@@ -103,9 +103,9 @@ def _work(who: str, rule: str, arguments: argparse.Namespace) -> None:
 
 
 def _ours(rule: str, factors: list[Any], rank: int) -> Callable[[], Any]:
-    from lora_merge.adapters import RankStack
-    from lora_merge.merge.delta import merge_delta
-    from lora_merge.merge.rule import preset
+    from lora_merge.adapters.rank_stack import RankStack
+    from lora_merge.merge.elementwise.delta import merge_delta
+    from lora_merge.merge.elementwise.rule import preset
 
     stack = RankStack.of(factors)
     chosen = preset(rule, compat="peft", density=DENSITY)
@@ -121,10 +121,10 @@ def _ours(rule: str, factors: list[Any], rank: int) -> Callable[[], Any]:
 def _ours_together(rule: str, factors: list[Any], rank: int) -> Callable[[], Any]:
     import torch
 
-    from lora_merge.adapters import RankStack
-    from lora_merge.merge.method import Job
+    from lora_merge.adapters.rank_stack import RankStack
+    from lora_merge.merge.methods.method import Job
+    from lora_merge.merge.methods.registry import find_method
     from lora_merge.merge.pipeline import Semantics, merge_stack, prepare_view
-    from lora_merge.merge.registry import find_method
 
     method = find_method("ties")
     options = method.parse({"density": DENSITY})

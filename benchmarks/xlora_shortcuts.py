@@ -20,8 +20,9 @@ import torch
 from quality_mixture import composite, examples_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-from lora_merge.mixture import Mixture, load_mixture
-from lora_merge.mixture.distill import distill_xlora
+from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.runtime.attach import load_mixture
+from lora_merge.mixture.training.distill import distill_xlora
 
 PROMPT = 24
 

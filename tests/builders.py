@@ -9,7 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_merge.adapters import Adapter, RankStack, TensorDict, build_adapter, parse_config
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.config import parse_config
+from lora_merge.adapters.opening import build_adapter
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.files.tensor_file import TensorDict
 
 # module → (d_out, d_in)
 SHAPES: dict[str, tuple[int, int]] = {
@@ -93,3 +97,26 @@ def save_parts(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(dict(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def delta(adapter: Adapter, module: str) -> torch.Tensor:
+    a, b = adapter.read(module)
+    return adapter.modules[module].scaling * b.double() @ a.double()
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = torch.nn.Module()
+        self.self_attn.q_proj = torch.nn.Linear(16, 24, bias=False)
+        self.mlp = torch.nn.Module()
+        self.mlp.up_proj = torch.nn.Linear(16, 40, bias=False)
+
+
+class Tiny(torch.nn.Module):
+    """The modules that the builders' adapters adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.layers = torch.nn.ModuleList([Block(), Block()])

@@ -9,29 +9,29 @@ from typing import TYPE_CHECKING, Any
 from lora_merge._version import __version__
 
 if TYPE_CHECKING:
-    from lora_merge.adapters import Adapter as Adapter
-    from lora_merge.adapters import RankStack as RankStack
+    from lora_merge.adapters.activations import collect_statistics as collect_statistics
+    from lora_merge.adapters.adapter import Adapter as Adapter
+    from lora_merge.adapters.rank_stack import RankStack as RankStack
     from lora_merge.analysis.compare import compare as compare
-    from lora_merge.analysis.ranks import choose_ranks as choose_ranks
     from lora_merge.analysis.spectra import adapter_spectra as adapter_spectra
     from lora_merge.errors import LoraMergeError as LoraMergeError
     from lora_merge.merge.api import merge as merge
-    from lora_merge.merge.statistics import collect_statistics as collect_statistics
-    from lora_merge.mixture import Mixture as Mixture
-    from lora_merge.mixture import load_mixture as load_mixture
-    from lora_merge.mixture import train_gate as train_gate
+    from lora_merge.mixture.mixture import Mixture as Mixture
+    from lora_merge.mixture.runtime.attach import load_mixture as load_mixture
+    from lora_merge.mixture.training.train import train_gate as train_gate
+    from lora_merge.ranks.choose import choose_ranks as choose_ranks
 
 _PUBLIC = {
-    "Adapter": "lora_merge.adapters",
+    "Adapter": "lora_merge.adapters.adapter",
     "LoraMergeError": "lora_merge.errors",
-    "Mixture": "lora_merge.mixture",
-    "RankStack": "lora_merge.adapters",
+    "Mixture": "lora_merge.mixture.mixture",
+    "RankStack": "lora_merge.adapters.rank_stack",
     "adapter_spectra": "lora_merge.analysis.spectra",
-    "choose_ranks": "lora_merge.analysis.ranks",
-    "collect_statistics": "lora_merge.merge.statistics",
+    "choose_ranks": "lora_merge.ranks.choose",
+    "collect_statistics": "lora_merge.adapters.activations",
     "compare": "lora_merge.analysis.compare",
-    "load_mixture": "lora_merge.mixture",
-    "train_gate": "lora_merge.mixture",
+    "load_mixture": "lora_merge.mixture.runtime.attach",
+    "train_gate": "lora_merge.mixture.training.train",
 }
 _MODULES = ("merge",)  # callable modules
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from lora_merge.adapters import parse_config, read_config
+from lora_merge.adapters.config import parse_config, read_config
 from lora_merge.errors import AdapterError
 
 PATTERNS = ["q_proj", r"layers\.0\.q_proj", "^model.layers.1.q_proj", "self_attn.*", "up", "proj"]

@@ -8,8 +8,12 @@ from safetensors.torch import load_file
 
 from adalora import save_adalora
 from builders import adapter_parts, make_adapter, save_parts
-from lora_merge.adapters import Adapter, TensorDict, align, build_adapter, parse_config, read_stacks
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import align, read_stacks
+from lora_merge.adapters.config import parse_config
+from lora_merge.adapters.opening import build_adapter
 from lora_merge.errors import AdapterError
+from lora_merge.files.tensor_file import TensorDict
 
 pytest.importorskip("peft")
 # PEFT reads its own boolean rank_pattern as a LoRA's, and takes modules of rank 0 for damaged.

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_merge
-from lora_merge.adapters import Adapter, align, read_stacks
-from lora_merge.adapters.modules import ModuleSpec
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import align, read_stacks
+from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.merge.plan import plan_merge
 from lora_merge.merge.recipe import Recipe
 from lora_merge.merge.save import save_merge

@@ -21,21 +21,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from builders import adapter_parts, make_adapter, save_adapter, save_parts
-from lora_merge.adapters import (
-    Adapter,
-    AdapterWriter,
-    MemoryWriter,
-    ModuleSpec,
-    OutputPlan,
-    RankStack,
-    align,
-    atomic_directory,
-    atomic_file,
-    check_target,
-    plan_output,
-)
-from lora_merge.adapters.stream import SafetensorsStream
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import align
+from lora_merge.adapters.forms import ModuleSpec
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.adapters.writer import AdapterWriter, MemoryWriter, OutputPlan, plan_output
 from lora_merge.errors import AdapterError, OutputError
+from lora_merge.files.atomic import atomic_directory, atomic_file, check_target
+from lora_merge.files.tensor_stream import SafetensorsStream
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -199,7 +192,7 @@ def test_a_kill_loses_nothing(tmp_path: Path) -> None:
     before = files(target)
     program = (
         "import sys, time; from pathlib import Path\n"
-        "from lora_merge.adapters.atomic import atomic_directory\n"
+        "from lora_merge.files.atomic import atomic_directory\n"
         f"with atomic_directory(Path({str(target)!r})) as folder:\n"
         "    (folder / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
     )

@@ -10,13 +10,17 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from builders import SHAPES, adapter_parts, make_adapter, random_stack
-from lora_merge.adapters import Adapter, RankStack, TensorDict, build_adapter, parse_config
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.config import parse_config
+from lora_merge.adapters.opening import build_adapter
+from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.analysis import overlap
-from lora_merge.analysis.cluster import cluster_adapters, tree_of
 from lora_merge.analysis.compare import compare
+from lora_merge.analysis.families import cluster_adapters, tree_of
 from lora_merge.analysis.overlap import PairTables, pair_tables
 from lora_merge.analysis.verdicts import judge
 from lora_merge.errors import AdapterError, AlignmentError, MethodError
+from lora_merge.files.tensor_file import TensorDict
 
 
 def tables(stack: RankStack, count: int | None = None, samples: int = 500) -> PairTables:

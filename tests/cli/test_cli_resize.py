@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from builders import SHAPES, save_adapter
-from lora_merge.adapters import Adapter
+from lora_merge.adapters.adapter import Adapter
 from lora_merge.cli.app import cli
 
 

@@ -1,7 +1,7 @@
 """Trees drawn with line characters."""
 
-from lora_merge.analysis.cluster import Tree
-from lora_merge.cli._dendrogram import dendrogram
+from lora_merge.analysis.families import Tree
+from lora_merge.cli.views.dendrogram import dendrogram
 
 
 def test_lines_meet_where_groups_join():

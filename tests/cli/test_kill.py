@@ -13,7 +13,7 @@ from builders import save_adapter
 # asks of the system; 0 lets it end, and prints how many there are.
 PROGRAM = """
 import os, signal, sys
-import torch, lora_merge.merge.save, lora_merge.merge.registry, lora_merge.cli._merge_view
+import torch, lora_merge.merge.save, lora_merge.merge.methods.registry, lora_merge.cli.views.merge
 from lora_merge.cli.app import run
 
 def go(moment):

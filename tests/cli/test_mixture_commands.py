@@ -9,7 +9,7 @@ import torch
 
 from builders import save_adapter
 from lora_merge.cli.app import run
-from lora_merge.mixture import Mixture
+from lora_merge.mixture.mixture import Mixture
 
 LETTERS = ["<unk>", "<s>", "</s>", *string.ascii_lowercase, " "]
 
@@ -225,7 +225,7 @@ def test_describe_and_novelty(inside: Path, capsys, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_consolidate_to_two_and_to_one(inside: Path, capsys, tmp_path: Path) -> None:
-    from lora_merge.adapters import Adapter
+    from lora_merge.adapters.adapter import Adapter
 
     mix = str(tmp_path / "mix")
     assert run(["gate", "math", "code", "chat", "-o", mix]) == 0

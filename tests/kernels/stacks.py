@@ -5,7 +5,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lora_merge.kernels.gated_stack import Layout, Rule, gated_expand, reference, routed_shrink
+from lora_merge.kernels.gated_stack import reference
+from lora_merge.kernels.gated_stack.gate import Rule
+from lora_merge.kernels.gated_stack.layout import Layout
+from lora_merge.kernels.gated_stack.operation import gated_expand, routed_shrink
 
 # Relative to the largest entry of the sum of |terms|; half precision rounds units and factors.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_merge.kernels.gated_stack.joined import gate_pieces, has_pieces
+from lora_merge.kernels.gated_stack.gpu.base_matrix_launch import gate_pieces, has_pieces
 
 entries = st.floats(2.0**-60, 2.0**60, width=32) | st.floats(-(2.0**60), -(2.0**-60), width=32)
 

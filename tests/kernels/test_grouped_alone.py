@@ -7,20 +7,14 @@ import torch
 
 from kernels.stacks import make_stack, owners
 from lora_merge.errors import MethodError
-from lora_merge.kernels.gated_stack import (
-    Layout,
-    Rule,
-    Units,
-    candidates,
-    dispatch,
-    gated_expand,
-    grouped,
-)
+from lora_merge.kernels.gated_stack import dispatch, tune_cases
 from lora_merge.kernels.gated_stack import tune as tuning
-from lora_merge.kernels.gated_stack.candidates import StackShape
-from lora_merge.kernels.gated_stack.layout import Places
-from lora_merge.kernels.gated_stack.operation import chosen
+from lora_merge.kernels.gated_stack.gate import Rule
+from lora_merge.kernels.gated_stack.gpu import grouped
+from lora_merge.kernels.gated_stack.layout import Layout, Places, Units
+from lora_merge.kernels.gated_stack.operation import chosen, gated_expand
 from lora_merge.kernels.gated_stack.tune import tune
+from lora_merge.kernels.gated_stack.tune_cases import StackShape
 
 TOP2 = Rule("softmax", 2)
 CPU = torch.device("cpu")
@@ -107,7 +101,7 @@ def test_expanding_grouped_units_without_a_kernel() -> None:
 
 @pytest.mark.parametrize("fault", [None, "fails", "differs"])
 def test_grouping_is_timed_where_it_may_pay_and_is_right(fault, monkeypatch) -> None:
-    stacked = candidates._stacked
+    stacked = tune_cases._stacked
 
     def run(x, modules, layout, rule, how):
         outputs = stacked(x, modules, layout, rule, "eager")
@@ -123,10 +117,10 @@ def test_grouping_is_timed_where_it_may_pay_and_is_right(fault, monkeypatch) -> 
     def quick(work, device, **how):
         return {name: tuning.Timing(1.0, 1.0, 1.0, 1) for name in work}
 
-    monkeypatch.setattr(candidates, "_stacked", run)
+    monkeypatch.setattr(tune_cases, "_stacked", run)
     monkeypatch.setattr(dispatch, "_failed", {})
     monkeypatch.setattr(tuning, "measure", quick)
-    monkeypatch.setattr(candidates, "_COLD", 1)
+    monkeypatch.setattr(tune_cases, "_COLD", 1)
     monkeypatch.setattr(tuning.fused, "refusal", lambda *_: "")
     few, many = StackShape(8, (6,), (1,) * 7), StackShape(8, (6,), (1,) * 8)
     tried = {

@@ -28,7 +28,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
 
     def make(name: str, constants: dict[str, object], **how: int) -> Any:
         from kernels.compiled import compile_kernel
-        from lora_merge.kernels.gated_stack import _triton, _triton_grouped
+        from lora_merge.kernels.gated_stack.gpu import _triton, _triton_grouped
 
         room = _triton if name == "score_kernel" else _triton_grouped
         done = compile_kernel(getattr(room, name), constants, tmp_path, **how, **TYPES)

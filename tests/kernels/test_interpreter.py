@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_merge.kernels.gated_stack import Rule
+from lora_merge.kernels.gated_stack.gate import Rule
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -39,7 +39,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Tiles are those of 28 experts of rank 8 on Llama-3-8B's gate_proj and up_proj.
     """
     from kernels.compiled import compile_kernel
-    from lora_merge.kernels.gated_stack import _launch, _triton, _triton_gate_expand
+    from lora_merge.kernels.gated_stack.gpu import _launch, _triton, _triton_gate_expand
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     exact = {"UPCAST": False, "PRECISION": "tf32"}

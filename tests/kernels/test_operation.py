@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from kernels.stacks import assert_near, make_stack
 from lora_merge.errors import MethodError
-from lora_merge.kernels.gated_stack import (
-    Rule,
+from lora_merge.kernels.gated_stack import reference
+from lora_merge.kernels.gated_stack.gate import Rule
+from lora_merge.kernels.gated_stack.operation import (
     gated_expand,
     gated_shrink,
     gated_stack,
-    reference,
     routed_shrink,
 )
 

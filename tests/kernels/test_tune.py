@@ -10,13 +10,13 @@ import torch
 from builders import save_adapter
 from lora_merge.cli.app import run
 from lora_merge.errors import MethodError, OutputError
-from lora_merge.kernels.gated_stack import candidates, dispatch
+from lora_merge.kernels.gated_stack import dispatch, tune_cases
 from lora_merge.kernels.gated_stack import tune as tuning
-from lora_merge.kernels.gated_stack.candidates import StackShape
 from lora_merge.kernels.gated_stack.tune import store, tune
-from lora_merge.kernels.timing import Timing, measure
-from lora_merge.mixture import Mixture
-from lora_merge.mixture.prepare import stack_shapes
+from lora_merge.kernels.gated_stack.tune_cases import StackShape
+from lora_merge.machine.timing import Timing, measure
+from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.runtime.fit_to_model import stack_shapes
 
 SMALL = StackShape(24, (16, 8), (2, 3, 4))
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(candidates, "_COLD", 1 << 12)
+    monkeypatch.setattr(tune_cases, "_COLD", 1 << 12)
     monkeypatch.setattr(tuning, "measure", quick)
     dispatch.forget()
     yield tmp_path / "cache"
@@ -115,7 +115,7 @@ def test_what_cannot_be_kept_is_said(cache: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["raises", "differs"])
 def test_kernels_that_are_wrong_here_are_not_chosen(fault: str, monkeypatch) -> None:
-    stacked = candidates._stacked
+    stacked = tune_cases._stacked
 
     def spoilt(outputs):
         if fault == "raises":
@@ -129,8 +129,8 @@ def test_kernels_that_are_wrong_here_are_not_chosen(fault: str, monkeypatch) -> 
     def wrong_joined(x, joined, layout, rule):
         return spoilt([x.new_ones(len(x), w.shape[0]) for w in joined.weights])
 
-    monkeypatch.setattr(candidates, "_stacked", wrong)
-    monkeypatch.setattr(candidates, "_joined", wrong_joined)
+    monkeypatch.setattr(tune_cases, "_stacked", wrong)
+    monkeypatch.setattr(tune_cases, "_joined", wrong_joined)
     monkeypatch.setattr(tuning.fused, "refusal", lambda *_: "")
     row, *_ = tune([SMALL], CPU, torch.float32, tokens=[2])
     reason = {"raises": "no such instruction", "differs": "not those of eager"}[fault]
@@ -162,7 +162,7 @@ def test_shapes_of_a_mixture(tmp_path: Path) -> None:
 def test_the_command_says_that_there_is_no_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path
 ) -> None:
-    monkeypatch.setattr(candidates, "llama_shapes", lambda *_: [SMALL])
+    monkeypatch.setattr(tune_cases, "llama_shapes", lambda *_: [SMALL])
     assert run(["tune", "--device", "cpu", "--tokens", "2", "--dry-run"]) == 0
     shown = capsys.readouterr()
     assert "no GPU" in shown.err and "24x24 R18 T2 top-k" in shown.out

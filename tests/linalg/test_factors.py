@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_merge.linalg import gram, orthonormal_basis, singular_values, thin_qr, thin_svd
+from lora_merge.linalg.factors import gram, orthonormal_basis, singular_values, thin_qr, thin_svd
 
 sizes = st.integers(1, 24)
 

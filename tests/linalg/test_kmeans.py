@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
 from lora_merge.errors import MethodError
-from lora_merge.linalg import kmeans
+from lora_merge.linalg.kmeans import kmeans
 
 
 def points(count: int, width: int, seed: int, clumps: int = 0) -> np.ndarray:

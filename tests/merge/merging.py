@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import RankStack
-from lora_merge.merge.method import Job
-from lora_merge.merge.options import parse_options
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.merge.methods.method import Job
+from lora_merge.merge.methods.options import parse_options
+from lora_merge.merge.methods.registry import find_method
 from lora_merge.merge.pipeline import Semantics, finish, merge_stack
-from lora_merge.merge.registry import find_method
 
 
 def merge_one(

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from lora_merge.merge.document import methods_page, recipe_schema
-from lora_merge.merge.registry import METHODS
+from lora_merge.merge.methods.registry import METHODS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 REMAKE = "remake it: python -m lora_merge.merge.document"

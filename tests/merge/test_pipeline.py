@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from builders import adapter_parts, make_adapter, save_adapter, save_parts
-from lora_merge.adapters import Adapter, align, read_stacks
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.errors import AdapterError, AlignmentError, LoraMergeError, MethodError
 from lora_merge.merge.plan import MergePlan, plan_merge
 from lora_merge.merge.recipe import (
@@ -200,7 +201,9 @@ def test_small_modules_keep_all_their_units() -> None:
 
 
 def with_head(name: str, rows: int, value: float) -> Adapter:
-    from lora_merge.adapters import TensorDict, build_adapter, parse_config
+    from lora_merge.adapters.config import parse_config
+    from lora_merge.adapters.opening import build_adapter
+    from lora_merge.files.tensor_file import TensorDict
 
     config, tensors = adapter_parts(modules_to_save=["score"])
     tensors["base_model.model.score.weight"] = torch.full((rows, 4), value)

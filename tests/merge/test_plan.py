@@ -11,22 +11,19 @@ import yaml
 
 import lora_merge
 from builders import SHAPES, adapter_parts, make_adapter, save_adapter, save_parts
-from lora_merge.adapters import (
-    Adapter,
-    TensorDict,
-    align,
-    build_adapter,
-    parse_config,
-    read_stacks,
-)
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import align, read_stacks
+from lora_merge.adapters.config import parse_config
+from lora_merge.adapters.opening import build_adapter
 from lora_merge.errors import LoraMergeError, MethodError
+from lora_merge.files.tensor_file import TensorDict
 from lora_merge.merge.auto import choose
 from lora_merge.merge.by_module import ByModule, count_layers
-from lora_merge.merge.elementwise import merge_tensor
+from lora_merge.merge.elementwise.combine import merge_tensor
+from lora_merge.merge.elementwise.rule import preset
+from lora_merge.merge.methods.registry import methods
 from lora_merge.merge.plan import plan_merge
 from lora_merge.merge.recipe import parse_recipe
-from lora_merge.merge.registry import methods
-from lora_merge.merge.rule import preset
 
 # Methods that need statistics are tested with them in test_statistics.
 ROWS = sorted((m for m in methods().values() if not m.needs), key=lambda m: m.name)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import lora_merge
 from builders import adapter_parts, save_parts
-from lora_merge.adapters import Adapter, align, read_stacks
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import align, read_stacks
 
 WEIGHTS = (0.7, -0.4)
 NAMES = ("one", "two")

@@ -5,8 +5,8 @@ from math import exp
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import Adapter
-from lora_merge.mixture import Mixture
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.mixture.mixture import Mixture
 
 
 def expert_delta(adapter: Adapter, module: str, x: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from tiny import experts_for, llama, tokens
 
 from lora_merge.errors import MethodError
-from lora_merge.mixture import Mixture, load_mixture
 from lora_merge.mixture.append import append_experts
+from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.runtime.attach import load_mixture
 
 
 @pytest.mark.parametrize("preset", ["arrow", "spectr", "request", "sequence"])

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from builders import make_adapter, save_adapter
-from lora_merge.adapters import Adapter
+from lora_merge.adapters.adapter import Adapter
 
 VOCABULARY = 61
 

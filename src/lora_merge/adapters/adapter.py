@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters.config import AdapterConfig
-from lora_merge.adapters.modules import ModuleSpec
-from lora_merge.adapters.source import Source, resolve
-from lora_merge.adapters.tensors import (
-    TensorSource,
-    refuse_non_finite,
-)
+from lora_merge.adapters.forms import ModuleSpec
+from lora_merge.adapters.references import Source, resolve
+from lora_merge.files.tensor_file import TensorSource, refuse_non_finite
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from math import prod
 
 from lora_merge.adapters.adapter import Adapter, ExtraSpec
 from lora_merge.adapters.config import AdapterConfig, check_alphas, read_config
-from lora_merge.adapters.keys import FactorKeys, sort_keys
-from lora_merge.adapters.modules import Form, ModuleSpec
-from lora_merge.adapters.source import Source
-from lora_merge.adapters.tensors import DTYPES, SafetensorsFile, TensorSource, load_pickle
+from lora_merge.adapters.forms import Form, ModuleSpec
+from lora_merge.adapters.references import Source
+from lora_merge.adapters.tensor_names import FactorKeys, sort_keys
 from lora_merge.errors import AdapterError
+from lora_merge.files.tensor_file import DTYPES, SafetensorsFile, TensorSource, load_pickle
 
 
 def open_adapter(source: Source, *, fallback: AdapterConfig | None = None) -> Adapter:

@@ -4,11 +4,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_merge.adapters.align import align, read_stacks
-from lora_merge.adapters.atomic import atomic_directory, check_target
-from lora_merge.adapters.tensors import widest_dtype
-from lora_merge.adapters.upload import upload
+from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.writer import AdapterWriter, plan_output
+from lora_merge.files.atomic import atomic_directory, check_target
+from lora_merge.files.hub import upload
+from lora_merge.files.tensor_file import widest_dtype
 
 if TYPE_CHECKING:
     from lora_merge.adapters.adapter import Adapter

@@ -16,16 +16,16 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
-from lora_merge.adapters.align import AlignedModule
+from lora_merge.adapters.alignment import AlignedModule
 from lora_merge.adapters.config import parse_config
-from lora_merge.adapters.keys import PREFIX
-from lora_merge.adapters.modules import ModuleSpec, stored_shapes, to_stored
+from lora_merge.adapters.forms import ModuleSpec, stored_shapes, to_stored
 from lora_merge.adapters.opening import build_adapter
-from lora_merge.adapters.source import CONFIG_NAME, WEIGHTS_NAME
-from lora_merge.adapters.stack import RankStack
-from lora_merge.adapters.stream import SafetensorsStream, cast_to, header_of
-from lora_merge.adapters.tensors import DTYPES, TensorDict
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.adapters.references import CONFIG_NAME, WEIGHTS_NAME
+from lora_merge.adapters.tensor_names import PREFIX
 from lora_merge.errors import AdapterError
+from lora_merge.files.tensor_file import DTYPES, TensorDict
+from lora_merge.files.tensor_stream import SafetensorsStream, cast_to, header_of
 
 RankLayout = Literal["uniform", "per-module"]
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import Adapter, Alignment, align, read_stacks
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import Alignment, align, read_stacks
+from lora_merge.adapters.module_names import labels, place_of
 from lora_merge.analysis.overlap import PairTables, pair_tables
-from lora_merge.analysis.parallel import in_order
-from lora_merge.analysis.places import labels, place_of
 from lora_merge.analysis.spectra import select_names
 from lora_merge.errors import AdapterError, MethodError
+from lora_merge.machine.parallel import in_order
 
 # Total samples for sign conflicts: a standard error below 0.2 % for every pair.
 _SAMPLES = 65_536

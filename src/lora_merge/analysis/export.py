@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_merge.adapters import atomic_file
-from lora_merge.analysis.measures import tail_energy
+from lora_merge.analysis.advice import advise
 from lora_merge.analysis.spectra import AdapterSpectra
-from lora_merge.analysis.summary import advise
+from lora_merge.files.atomic import atomic_file
+from lora_merge.ranks.measures import tail_energy
 
 _DEFINITIONS = {
     "singular_values": "of scaling * B @ A, descending",

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lora_merge.adapters import atomic_file, check_file
-from lora_merge.analysis.measures import tail_energy
-from lora_merge.analysis.places import labels
+from lora_merge.adapters.module_names import labels
+from lora_merge.analysis.advice import LOG_METRICS, METRICS, advise, group_modules
 from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum
-from lora_merge.analysis.summary import LOG_METRICS, METRICS, advise, group_modules
-from lora_merge.errors import LoraMergeError
+from lora_merge.files.atomic import atomic_file
+from lora_merge.files.pictures import figure_class
+from lora_merge.ranks.measures import tail_energy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,34 +31,6 @@ _AXIS = {
     "k95": "rank for 95 % of the energy",
     "top1": "energy share of the first direction",
 }
-
-
-def check_pictures(*files: Path | None) -> None:
-    """Refuse pictures that could not be drawn or written, before anything is measured for them.
-
-    Raises:
-        LoraMergeError: If matplotlib is not installed.
-        OutputError: If a file's directory cannot be written.
-    """
-    for file in files:
-        if file is not None:
-            figure_class()
-            check_file(file)
-
-
-def figure_class() -> "type[Figure]":
-    """Matplotlib's figure.
-
-    Raises:
-        LoraMergeError: If matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LoraMergeError(
-            "pictures need matplotlib, which is not installed", "pip install 'lora-merge[plot]'"
-        ) from error
-    return Figure
 
 
 def draw(spectra: Sequence[AdapterSpectra], metric: str = "frobenius") -> "Figure":

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import RankStack
-from lora_merge.linalg import gram
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.linalg.factors import gram
 
 # Up to so many units, everything is float64; beyond, products are float32 (those of Grams in chunks
 # that are summed in float64), and directions below 1e-3 of an adapter's largest are left out of

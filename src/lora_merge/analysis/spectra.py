@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import Adapter, ModuleSpec
-from lora_merge.adapters.modules import to_matrix
-from lora_merge.analysis.measures import Measures, measure
-from lora_merge.analysis.parallel import in_order
-from lora_merge.analysis.places import Place, matches_any, place_of
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.forms import ModuleSpec, to_matrix
+from lora_merge.adapters.module_names import Place, matches_any, place_of
 from lora_merge.errors import AdapterError, MethodError
-from lora_merge.linalg import CoreSVD, core_svd
+from lora_merge.linalg.core_svd import CoreSVD, core_svd
+from lora_merge.machine.parallel import in_order
+from lora_merge.ranks.measures import Measures, measure
 
 Status = Literal["ok", "untrained", "zero", "not finite"]
 

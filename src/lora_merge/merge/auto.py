@@ -6,7 +6,8 @@ from itertools import islice
 
 import torch
 
-from lora_merge.adapters import AlignedModule, Alignment, RankStack, read_stacks
+from lora_merge.adapters.alignment import AlignedModule, Alignment, read_stacks
+from lora_merge.adapters.rank_stack import RankStack
 
 # Modules that are looked at: evenly spread, so that every depth and kind has its say.
 _SAMPLE = 8

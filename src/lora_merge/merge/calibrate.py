@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import RankStack
+from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
-from lora_merge.merge.method import Job, Normalize
+from lora_merge.merge.methods.method import Job, Normalize
 
 RestoreNorm = Literal["none", "mean", "weighted-mean"]
 

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_merge.merge.method import Method
-from lora_merge.merge.options import describe_options
+from lora_merge.merge.methods.method import Method
+from lora_merge.merge.methods.options import describe_options
+from lora_merge.merge.methods.registry import METHODS
 from lora_merge.merge.pipeline import Semantics
 from lora_merge.merge.recipe import Recipe
-from lora_merge.merge.registry import METHODS
 
 _HEAD = """# Merge methods
 

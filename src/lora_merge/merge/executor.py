@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import AlignedModule, RankStack, Writer, read_stacks
-from lora_merge.analysis import choose_ranks
-from lora_merge.analysis.parallel import default_jobs, in_order
-from lora_merge.errors import MethodError
+from lora_merge.adapters.alignment import AlignedModule, read_stacks
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.adapters.writer import Writer
+from lora_merge.machine.device import pick_device
+from lora_merge.machine.parallel import default_jobs, in_order
 from lora_merge.merge.calibrate import present_weights
-from lora_merge.merge.method import Job
+from lora_merge.merge.methods.method import Job
 from lora_merge.merge.pipeline import Finished, Merged, finish, merge_stack, prepare_view
 from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.report import ModuleReport
-from lora_merge.merge.spool import Spool
+from lora_merge.merge.waiting_results import Spool
+from lora_merge.ranks.choose import choose_ranks
 
 
 def execute(
@@ -101,25 +103,6 @@ def _chosen_ranks(plan: MergePlan, spool: Spool) -> dict[str, int]:
 
 def _workers(jobs: int | None, device: torch.device) -> int:
     return jobs or (default_jobs() if device.type == "cpu" else 1)
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device of a name; "auto" is a GPU if there is one.
-
-    Raises:
-        MethodError: If there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise MethodError(f"{name!r} is no device", "use auto, cpu, cuda or cuda:1") from error
-    if device.type not in ("cpu", "cuda"):
-        raise MethodError(f"{name} is no device for this", "use auto, cpu, cuda or cuda:1")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MethodError(f"there is no device {name} here", "use --device cpu")
-    return device
 
 
 def _stacks(

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from lora_merge.adapters import DTYPES, Adapter
+from lora_merge.adapters.adapter import Adapter
 from lora_merge.errors import AlignmentError
+from lora_merge.files.tensor_file import DTYPES
 
 ExtrasPolicy = Literal["average", "first", "drop", "error"]
 

@@ -11,12 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import RankStack
+from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.merge import calibrate
-from lora_merge.merge.method import Job, Method, Normalize, Outcome, Space
-from lora_merge.merge.options import option
-from lora_merge.merge.spaces import Anchor, Basis, Coordinates, aligned_of, anchored, core_of
-from lora_merge.merge.spectral import svc
+from lora_merge.merge.methods.method import Job, Method, Normalize, Outcome, Space
+from lora_merge.merge.methods.options import option
+from lora_merge.merge.methods.spaces import (
+    Anchor,
+    Basis,
+    Coordinates,
+    aligned_of,
+    anchored,
+    core_of,
+)
+from lora_merge.merge.methods.spectral import svc
 
 
 @dataclass(frozen=True)

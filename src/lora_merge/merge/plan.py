@@ -8,34 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_merge.adapters import (
-    DTYPE_CODES,
-    DTYPES,
-    Adapter,
-    AlignedModule,
-    Alignment,
-    OutputPlan,
-    RankLayout,
-    align,
-    plan_output,
-    widest_dtype,
-)
-from lora_merge.analysis import RankRule
+from lora_merge.adapters.activations import Statistics
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import AlignedModule, Alignment, align
+from lora_merge.adapters.fingerprints import fingerprints
+from lora_merge.adapters.writer import OutputPlan, RankLayout, plan_output
 from lora_merge.errors import MethodError
+from lora_merge.files.tensor_file import DTYPE_CODES, DTYPES, widest_dtype
 from lora_merge.merge.auto import choose
 from lora_merge.merge.by_module import ByModule, count_layers
-from lora_merge.merge.delta import working_bytes
+from lora_merge.merge.elementwise.delta import working_bytes
 from lora_merge.merge.extras import ExtrasPolicy, plan_extras
-from lora_merge.merge.identity import fingerprints
-from lora_merge.merge.options import parse_options
-from lora_merge.merge.own import check_own, own_values, split_parameters
+from lora_merge.merge.methods.options import parse_options
+from lora_merge.merge.methods.registry import Method, find_method
+from lora_merge.merge.per_adapter import check_own, own_values, split_parameters
 from lora_merge.merge.pipeline import Semantics
-from lora_merge.merge.ranks import plan_ranks
-from lora_merge.merge.registry import Method, find_method
-from lora_merge.merge.statistics import Statistics
+from lora_merge.merge.planned_ranks import plan_ranks
+from lora_merge.ranks.rule import RankRule
 
 if TYPE_CHECKING:
-    from lora_merge.merge.spool import Spool
+    from lora_merge.merge.waiting_results import Spool
 
 
 @dataclass(frozen=True, eq=False)

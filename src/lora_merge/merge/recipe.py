@@ -8,26 +8,21 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from lora_merge.adapters import (
-    Adapter,
-    AdapterConfig,
-    RankLayout,
-    expand,
-    open_adapter,
-    pin,
-    resolve,
-    sha256,
-)
-from lora_merge.analysis import parse_rule
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.config import AdapterConfig
+from lora_merge.adapters.opening import open_adapter
+from lora_merge.adapters.references import expand, pin, resolve, sha256
+from lora_merge.adapters.writer import RankLayout
 from lora_merge.errors import LoraMergeError, MethodError
 from lora_merge.merge.by_module import ByModule
 from lora_merge.merge.calibrate import RestoreNorm
 from lora_merge.merge.extras import ExtrasPolicy
-from lora_merge.merge.method import Normalize, Space
+from lora_merge.merge.mergekit_words import translate
+from lora_merge.merge.methods.method import Normalize, Space
+from lora_merge.merge.methods.spaces import Anchor
 from lora_merge.merge.pipeline import Semantics
 from lora_merge.merge.plan import MergePlan, plan_merge
-from lora_merge.merge.spaces import Anchor
-from lora_merge.merge.words import translate
+from lora_merge.ranks.rule import parse_rule
 
 _SEMANTICS = tuple(spec.name for spec in fields(Semantics))
 RECIPE_NAME = "lora_merge.yaml"

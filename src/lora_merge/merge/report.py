@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from math import sqrt
 from typing import Any
 
-from lora_merge.analysis.places import place_of
+from lora_merge.adapters.module_names import place_of
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_merge._version import __version__
-from lora_merge.adapters import AdapterWriter, atomic_directory, check_target
-from lora_merge.adapters.card import model_card
+from lora_merge.adapters.writer import AdapterWriter
 from lora_merge.errors import MethodError
+from lora_merge.files.atomic import atomic_directory, check_target
+from lora_merge.files.cards import model_card
 from lora_merge.merge.executor import execute, settle
 from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.recipe import RECIPE_NAME, Recipe

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import Adapter, AlignedModule, align
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import AlignedModule, align
 from lora_merge.errors import MethodError
-from lora_merge.mixture.initial import initial_gate
+from lora_merge.mixture.gates.initial import initial_gate
 from lora_merge.mixture.mixture import Mixture, make_experts
 
 

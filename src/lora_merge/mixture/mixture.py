@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import Adapter, AlignedModule, Alignment, align
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import AlignedModule, Alignment, align
 from lora_merge.errors import AlignmentError, MethodError
-from lora_merge.mixture.descriptors import Descriptors
-from lora_merge.mixture.gate import GateSpec, gate_spec
-from lora_merge.mixture.initial import initial_gate
+from lora_merge.mixture.gates.gate import GateSpec, gate_spec
+from lora_merge.mixture.gates.initial import initial_gate
+from lora_merge.mixture.insight.descriptors import Descriptors
 
 DEFAULT_PRESET = "arrow"
 
@@ -161,20 +162,20 @@ class Mixture:
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write the mixture directory; whole or not at all. See `directory.save`."""
-        from lora_merge.mixture.directory import save
+        from lora_merge.mixture.formats.directory import save
 
         return save(self, Path(folder), force=force)
 
     @classmethod
     def from_pretrained(cls, ref: str | Path, *, verify: bool = True) -> "Mixture":
         """Open a mixture directory or Hub repository. See `directory.load`."""
-        from lora_merge.mixture.directory import load
+        from lora_merge.mixture.formats.directory import load
 
         return load(ref, verify=verify)
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> str:
         """Upload the mixture directory; returns the commit's URL. See `directory.push`."""
-        from lora_merge.mixture.directory import push
+        from lora_merge.mixture.formats.directory import push
 
         return push(self, repo, private=private)
 

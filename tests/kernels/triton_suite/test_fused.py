@@ -5,16 +5,11 @@ import torch
 
 from kernels.stacks import Stack, assert_near, make_stack
 from lora_merge.errors import MethodError
-from lora_merge.kernels.gated_stack import (
-    Rule,
-    Units,
-    fused,
-    gated_expand,
-    gated_shrink,
-    library,
-    reference,
-    routed_shrink,
-)
+from lora_merge.kernels.gated_stack import reference
+from lora_merge.kernels.gated_stack.gate import Rule
+from lora_merge.kernels.gated_stack.gpu import fused, library
+from lora_merge.kernels.gated_stack.layout import Units
+from lora_merge.kernels.gated_stack.operation import gated_expand, gated_shrink, routed_shrink
 
 TOP2 = Rule("softmax", 2)
 
@@ -259,7 +254,8 @@ def test_compiles_without_a_graph_break(training, device) -> None:
 
 
 def test_a_failing_kernel_is_named_once_and_replaced(device, monkeypatch) -> None:
-    from lora_merge.kernels.gated_stack import _launch, dispatch
+    from lora_merge.kernels.gated_stack import dispatch
+    from lora_merge.kernels.gated_stack.gpu import _launch
 
     dispatch.forget()
 

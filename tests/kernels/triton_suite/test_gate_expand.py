@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.stacks import assert_near, owners
-from lora_merge.kernels.gated_stack import Rule, Ungated, _launch, fused, reference
+from lora_merge.kernels.gated_stack import reference
+from lora_merge.kernels.gated_stack.gate import Rule
+from lora_merge.kernels.gated_stack.gpu import _launch, fused
+from lora_merge.kernels.gated_stack.layout import Ungated
 
 RULES = [
     *(Rule(value, k, 0.7, 1.5) for value in ("softmax", "softmax_all", "raw") for k in (None, 2)),

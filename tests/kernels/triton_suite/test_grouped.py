@@ -8,19 +8,13 @@ import torch
 
 from builders import save_adapter
 from kernels.stacks import Stack, assert_near, make_stack, owners
-from lora_merge.kernels.gated_stack import (
-    Layout,
-    Rule,
-    Units,
-    _launch,
-    _launch_grouped,
-    dispatch,
-    gated_expand,
-    grouped,
-    reference,
-    routed_shrink,
-)
-from lora_merge.mixture import Mixture, load_mixture
+from lora_merge.kernels.gated_stack import dispatch, reference
+from lora_merge.kernels.gated_stack.gate import Rule
+from lora_merge.kernels.gated_stack.gpu import _launch, _launch_grouped, grouped
+from lora_merge.kernels.gated_stack.layout import Layout, Units
+from lora_merge.kernels.gated_stack.operation import gated_expand, routed_shrink
+from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.runtime.attach import load_mixture
 from mixture.tiny import llama, shapes_of, tokens
 
 BLOCK = _launch_grouped.BLOCK

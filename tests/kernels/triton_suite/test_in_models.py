@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from builders import save_adapter
-from lora_merge.kernels.gated_stack import _launch, dispatch
-from lora_merge.mixture import Mixture, load_mixture
+from lora_merge.kernels.gated_stack import dispatch
+from lora_merge.kernels.gated_stack.gpu import _launch
+from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.runtime.attach import load_mixture
 from mixture.tiny import experts_for, llama, shapes_of, tokens
 
 

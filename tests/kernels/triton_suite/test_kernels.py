@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from kernels.stacks import assert_near, owners
-from lora_merge.kernels.gated_stack import Layout, Rule, _launch, reference
+from lora_merge.kernels.gated_stack import reference
+from lora_merge.kernels.gated_stack.gate import Rule
+from lora_merge.kernels.gated_stack.gpu import _launch
+from lora_merge.kernels.gated_stack.layout import Layout
 
 Tiles = _launch.Tiles
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

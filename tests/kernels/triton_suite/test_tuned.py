@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from lora_merge.kernels.gated_stack import candidates
 from lora_merge.kernels.gated_stack import tune as tuning
-from lora_merge.kernels.gated_stack.candidates import StackShape
+from lora_merge.kernels.gated_stack import tune_cases
 from lora_merge.kernels.gated_stack.tune import tune
-from lora_merge.kernels.timing import measure
+from lora_merge.kernels.gated_stack.tune_cases import StackShape
+from lora_merge.machine.timing import measure
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_kernel_is_timed_and_trusted(dtype, device, monkeypatch) -> None:
-    monkeypatch.setattr(candidates, "_COLD", 1 << 12)
+    monkeypatch.setattr(tune_cases, "_COLD", 1 << 12)
 
     def once(work, place, **_):
         return measure(work, place, rounds=1, least=0.0)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.adapters import atomic_file
 from lora_merge.errors import MethodError
-from lora_merge.kernels.gated_stack import dispatch, fused
-from lora_merge.kernels.gated_stack.candidates import RULES, StackShape, prepare
+from lora_merge.files.atomic import atomic_file
+from lora_merge.kernels.gated_stack import dispatch
 from lora_merge.kernels.gated_stack.dispatch import Case, GateKind, case_of
-from lora_merge.kernels.timing import Timing, measure
+from lora_merge.kernels.gated_stack.gpu import fused
+from lora_merge.kernels.gated_stack.tune_cases import RULES, StackShape, prepare
+from lora_merge.machine.timing import Timing, measure
 
 _CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 

@@ -1,0 +1,202 @@
+"""Statistics of activations that data-driven merges need: collected once, kept in a file.
+
+For task k, module m and the stacked A_c of all adapters: Z_k = mean of z z^T, z = A_c x, over the
+inputs x that m sees while adapter k is active: R x R numbers, whatever the model's width
+(SSR-Merge, ICML 2026). With `inputs`, also G_k = mean of x x^T, d_in x d_in (RegMean, 2212.09849).
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import Alignment, align, read_stacks
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.errors import LoraMergeError
+from lora_merge.files.atomic import atomic_file
+
+
+class StatisticsError(LoraMergeError):
+    """Statistics that cannot be collected or do not fit the adapters."""
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """A statistics file.
+
+    Attributes:
+        path: The file.
+        adapters: Names of the adapters it was collected with, in its order.
+    """
+
+    path: Path
+    adapters: tuple[str, ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Statistics":
+        """Open a file that `collect_statistics` wrote.
+
+        Raises:
+            StatisticsError: If it is no such file.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+            return cls(Path(path), tuple(json.loads(metadata["adapters"])))
+        except Exception as error:  # any of half a dozen kinds, all meaning the same
+            raise StatisticsError(
+                f"{path} is no statistics file: {error}", "make one with collect_statistics"
+            ) from error
+
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        """Names of the tensors."""
+        with safe_open(str(self.path), framework="pt") as file:
+            return frozenset(file.keys())
+
+    def of(self, module: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """A module's tensors, adapters numbered as in `names`.
+
+        Returns:
+            "z.K" (R x R over the file's adapters), "x.K" where collected, float64, K the index of
+            an adapter in `names`; "owner": index in `names` of each row of z, -1 for others.
+
+        Raises:
+            StatisticsError: If an adapter or the module is missing.
+        """
+        missing = [name for name in names if name not in self.adapters]
+        if missing:
+            raise StatisticsError(
+                f"{self.path} has no statistics of {missing[0]}", "collect them with all adapters"
+            )
+        if f"{module}.owner" not in self.keys:
+            raise StatisticsError(
+                f"{self.path} has no statistics of {module}", "collect them with all adapters"
+            )
+        place = {self.adapters.index(name): index for index, name in enumerate(names)}
+        found: dict[str, Tensor] = {}
+        with safe_open(str(self.path), framework="pt") as file:
+            owner = file.get_tensor(f"{module}.owner").tolist()
+            found["owner"] = torch.tensor([place.get(o, -1) for o in owner])
+            for theirs, ours in place.items():
+                for kind in "zx":
+                    key = f"{module}.{kind}.{theirs}"
+                    if key in self.keys:
+                        found[f"{kind}.{ours}"] = file.get_tensor(key).to(torch.float64)
+        return found
+
+
+def collect_statistics(
+    model: nn.Module,
+    adapters: Sequence[Adapter | str | Path],
+    batches: Mapping[str, Iterable[Any]] | Sequence[Iterable[Any]],
+    out: str | Path,
+    *,
+    inputs: bool = False,
+) -> Statistics:
+    """Run each adapter's batches through the model with it active, and write what modules see.
+
+    Args:
+        model: The base model, without adapters. It is not changed.
+        adapters: All adapters that will be merged.
+        batches: For each adapter (in order, or by name) what the model is called with: mappings
+            are keyword arguments, tuples positional ones, anything else the one argument.
+        out: The safetensors file to write.
+        inputs: Collect d_in x d_in Grams, too (`regmean` needs them).
+
+    Raises:
+        StatisticsError: If a module is not in the model, or an adapter has no batches.
+    """
+    opened = [a if isinstance(a, Adapter) else Adapter.from_pretrained(a) for a in adapters]
+    alignment = align(opened)
+    stacks = {m.name: next(read_stacks(alignment, m)) for m in alignment.modules}
+    targets = _targets(model, alignment)
+    tensors: dict[str, Tensor] = {f"{name}.owner": s.owner for name, s in stacks.items()}
+    for index, adapter in enumerate(opened):
+        own = batches.get(adapter.name) if isinstance(batches, Mapping) else batches[index]
+        totals: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        with _active(targets, stacks, index, totals, counts, inputs), torch.no_grad():
+            for batch in own or ():
+                _call(model, batch)
+        if not counts:
+            raise StatisticsError(f"{adapter.name}: no batches", "give every adapter some")
+        for key, total in totals.items():
+            module = key.rpartition(".")[0]
+            tensors[f"{key}.{index}"] = (total / counts[module]).to(torch.float32).cpu()
+    metadata = {"adapters": json.dumps([a.name for a in opened])}
+    with atomic_file(Path(out)) as staging:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, staging, metadata=metadata)
+    return Statistics.open(out)
+
+
+def _targets(model: nn.Module, alignment: Alignment) -> dict[str, nn.Module]:
+    """The model's module of each adapted module; a PEFT prefix on either side is forgiven."""
+    modules = dict(model.named_modules())
+    targets = {}
+    for module in alignment.modules:
+        if module.first.form != "linear":
+            raise StatisticsError(
+                f"{module.name} is a {module.first.form} module", "only linear ones have statistics"
+            )
+        found = [n for n in modules if n == module.name or module.name.endswith("." + n)]
+        if not found:
+            raise StatisticsError(
+                f"the model has no module {module.name}", "give the adapters' base model"
+            )
+        targets[module.name] = modules[max(found, key=len)]
+    return targets
+
+
+@contextmanager
+def _active(
+    targets: Mapping[str, nn.Module],
+    stacks: Mapping[str, RankStack],
+    index: int,
+    totals: dict[str, Tensor],
+    counts: dict[str, int],
+    inputs: bool,
+) -> Iterator[None]:
+    """Hooks that add one adapter's delta and sum up what the modules see."""
+
+    def hook(name: str) -> Any:
+        stack = stacks[name]
+        own = stack.of_adapter(index)
+
+        def run(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = arguments[0]
+            flat = x.reshape(-1, x.shape[-1]).to(torch.float64)
+            z = flat @ stack.down.to(flat).mT
+            totals[f"{name}.z"] = totals.get(f"{name}.z", 0) + z.mT @ z
+            if inputs:
+                totals[f"{name}.x"] = totals.get(f"{name}.x", 0) + flat.mT @ flat
+            counts[name] = counts.get(name, 0) + len(flat)
+            update = (x @ own.down.to(x).mT) * own.scale.to(x) @ own.up.to(x).mT
+            return output + update
+
+        return run
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in targets.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple):
+        model(*batch)
+    else:
+        model(batch)

@@ -1,0 +1,207 @@
+"""Lay adapters side by side: which modules there are, who has each, and whether they fit."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.forms import ModuleSpec, to_matrix
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.errors import AlignmentError
+from lora_merge.files.tensor_file import refuse_non_finite
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedModule:
+    """One module and the adapters that touch it.
+
+    Attributes:
+        name: Module path in the base model.
+        specs: Index of an adapter → its spec of the module, ascending; absent adapters are left
+            out (they add nothing to this module).
+    """
+
+    name: str
+    specs: Mapping[int, ModuleSpec]
+
+    @property
+    def first(self) -> ModuleSpec:
+        """Any spec: the geometry is the same in all."""
+        return next(iter(self.specs.values()))
+
+    @property
+    def num_units(self) -> int:
+        """R, the units of all adapters together (of one expert)."""
+        return sum(spec.rank for spec in self.specs.values())
+
+    def stack_bytes(self, itemsize: int = 4) -> int:
+        """Memory of this module's stack, all experts together."""
+        spec = self.first
+        return spec.num_experts * self.num_units * (spec.d_in + spec.d_out) * itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Adapters that fit together.
+
+    Attributes:
+        adapters: The adapters, in canonical order; owners in a stack are indices into it.
+        modules: The union of their modules, in name order.
+        base_model: The base model they share, None where none of them says.
+    """
+
+    adapters: tuple[Adapter, ...]
+    modules: tuple[AlignedModule, ...]
+    base_model: str | None
+
+
+def align(adapters: Sequence[Adapter], *, accept_base_models: bool = False) -> Alignment:
+    """Check that adapters can be stacked, from headers alone, and list their modules.
+
+    Different ranks, scalings, dtypes and target modules are normal. Shapes, kinds and base models
+    must agree.
+
+    Args:
+        adapters: In the order in which stacks will number them.
+        accept_base_models: Accept different base models.
+
+    Raises:
+        AlignmentError: Listing every mismatch at once.
+    """
+    if not adapters:
+        raise AlignmentError(["there are none"], "name at least one adapter")
+    mismatches: list[str] = []
+    base = _base_models(adapters, mismatches, accept_base_models)
+    remedy = "take adapters of one base model"
+    if mismatches:
+        remedy += (
+            "; if only the names differ, --accept-base-models "
+            "(accept_base_models in a recipe or in Python) takes them as one"
+        )
+    names = sorted({name for adapter in adapters for name in adapter.modules})
+    modules = []
+    for name in names:
+        specs = {i: a.modules[name] for i, a in enumerate(adapters) if name in a.modules}
+        modules.append(AlignedModule(name, specs))
+        _check_geometry(name, specs, adapters, mismatches)
+    _check_parameters(adapters, mismatches)
+    if mismatches:
+        raise AlignmentError(mismatches, remedy)
+    return Alignment(tuple(adapters), tuple(modules), base)
+
+
+def read_stacks(
+    alignment: Alignment,
+    module: AlignedModule,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[RankStack]:
+    """Read one module of all adapters; yields one stack per expert (one, usually).
+
+    Args:
+        alignment: The adapters.
+        module: Which module.
+        device: Where the stacks shall be.
+        dtype: Of the stacks; float32 holds 16-bit factors exactly.
+
+    Raises:
+        AdapterError: If a tensor holds NaN or infinity; names adapter and module.
+    """
+    place = torch.device(device)
+    if module.first.num_experts == 1:
+
+        def read(index: int) -> tuple[Tensor, Tensor]:
+            return alignment.adapters[index].read(module.name)
+
+        yield _fill(alignment, module, read, 0, place, dtype)
+        return
+    # The experts share their tensors, so these are read once and kept until the last expert.
+    stored = {i: alignment.adapters[i].read(module.name) for i in module.specs}
+    for expert in range(module.first.num_experts):
+        yield _fill(alignment, module, stored.__getitem__, expert, place, dtype)
+
+
+def _fill(
+    alignment: Alignment,
+    module: AlignedModule,
+    read: Callable[[int], tuple[Tensor, Tensor]],
+    expert: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> RankStack:
+    """Copy the stored halves straight into the stack, casting on the way: no temporaries."""
+    first, size = module.first, module.num_units
+    down = torch.empty(size, first.d_in, dtype=dtype, device=device)
+    up = torch.empty(first.d_out, size, dtype=dtype, device=device)
+    scale = torch.empty(size, dtype=torch.float64)
+    owner = torch.empty(size, dtype=torch.int64)
+    start, total = 0, 0.0
+    for index, spec in module.specs.items():
+        a, b = to_matrix(spec, *read(index), expert)
+        part = slice(start, start + spec.rank)
+        down[part].copy_(a)
+        up[:, part].copy_(b)
+        total += float(a.sum()) + float(b.sum())
+        scale[part] = spec.scaling
+        owner[part] = index
+        start += spec.rank
+    stack = RankStack(down, up, scale.to(device), owner.to(device))
+    # A finite sum proves that every entry is finite; what was just read is still in the cache.
+    if not isfinite(total):
+        _refuse_non_finite(alignment, module)
+    return stack
+
+
+def _refuse_non_finite(alignment: Alignment, module: AlignedModule) -> None:
+    """Name what is not finite; returns if only the sum overflowed."""
+    for index in module.specs:
+        halves = alignment.adapters[index].read(module.name)
+        for letter, tensor in zip("AB", halves, strict=True):
+            name = alignment.adapters[index].name
+            refuse_non_finite(tensor, f"{name}: {module.name}: lora_{letter}")
+
+
+def _base_models(adapters: Sequence[Adapter], mismatches: list[str], accept: bool) -> str | None:
+    known: dict[str, str] = {}
+    for adapter in adapters:
+        if adapter.config.base_model:
+            known.setdefault(adapter.config.base_model, adapter.name)
+    if len(known) > 1 and not accept:
+        mismatches.append(
+            "base models differ: "
+            + ", ".join(f"{base!r} ({adapter})" for base, adapter in sorted(known.items()))
+        )
+    return min(known) if known else None
+
+
+def _check_geometry(
+    name: str, specs: Mapping[int, ModuleSpec], adapters: Sequence[Adapter], mismatches: list[str]
+) -> None:
+    groups: dict[object, int] = {}
+    for index, spec in specs.items():
+        groups.setdefault(spec.geometry, index)
+    if len(groups) > 1:
+        mismatches.append(
+            f"{name}: "
+            + ", ".join(f"{_describe(specs[i])} ({adapters[i].name})" for i in groups.values())
+        )
+
+
+def _check_parameters(adapters: Sequence[Adapter], mismatches: list[str]) -> None:
+    """PEFT wraps expert parameters in the order of target_parameters, so it must agree."""
+    lists = {a.config.target_parameters: a.name for a in adapters if a.config.target_parameters}
+    if len(lists) > 1:
+        mismatches.append(
+            "target_parameters differ: "
+            + ", ".join(f"{list(names)} ({adapter})" for names, adapter in lists.items())
+        )
+
+
+def _describe(spec: ModuleSpec) -> str:
+    kernel = f" kernel {'x'.join(map(str, spec.kernel))}" if spec.kernel else ""
+    experts = f" x {spec.num_experts} experts" if spec.num_experts > 1 else ""
+    return f"{spec.form} {spec.d_out} x {spec.d_in}{kernel}{experts}"

@@ -1,0 +1,128 @@
+"""From an adapter's names to a base checkpoint's: which prefix to take away or to add."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import AlignedModule
+from lora_merge.adapters.forms import ModuleSpec
+from lora_merge.errors import AdapterError
+from lora_merge.files.checkpoint import Checkpoint
+
+# One expert in a module's path.
+_EXPERT = re.compile(r"(?<=experts)\.\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Adapter name → base name: one prefix taken away, another put before."""
+
+    strip: str = ""
+    add: str = ""
+
+    def base_name(self, name: str) -> str:
+        """What the base calls it; names without the prefix stay."""
+        if not name.startswith(self.strip):
+            return name
+        return self.add + name.removeprefix(self.strip)
+
+
+def find_naming(adapter: Adapter, modules: Iterable[AlignedModule], base: Checkpoint) -> Naming:
+    """The prefix change under which every module has a tensor; none, if that will do.
+
+    A checkpoint saved from a bare model lacks the prefix that the module has inside a task model
+    ("h.0" for "transformer.h.0"), and the other way round.
+
+    Raises:
+        AdapterError: If no prefix finds every module.
+    """
+    names = [unwrapped(m.name) for m in modules]
+    leaves = {"weight"} | {p.rpartition(".")[2] for p in adapter.config.target_parameters}
+
+    def missing(naming: Naming) -> list[str]:
+        stems = ((name, naming.base_name(name)) for name in names)
+        return [
+            name
+            for name, stem in stems
+            if name != "lm_head" and not any(f"{stem}.{leaf}" in base.tensors for leaf in leaves)
+        ]
+
+    heads = _prefixes(base.tensors)
+    candidates = [Naming(strip, add) for strip in _prefixes(names) for add in heads]
+    candidates.sort(key=lambda n: (len(n.strip) + len(n.add), n.strip, n.add))  # none at all first
+    best = min(candidates, key=lambda naming: len(missing(naming)))
+    lost = missing(best)
+    if lost:
+        _refuse_other_experts(adapter, lost[0], best.base_name(lost[0]), base)
+        raise AdapterError(
+            f"{adapter.name}: {len(lost)} of {len(names)} modules have no tensor in "
+            f"{base.folder} ({lost[0]})",
+            "is this the base model the adapter was trained on?",
+        )
+    return best
+
+
+def _refuse_other_experts(adapter: Adapter, module: str, stem: str, base: Checkpoint) -> None:
+    """Name the reason where the base stores its experts apart and the adapter does not, or so."""
+    apart = [name for name in base.tensors if name.startswith(f"{stem}.0.")]
+    together = [
+        name
+        for name in base.tensors
+        if _EXPERT.search(module) and name.startswith(_EXPERT.split(stem)[0] + ".")
+    ]
+    found = [*apart, *together]
+    if not found:
+        return
+    ours, theirs = ("one tensor for all", "apart") if apart else ("apart", "in one tensor")
+    raise AdapterError(
+        f"{adapter.name}: {module} was trained with its experts {ours}, {base.folder} stores them "
+        f"{theirs} ({found[0]})",
+        "load the base with the transformers version that trained the adapter, save_pretrained it, "
+        "and fuse into that",
+    )
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
+    """First one to three components of every name, with the dot, and none."""
+    found = {""}
+    for name in names:
+        parts = name.split(".")
+        found |= {".".join(parts[:n]) + "." for n in range(1, min(4, len(parts)))}
+    return {prefix for prefix in found if not any(p.isdigit() for p in prefix.split("."))}
+
+
+def unwrapped(name: str) -> str:
+    """A module's name without the wrappers that PEFT puts around expert parameters."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def weight_of(checkpoint: Checkpoint, spec: ModuleSpec, *, transposed: bool) -> Tensor | None:
+    """A module's base weight as (d_out, d_in), float32; None where the checkpoint lacks it.
+
+    Args:
+        checkpoint: The base model.
+        spec: The adapted module; experts have no single weight and give None.
+        transposed: Whether the base stores (in, out), as GPT-2 does.
+
+    Raises:
+        AdapterError: If the shapes do not belong together.
+    """
+    name = checkpoint.find(spec.name) if spec.form != "experts" else None
+    if name is None:
+        return None
+    weight = checkpoint.read(name).to(torch.float32)
+    if spec.form == "conv":
+        weight = weight.flatten(1)
+    elif spec.form == "embedding" or (transposed and spec.form == "linear"):
+        weight = weight.mT
+    if tuple(weight.shape) != (spec.d_out, spec.d_in):
+        raise AdapterError(
+            f"{checkpoint.folder}: {name} is {list(weight.shape)}, the adapter's {spec.name} is "
+            f"{[spec.d_out, spec.d_in]}",
+            "name the adapter's own base model",
+        )
+    return weight

@@ -1,0 +1,104 @@
+"""Where a module sits in a model: which stack of layers, which layer, which kind."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+_NUMBERS = re.compile(r"(?:^|\.)\d+\.")
+_LAYER = re.compile(r"^(?P<stack>.*?)(?:^|\.)(?P<layer>\d+)\.(?P<kind>.+)$")
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """A module's place.
+
+    Attributes:
+        stack: What stands before the layer number ("model.layers"), "" without one.
+        layer: The first number in the path, None without one.
+        kind: What stands after it ("self_attn.q_proj"), or the whole name.
+    """
+
+    stack: str
+    layer: int | None
+    kind: str
+
+    @property
+    def part(self) -> str:
+        """What stands after the last number: one name for a projection of all experts."""
+        return _NUMBERS.split(self.kind)[-1] or self.kind
+
+
+def place_of(module: str) -> Place:
+    """Read a module's place from its name."""
+    match = _LAYER.match(module)
+    if match is None:
+        return Place("", None, module)
+    return Place(match["stack"], int(match["layer"]), match["kind"])
+
+
+def matches_any(module: str, patterns: Iterable[str]) -> bool:
+    """Whether a module's name matches one of some shell patterns.
+
+    A pattern may leave out what comes before: `3.*.q_proj` finds `model.layers.3.self_attn.q_proj`.
+    """
+    return any(fnmatchcase(module, p) or fnmatchcase(module, f"*.{p}") for p in patterns)
+
+
+def labels(places: Iterable[Place]) -> dict[tuple[str, str], str]:
+    """Short names of (stack, kind): the shortest tail of the kind that no other kind ends in.
+
+    Where a model has several stacks of layers, theirs is put in front ("encoder:query").
+    """
+    keys = sorted({(p.stack, p.kind) for p in places})
+    kinds = {kind for _, kind in keys}
+    numbered = sorted({p.stack for p in places if p.layer is not None})
+    short = {kind: _short(kind, kinds) for kind in kinds}
+    heads = dict(zip(numbered, _heads(numbered), strict=True)) if len(numbered) > 1 else {}
+    return {
+        (stack, kind): f"{heads[stack]}:{short[kind]}" if stack in heads else short[kind]
+        for stack, kind in keys
+    }
+
+
+def _short(kind: str, kinds: Iterable[str]) -> str:
+    parts = kind.split(".")
+    for count in range(1, len(parts)):
+        tail = ".".join(parts[-count:])
+        if sum(other == tail or other.endswith("." + tail) for other in kinds) == 1:
+            return tail
+    return kind
+
+
+def _heads(stacks: Sequence[str]) -> list[str]:
+    """What tells stacks apart: the first component in which they differ."""
+    split = [stack.split(".") for stack in stacks]
+    for index in range(min(map(len, split))):
+        column = [parts[index] for parts in split]
+        if len(set(column)) == len(column):
+            return column
+    return list(stacks)
+
+
+def layer_of(module: str) -> str:
+    """The layer a module belongs to: its path up to the first number."""
+    parts = module.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if place is None:
+        return module
+    return f"{parts[place - 1]}.{parts[place]}" if place else parts[0]
+
+
+def kind_of(module: str) -> str:
+    """The last part of a module's path."""
+    return module.rpartition(".")[2]
+
+
+def natural(names: Iterable[str]) -> list[str]:
+    """Sorted with numbers as numbers: layer 2 before layer 10."""
+
+    def key(name: str) -> list[tuple[bool, int, str]]:
+        # A number stands before a word: the two cannot be compared.
+        return [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in name.split(".")]
+
+    return sorted(names, key=key)

@@ -1,0 +1,184 @@
+"""From what a user types to files on disk. The only place that downloads."""
+
+import glob
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_merge.errors import SourceError
+from lora_merge.files.hub import download
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+_HUB_ID = re.compile(
+    r"^(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^:@]+))?(?::(?P<subfolder>[^:@]+))?$"
+)
+_HUB_SCHEMES = ("hf://", "https://huggingface.co/", "https://hf.co/")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter's files.
+
+    Attributes:
+        ref: What the user typed (or the match of their glob).
+        weights: The safetensors file, or a pickle.
+        config: `adapter_config.json` beside it, None if there is none.
+        revision: Commit hash on the Hub, None for local files.
+    """
+
+    ref: str
+    weights: Path
+    config: Path | None
+    revision: str | None = None
+
+    @property
+    def is_pickle(self) -> bool:
+        """Whether the weights would have to be unpickled."""
+        return self.weights.suffix != ".safetensors"
+
+
+def expand(refs: Sequence[str]) -> list[str]:
+    """Replace every pattern by the paths it matches, in name order; other references stay.
+
+    Raises:
+        SourceError: If a pattern matches nothing.
+    """
+    expanded: list[str] = []
+    for ref in refs:
+        path = Path(ref).expanduser()
+        if path.exists() or not glob.has_magic(ref):
+            expanded.append(ref)
+            continue
+        matches = sorted(glob.glob(str(path)))  # noqa: PTH207 - may be absolute
+        if not matches:
+            raise SourceError(f"{ref}: no file matches this pattern", "check the pattern")
+        expanded.extend(matches)
+    return expanded
+
+
+def resolve(ref: str, *, allow_pickle: bool = False) -> Source:
+    """Find the files of an adapter.
+
+    Args:
+        ref: A directory, a `.safetensors` file, `user/repo`, `user/repo@revision`,
+            `user/repo:subfolder`, an `hf://` URI or a Hub URL. What exists on disk wins.
+        allow_pickle: Accept `adapter_model.bin` where no safetensors file is there.
+
+    Raises:
+        SourceError: If the reference leads nowhere, or only to a pickle that is not allowed.
+    """
+    path = Path(ref).expanduser()
+    if not ref.strip():
+        raise SourceError("an empty name is no adapter", "name a directory, a file or a repository")
+    try:
+        ref.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"{ref!a}: the name is not UTF-8, and neither a recipe nor a model card can hold it",
+            "rename it",
+        ) from error
+    if path.is_symlink() and not path.exists():
+        raise SourceError(f"{ref}: a link that leads nowhere", "repair the link")
+    return _local(ref, path, allow_pickle) if path.exists() else _hub(ref, allow_pickle)
+
+
+def pin(ref: str, revision: str) -> str:
+    """A Hub reference at a given commit, whatever revision it names; local paths stay."""
+    if Path(ref).expanduser().exists():
+        return ref
+    repo, _, subfolder = _parse_hub(ref)
+    return f"{repo}@{revision}" + (f":{subfolder}" if subfolder else "")
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def derived_data(name: str) -> Path:
+    """A directory for results that can be computed again: below the Hub's own assets cache."""
+    from huggingface_hub import cached_assets_path
+
+    return Path(cached_assets_path("lora-merge", namespace=name))
+
+
+def _local(ref: str, path: Path, allow_pickle: bool) -> Source:
+    if path.is_dir():
+        weights = _weights_in(ref, path, allow_pickle)
+    elif path.is_file() and (
+        path.suffix == ".safetensors" or (path.suffix in {".bin", ".pt"} and allow_pickle)
+    ):
+        weights = path
+    else:
+        raise SourceError(
+            f"{ref}: not an adapter directory or a .safetensors file",
+            "give the directory that holds adapter_config.json"
+            if path.suffix not in {".bin", ".pt"}
+            else "pass --allow-pickle to load this pickle with weights_only=True",
+        )
+    config = weights.parent / CONFIG_NAME
+    return Source(ref, weights, config if config.is_file() else None)
+
+
+def _weights_in(ref: str, folder: Path, allow_pickle: bool) -> Path:
+    if (folder / WEIGHTS_NAME).is_file():
+        return folder / WEIGHTS_NAME
+    pickle = folder / PICKLE_NAME
+    if pickle.is_file():
+        if allow_pickle:
+            return pickle
+        raise SourceError(
+            f"{ref}: its weights are a pickle ({PICKLE_NAME}), which can run code when loaded",
+            "pass --allow-pickle to load it with weights_only=True",
+        )
+    others = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+    if len(others) == 1:
+        return others[0]
+    if others:
+        raise SourceError(
+            f"{ref}: several .safetensors files and none is {WEIGHTS_NAME}",
+            f"name one of them: {', '.join(p.name for p in others[:4])}",
+        )
+    nested = sorted(p.parent.name for p in folder.glob(f"*/{WEIGHTS_NAME}"))
+    remedy = f"did you mean {ref.rstrip('/')}/{nested[0]}?" if nested else "check the path"
+    raise SourceError(f"{ref}: no {WEIGHTS_NAME} in this directory", remedy)
+
+
+def _hub(ref: str, allow_pickle: bool) -> Source:
+    repo, revision, subfolder = _parse_hub(ref)
+    if ".." in Path(subfolder).parts or subfolder.startswith("/"):
+        raise SourceError(f"{ref}: a subfolder may not leave the repository", "drop the '..'")
+    names = [CONFIG_NAME, WEIGHTS_NAME] + ([PICKLE_NAME] if allow_pickle else [])
+    patterns = [f"{subfolder}/{name}" if subfolder else name for name in names]
+    folder = download(ref, repo, revision, patterns)
+    inside = folder / subfolder if subfolder else folder
+    if not inside.is_dir():
+        raise SourceError(f"{ref}: {repo} holds no adapter there", "name the right subfolder")
+    weights = _weights_in(ref, inside, allow_pickle)
+    config = inside / CONFIG_NAME
+    return Source(ref, weights, config if config.is_file() else None, revision=folder.name)
+
+
+def _parse_hub(ref: str) -> tuple[str, str | None, str]:
+    """(repo id, revision, subfolder) of a Hub reference."""
+    if ref.startswith(_HUB_SCHEMES):
+        from huggingface_hub import parse_hf_uri
+        from huggingface_hub.errors import HfUriError
+
+        try:
+            uri = parse_hf_uri(ref)
+        except HfUriError as error:
+            raise SourceError(f"{ref}: {error}", "write hf://user/repo[@revision]") from error
+        if uri.type != "model":
+            raise SourceError(f"{ref}: a {uri.type}, not a model repository", "check the URI")
+        return uri.id, uri.revision, uri.path_in_repo
+    match = _HUB_ID.match(ref)
+    if match is None or ref.startswith(("./", "../", "~", "/")):
+        raise SourceError(f"{ref}: no such file or directory", "check the path")
+    return match["repo"], match["revision"], match["subfolder"] or ""

@@ -1,0 +1,256 @@
+"""`lora-merge gate`: put adapters and a gate into one mixture directory."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_merge.cli.shared.options import (
+    bases_option,
+    force_option,
+    json_option,
+    pickle_option,
+    together,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lora_merge.mixture.mixture import Mixture
+
+_PRESETS = (
+    "constant", "request", "xlora", "recall", "meteora", "smora", "arrow", "spectr", "hilora",
+    "phatgoose", "sequence",
+)  # fmt: skip
+
+_gate_options = together(
+    click.option("--top-k", type=click.IntRange(min=1), help="Experts (or ranks) kept per token."),
+    click.option("--temperature", type=float, help="Divides the scores."),
+    click.option(
+        "--value",
+        type=click.Choice(["softmax", "softmax_all", "softmax_twice", "sigmoid", "raw", "binary"]),
+        help="How kept scores become weights.",
+    ),
+    click.option(
+        "--granularity",
+        type=click.Choice(["model", "module"]),
+        help="xlora: one set of weights for the model, or one per module.",
+    ),
+    click.option("--scale", type=float, help="Multiplies every weight."),
+    click.option("-w", "--weight", "weights", type=float, multiple=True, help="constant: weights."),
+    click.option("--null-expert", is_flag=True, help="Let the gate abstain: the base model."),
+    click.option("--null-score", type=float, help="Score of abstaining, where none is learned."),
+    click.option("--sequence", is_flag=True, help="Decide once per sequence, at prefill."),
+    click.option(
+        "--memory",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Share of the previous token's scores that counts at the next.",
+    ),
+    click.option("--depth", type=click.IntRange(min=1), help="xlora: layers of the classifier."),
+    click.option("--width", type=click.IntRange(min=1), help="xlora: its hidden width."),
+)
+_SETTINGS = (
+    "top_k", "temperature", "value", "granularity", "scale", "null_score", "memory", "depth",
+    "width",
+)  # fmt: skip
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  lora-merge gate math code chat --preset arrow -o mix
+  lora-merge gate math code --preset xlora --hidden-size 4096 -o mix
+  lora-merge gate law --into mix -o bigger
+  lora-merge gate --from xlora-checkpoint --base ./llama -o mix
+""",
+    short_help="Put adapters behind a gate: one mixture directory.",
+)
+@click.argument("adapters", nargs=-1, metavar="ADAPTER...")
+@click.option(
+    "--preset",
+    type=click.Choice(_PRESETS),
+    metavar="PRESET",
+    default="arrow",
+    show_default=True,
+    help="The gate, one of those above.",
+)
+@_gate_options
+@click.option("--name", "names", multiple=True, help="Name of an expert; repeat it, in order.")
+@click.option(
+    "--general", multiple=True, help="Adapter to subtract from every expert (arrow); repeatable."
+)
+@click.option("--into", type=click.Path(path_type=Path), help="Mixture to add the adapters to.")
+@click.option(
+    "--from",
+    "checkpoint",
+    type=click.Path(path_type=Path),
+    help="X-LoRA directory or MeteoRA file to read; ADAPTERs are its experts, in its order.",
+)
+@click.option("--base", help="--from: base model, whose class tells X-LoRA's order of layers.")
+@click.option("--hidden-size", type=click.IntRange(min=1), help="xlora: width of the base model.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of gates that are drawn.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("mixture"),
+    show_default=True,
+    help="Directory to make.",
+)
+@bases_option
+@force_option("a mixture directory")
+@click.option("--dry-run", is_flag=True, help="Show what it would be, write nothing.")
+@pickle_option
+@json_option
+def command(
+    adapters: tuple[str, ...],
+    preset: str,
+    names: tuple[str, ...],
+    general: tuple[str, ...],
+    into: Path | None,
+    checkpoint: Path | None,
+    base: str | None,
+    hidden_size: int | None,
+    seed: int,
+    out: Path,
+    accept_base_models: bool,
+    force: bool,
+    dry_run: bool,
+    allow_pickle: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Put ADAPTERs and a gate into one directory that `load_mixture` attaches to a model.
+
+    \b
+    arrow, spectr, hilora,  need no training
+    sequence
+    constant, request       weights, or one expert per batch row, from the caller
+    recall, xlora, meteora, start untrained: run `lora-merge train` on the result
+    smora
+    phatgoose               one gate vector per expert, each trained on its own
+    """  # noqa: D301 -- click's mark is the character itself
+    from lora_merge.adapters.adapter import Adapter
+    from lora_merge.adapters.references import expand
+    from lora_merge.cli.shared.open import check_out
+    from lora_merge.cli.shared.output import Output
+    from lora_merge.mixture.append import append_experts
+    from lora_merge.mixture.formats.meteora import import_checkpoint
+    from lora_merge.mixture.mixture import Mixture
+
+    def opened(references: tuple[str, ...]) -> list[Adapter]:
+        return [
+            Adapter.from_pretrained(ref, allow_pickle=allow_pickle) for ref in expand(references)
+        ]
+
+    output = Output(as_json)
+    if not adapters and checkpoint is None:
+        raise click.UsageError("name at least one ADAPTER")
+    _check_together(into, checkpoint, general, settings)
+    if not dry_run:
+        check_out(out, *adapters, *general, force=force)
+    if checkpoint is not None:
+        mixture = import_checkpoint(
+            checkpoint,
+            experts=expand(adapters),
+            base=base,
+            top_k=settings["top_k"],
+            temperature=settings["temperature"],
+            allow_pickle=allow_pickle,
+        )
+    elif into is not None:
+        mixture = append_experts(
+            Mixture.from_pretrained(into),
+            opened(adapters),
+            names=names or None,
+            seed=seed,
+            accept_base_models=accept_base_models,
+        )
+    else:
+        chosen = {k: settings[k] for k in _SETTINGS if settings[k] is not None}
+        chosen |= {k: True for k in ("null_expert", "sequence") if settings[k]}
+        if settings["weights"]:
+            chosen["weights"] = settings["weights"]
+        mixture = Mixture(
+            opened(adapters),
+            preset,
+            names=names or None,
+            general=opened(general),
+            seed=seed,
+            hidden_size=hidden_size,
+            accept_base_models=accept_base_models,
+            **chosen,
+        )
+    if not dry_run:
+        mixture.save_pretrained(out, force=force)
+    for note in mixture.notes:
+        output.note(note)
+    if not mixture.spec.trained:
+        output.note(f"the {mixture.spec.preset} gate is untrained; next: lora-merge train {out}")
+    output.data(mixture_data(mixture, None if dry_run else out), *mixture_view(mixture))
+
+
+def _check_together(
+    into: Path | None, checkpoint: Path | None, general: tuple[str, ...], settings: dict[str, Any]
+) -> None:
+    """A gate that exists already is not changed on the side."""
+    if into is None and checkpoint is None:
+        return
+    free = () if checkpoint is None else ("top_k", "temperature")
+    given = [k for k, v in settings.items() if v not in (None, False, ()) and k not in free]
+    source = click.get_current_context().get_parameter_source("preset")
+    preset = source is not click.core.ParameterSource.DEFAULT
+    if given or general or preset or (into is not None and checkpoint is not None):
+        option = "--from" if into is None else "--into"
+        raise click.UsageError(f"{option} keeps the gate that is there: no preset, no settings")
+
+
+def mixture_data(mixture: "Mixture", out: Path | None) -> dict[str, Any]:
+    """A mixture as JSON."""
+    from lora_merge.mixture.runtime.overhead import overhead
+
+    return {
+        "schema": 1,
+        "out": None if out is None else str(out),
+        "base_model": mixture.alignment.base_model,
+        "gate": mixture.spec.to_json(),
+        "experts": [
+            {
+                "name": e.name,
+                "general": e.general,
+                "source": e.source,
+                "ranks": sorted(e.adapter.ranks()),
+                "modules": len(e.adapter.modules),
+                "parameters": e.adapter.num_parameters,
+            }
+            for e in mixture.experts
+        ],
+        "overhead": overhead(mixture).to_dict(),
+    }
+
+
+def mixture_view(mixture: "Mixture") -> list["RenderableType"]:
+    """A mixture for a person."""
+    from lora_merge.cli.shared.output import size, span, table
+    from lora_merge.mixture.runtime.overhead import overhead
+
+    grid = table("expert", "rank", "modules", "parameters")
+    for expert in mixture.experts:
+        ranks = expert.adapter.ranks()
+        grid.add_row(
+            expert.name + (" (subtracted)" if expert.general else ""),
+            span(min(ranks), max(ranks)),
+            str(len(expert.adapter.modules)),
+            f"{expert.adapter.num_parameters:,}",
+        )
+    cost = overhead(mixture)
+    spec = mixture.spec
+    kept = f", top {spec.top_k}" if spec.top_k else ""
+    lines = (
+        f"gate       {spec.preset}: {spec.signal}, per {spec.granularity}, {spec.value}{kept}"
+        f"{', can abstain' if spec.null_expert else ''}",
+        f"cost       R up to {cost.max_units} on {cost.modules} modules, {size(cost.bytes)} in "
+        f"float32, {cost.percent:.1f} % of their work",
+    )
+    twice = ("           and a second pass of the base",) if cost.passes > 1 else ()
+    return [grid, *lines, *twice]

@@ -1,0 +1,138 @@
+"""`lora-merge merge`: any method."""
+
+from typing import Any
+
+import click
+
+from lora_merge.cli.shared.options import (
+    WeightType,
+    adapters_argument,
+    merging_options,
+    run_merge,
+    together,
+)
+
+_method_options = together(
+    click.option(
+        "-M",
+        "--method",
+        default="auto",
+        show_default=True,
+        help="Method; see `lora-merge methods`.",
+    ),
+    click.option(
+        "--rank",
+        help="Rank of the result: a number, energy:0.95, elbow, budget:x0.5, budget:N, full.  "
+        "[default: the method's]",
+    ),
+    click.option(
+        "-p",
+        "--param",
+        "parameters",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Parameter of the method; repeat it. See `lora-merge methods METHOD`. The same one "
+        "once per adapter, in their order, gives each its own.",
+    ),
+    click.option(
+        "--density",
+        type=WeightType(),
+        multiple=True,
+        metavar="NUMBER",
+        help="Short for -p density=...",
+    ),
+    click.option(
+        "--compat",
+        type=click.Choice(["authors", "peft", "mergekit"]),
+        help="Short for -p compat=...: whose code to agree with where they differ.",
+    ),
+    click.option(
+        "--side",
+        type=click.Choice(["input", "output", "both"]),
+        help="Short for -p side=... (wudi).",
+    ),
+)
+_shared_options = together(
+    click.option(
+        "--normalize",
+        type=click.Choice(["none", "sum", "abs-sum"]),
+        help="Divide the weights by their sum.  [default: the method's]",
+    ),
+    click.option(
+        "--scale", type=float, default=1.0, show_default=True, help="Factor on the merged delta."
+    ),
+    click.option("--norm-equalise", is_flag=True, help="Bring adapters to the mean norm first."),
+    click.option(
+        "--restore-norm",
+        type=click.Choice(["none", "mean", "weighted-mean"]),
+        default="none",
+        show_default=True,
+        help="Bring the result to the adapters' mean norm.",
+    ),
+    click.option("--pico", is_flag=True, help="Shrink shared output directions before."),
+    click.option("--svc", is_flag=True, help="Shrink directions counted several times after."),
+    click.option(
+        "--space",
+        type=click.Choice(["delta", "aligned", "core", "factors"]),
+        help="Where an elementwise rule works.  [default: the method's]",
+    ),
+    click.option(
+        "--basis",
+        type=click.Choice(["stacks", "deltas"]),
+        default="stacks",
+        show_default=True,
+        help="Core bases: the authors', or independent of how deltas are factored.",
+    ),
+    click.option(
+        "--statistics",
+        type=click.Path(),
+        help="File of collect_statistics, for methods that need one.",
+    ),
+    click.option("--strict", is_flag=True, help="Fail if the cut to a rank loses over half."),
+    click.option("--print-recipe", is_flag=True, help="Print the recipe and stop."),
+)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  lora-merge merge math code chat --rank 16
+  lora-merge merge a b -M ties --density 0.3 -w 1 -w 0.5
+  lora-merge merge a b -M dare --density 0.3 --density '[0.2, 0.8]'
+  lora-merge merge a b -M svd --rank energy:0.95 -w '[0.2, 1.0]' -w 0.8
+  lora-merge merge a b c -M wudi -p side=output --scale 0.65 -o out
+""",
+    short_help="Merge adapters by any method.",
+)
+@adapters_argument
+@_method_options
+@_shared_options
+@merging_options
+def command(parameters: tuple[str, ...], **arguments: Any) -> None:
+    """Merge ADAPTERs into one.
+
+    A weight is a number; a list of numbers, spread over the layers; or a list of
+    {filter: part of a module's name, value: number}, of which the first that matches counts. So
+    is a density, and what else says how an adapter is made sparse.
+    """
+    import sys
+
+    from lora_merge.cli.shared.recipe_options import (
+        parse_parameters,
+        recipe_from,
+        split_run_options,
+    )
+
+    run = split_run_options(arguments)
+    strict, print_recipe = arguments.pop("strict"), arguments.pop("print_recipe")
+    given = parse_parameters(parameters)
+    given += [("density", value) for value in arguments.pop("density")]
+    short = {name: arguments.pop(name) for name in ("compat", "side")}
+    given += [(name, value) for name, value in short.items() if value is not None]
+    recipe = recipe_from(arguments.pop("method"), parameters=given, **arguments)
+    if print_recipe and run["as_json"]:
+        raise click.UsageError("--print-recipe prints YAML: leave --json out")
+    if print_recipe:
+        sys.stdout.write(recipe.to_yaml())
+        return
+    run_merge(recipe, strict=strict, **run)

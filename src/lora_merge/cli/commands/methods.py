@@ -1,0 +1,111 @@
+"""`lora-merge methods`: the table of methods."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_merge.cli.shared.options import json_option
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lora_merge.merge.methods.method import Method
+
+
+@click.command(short_help="The merge methods, or one of them in full.")
+@click.argument("name", required=False)
+@json_option
+def command(name: str | None, as_json: bool) -> None:
+    """Show all merge methods, or everything about the one of a NAME."""
+    from lora_merge.cli.shared.output import Output
+    from lora_merge.merge.methods.registry import find_method, methods
+
+    output = Output(as_json)
+    if name is None:
+        table = list(methods().values())
+        output.data({"schema": 1, "methods": [_data(m) for m in table]}, *_overview(table))
+    else:
+        method = find_method(name)
+        output.data({"schema": 1, **_data(method)}, *_details(method))
+
+
+def _data(method: "Method") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "name": method.name,
+        "aliases": list(method.aliases),
+        "summary": method.summary,
+        "paper": method.paper,
+        "space": method.space,
+        "spaces": list(method.spaces or (method.space,)),
+        "rank": method.rank,
+        "normalize": method.normalize,
+        "gauge_free": method.gauge_free,
+        "adapters": list(method.adapters),
+        "needs": method.needs,
+        "cost": method.cost,
+        "per_adapter": list(method.per_adapter),
+        "parameters": [asdict(parameter) for parameter in method.parameters()],
+    }
+
+
+def _overview(table: "Sequence[Method]") -> "list[RenderableType]":
+    from rich import box
+    from rich.table import Table
+
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column("method", no_wrap=True)
+    grid.add_column("space", no_wrap=True)
+    grid.add_column("what it does")
+    for method in table:
+        grid.add_row(method.name, method.space, method.summary)
+    return [grid, "lora-merge methods NAME shows its parameters, cost and source"]
+
+
+def _details(method: "Method") -> "list[RenderableType]":
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    low, high = method.adapters
+    count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+    ranks = {"largest": "the largest input rank", "full": "all units", "units": "as small as exact"}
+    facts = {
+        "source": method.paper,
+        "aliases": ", ".join(method.aliases),
+        "space": ", ".join(method.spaces or (method.space,)),
+        "adapters": count,
+        "rank": f"{ranks.get(method.rank, method.rank)} unless --rank says otherwise"
+        + ("; made by the method itself" if method.makes_rank else "; by truncated SVD"),
+        "weights": {"none": "as given", "sum": "divided by their sum"}.get(
+            method.normalize, method.normalize
+        ),
+        "depends on": "the deltas alone"
+        if method.gauge_free
+        else "how each delta is factored into B A",
+        "needs": method.needs or "the adapters alone",
+        "cost": f"{method.cost} per module",
+        "by adapter": ", ".join(method.per_adapter),
+    }
+    lines = Text.assemble((method.name, "bold"), f"  {method.summary}\n")
+    for key, value in facts.items():
+        if value:
+            lines.append(f"\n{key:<11} {value}")
+    parameters = method.parameters()
+    if not parameters:
+        return [lines, "no parameters"]
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("parameter", "default", "values", "what it does"):
+        grid.add_column(column, no_wrap=column in ("parameter", "default"))
+    for p in parameters:
+        values = f"{p.kind}{', ' if p.limits else ''}{p.limits}"
+        grid.add_row(p.name, _plain(p.default), Text(values), Text(p.about))
+    return [lines, grid]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

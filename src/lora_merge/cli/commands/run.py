@@ -1,0 +1,22 @@
+"""`lora-merge run`: a merge from its recipe."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_merge.cli.shared.options import pickle_option, run_merge, run_options
+
+
+@click.command(short_help="Run a recipe (lora_merge.yaml).")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@pickle_option
+@run_options
+def command(recipe: Path, **arguments: Any) -> None:
+    """Run a RECIPE: the lora_merge.yaml beside a merged adapter makes the same bytes again.
+
+    Paths in it are relative to the current directory.
+    """
+    from lora_merge.merge.recipe import read_recipe
+
+    run_merge(read_recipe(recipe), **arguments)

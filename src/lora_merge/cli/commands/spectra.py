@@ -1,0 +1,168 @@
+"""`lora-merge spectra`: singular values of every module, and what rank to keep."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lora_merge.cli.shared.open import open_all
+from lora_merge.cli.shared.options import json_option, open_options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lora_merge.analysis.beside_base import BaseReport
+    from lora_merge.analysis.spectra import AdapterSpectra
+
+_METRICS = ["frobenius", "spectral", "stable", "erank", "k95", "top1"]
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  lora-merge spectra ADAPTER
+  lora-merge spectra ADAPTER --module '3.*.q_proj'
+  lora-merge spectra ADAPTER --sort stable --top 10
+  lora-merge spectra 'runs/*' --json > spectra.json
+""",
+    short_help="Singular spectra: what rank is worth keeping, and where.",
+)
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option(
+    "--module",
+    "modules",
+    multiple=True,
+    metavar="GLOB",
+    help="Only modules that match; a single one is shown in full. Repeatable.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(_METRICS),
+    default="frobenius",
+    show_default=True,
+    help="What the heat map shows.",
+)
+@click.option(
+    "--sort", type=click.Choice(["name", *_METRICS]), help="List modules one by one, in this order."
+)
+@click.option("--top", type=click.IntRange(min=1), help="List only so many modules, or values.")
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path, exists=True),
+    help="Base model's directory: relative norms, amplification.",
+)
+@click.option("--intruders", is_flag=True, help="With --base: count intruder dimensions.")
+@click.option("--width", type=click.IntRange(min=60), help="Columns.  [default: the terminal's]")
+@click.option("--csv", type=click.Path(path_type=Path), help="Write module, i, s_i, energy to i.")
+@click.option("--svg", type=click.Path(path_type=Path), help="Draw heat map and curves.")
+@click.option("--png", type=click.Path(path_type=Path), help="The same as pixels.")
+@click.option("--html", type=click.Path(path_type=Path), help="The same with tables, in one file.")
+@open_options
+@json_option
+def command(
+    adapters: tuple[str, ...],
+    modules: tuple[str, ...],
+    metric: str,
+    sort: str | None,
+    top: int | None,
+    base: Path | None,
+    intruders: bool,
+    width: int | None,
+    csv: Path | None,
+    svg: Path | None,
+    png: Path | None,
+    html: Path | None,
+    alpha: float | None,
+    rslora: bool,
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
+    """Show the singular spectra of each ADAPTER's deltas, and what rank is worth keeping.
+
+    Values are those of scaling * B @ A, exact, computed from the factors.
+    """
+    if intruders and base is None:
+        raise click.UsageError("--intruders needs --base")
+    from lora_merge.analysis.export import spectra_document, write_csv
+    from lora_merge.analysis.figures import write_pictures
+    from lora_merge.analysis.spectra import adapter_spectra
+    from lora_merge.cli.shared.output import Output
+    from lora_merge.files.atomic import check_file
+    from lora_merge.files.pictures import check_pictures
+
+    output = Output(as_json, width=width)
+    if csv:
+        check_file(csv)
+    check_pictures(svg, png, html)
+    opened = open_all(adapters, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
+    with output.progress("reading", sum(len(a.modules) for a in opened)) as advance:
+        results = [
+            adapter_spectra(a, modules=modules, keep_cores=base is not None, on_module=advance)
+            for a in opened
+        ]
+    if csv:
+        write_csv(results, csv)
+    write_pictures(results, svg=svg, png=png, html_page=html, metric=metric)
+    reports: list[BaseReport] = []
+    if base is not None:
+        from lora_merge.analysis.beside_base import default_cache, relate_to_base
+        from lora_merge.files.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(base)
+        with output.progress("reading the base", sum(len(r.finite) for r in results)) as advance:
+            reports = [
+                relate_to_base(
+                    adapter,
+                    spectra,
+                    checkpoint,
+                    intruders=intruders,
+                    cache=default_cache(),
+                    on_module=advance,
+                )
+                for adapter, spectra in zip(opened, results, strict=True)
+            ]
+    if as_json:
+        document = spectra_document(results)
+        for entry, report in zip(document["adapters"], reports, strict=False):
+            entry["base"] = report.to_dict()
+        output.data(document)
+        return
+    from lora_merge.cli.views.beside_base import base_view
+
+    views = _views(results, bool(modules), metric, sort, top, output.width, output.plain)
+    for spectra, report in zip(results, reports, strict=False):
+        views.append(base_view(report, spectra.adapter, plain=output.plain))
+    output.data({}, *views)
+
+
+def _views(
+    results: "list[AdapterSpectra]",
+    chosen: bool,
+    metric: str,
+    sort: str | None,
+    top: int | None,
+    width: int,
+    plain: bool,
+) -> "list[RenderableType]":
+    from rich.text import Text
+
+    from lora_merge.cli.views import spectra as view
+    from lora_merge.cli.views.module import module_view
+
+    if sort or top or chosen:
+        views: list[RenderableType] = []
+        for spectra in results:
+            if len(results) > 1:
+                views.append(Text(spectra.adapter, style="bold"))
+            if chosen and len(spectra.modules) == 1:
+                views.append(module_view(spectra.modules[0], width=width, top=top, plain=plain))
+            else:
+                views.append(
+                    view.module_list(
+                        spectra.modules, sort=sort or "frobenius", top=top, width=width, plain=plain
+                    )
+                )
+        return views
+    if len(results) == 1:
+        return [view.overview(results[0], width=width, metric=metric, plain=plain)]
+    return [view.several(results, width=width, metric=metric, plain=plain)]

@@ -1,0 +1,42 @@
+"""Open the adapters a command line names."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from lora_merge.adapters.adapter import Adapter
+
+
+def check_out(out: Path, *inputs: str | Path, force: bool) -> None:
+    """Refuse an output directory before anything is read, measured or downloaded."""
+    from lora_merge.files.atomic import check_target
+
+    check_target(out, force=force, inputs=[Path(i) for i in inputs if Path(i).exists()])
+
+
+def open_all(
+    refs: Sequence[str], *, alpha: float | None, rslora: bool, allow_pickle: bool
+) -> "list[Adapter]":
+    """Open every reference, with `open_options`; patterns stand for what they match."""
+    from lora_merge.adapters.config import AdapterConfig
+    from lora_merge.adapters.opening import open_adapter
+    from lora_merge.adapters.references import expand, resolve
+
+    fallback = None
+    if alpha is not None:
+        fallback = AdapterConfig(r=None, lora_alpha=alpha, use_rslora=rslora)
+    return [
+        open_adapter(resolve(ref, allow_pickle=allow_pickle), fallback=fallback)
+        for ref in expand(refs)
+    ]
+
+
+def open_single(ref: str, **options: Any) -> "Adapter":
+    """Open the one adapter that a reference stands for, with `open_options`."""
+    opened = open_all([ref], **options)
+    if len(opened) != 1:
+        raise click.UsageError(f"{ref} stands for {len(opened)} adapters; name one")
+    return opened[0]

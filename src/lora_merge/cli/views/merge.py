@@ -1,0 +1,123 @@
+"""Tables that show a merge: the plan before it, the report after it."""
+
+from typing import Any
+
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.text import Text
+
+from lora_merge.adapters.module_names import place_of
+from lora_merge.cli.shared.output import percent, size, span, table
+from lora_merge.merge.plan import MergePlan
+from lora_merge.merge.report import GroupReport, MergeReport
+
+
+def plan_data(plan: MergePlan, jobs: int) -> dict[str, Any]:
+    """A plan as JSON values."""
+    return {
+        "schema": 1,
+        "method": plan.method.name,
+        "rank_rule": str(plan.rule),
+        "base_model": plan.alignment.base_model,
+        "adapters": [
+            {
+                "adapter": a.name,
+                "weight": w.to_data(),
+                "parameters": {name: value.to_data() for name, value in own.items()},
+                "ranks": sorted(a.ranks()),
+                "modules": len(a.modules),
+            }
+            for a, w, own in zip(plan.alignment.adapters, plan.weights, plan.own, strict=True)
+        ],
+        "modules": [
+            {
+                "name": m.name,
+                "adapters": list(m.specs),
+                "units": m.num_units,
+                "rank": plan.ranks[m.name],
+                "shape": [m.first.d_out, m.first.d_in],
+            }
+            for m in plan.alignment.modules
+        ],
+        "output_bytes": plan.output.num_bytes,
+        "peak_bytes": plan.peak_bytes(jobs),
+        "dtype": plan.output.dtype,
+        "notes": list(plan.notes),
+    }
+
+
+def plan_view(plan: MergePlan, jobs: int) -> list[RenderableType]:
+    """A plan for a terminal."""
+    further = ("own parameters",) if any(plan.own) else ()
+    sources = table("adapter", "weight", "modules", "rank", *further)
+    for index in plan.by_name:
+        adapter, weight = plan.alignment.adapters[index], plan.weights[index]
+        ranks = sorted(adapter.ranks())
+        sources.add_row(
+            Text(adapter.name),
+            str(weight),
+            str(len(adapter.modules)),
+            span(ranks[0], ranks[-1]),
+            *([", ".join(f"{n} {v}" for n, v in plan.own[index].items())] if further else []),
+        )
+    kinds: dict[str, list[tuple[int, int, str]]] = {}
+    for module in plan.alignment.modules:
+        shape = f"{module.first.d_out} x {module.first.d_in}"
+        entry = (module.num_units, plan.ranks[module.name], shape)
+        kinds.setdefault(place_of(module.name).part, []).append(entry)
+    kinds_table = table("kind", "modules", "shape", "units in", "rank out")
+    for kind, entries in kinds.items():
+        units, ranks = [e[0] for e in entries], [e[1] for e in entries]
+        shapes = sorted({e[2] for e in entries})
+        kinds_table.add_row(
+            escape(kind),
+            str(len(entries)),
+            shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes",
+            span(min(units), max(units)),
+            span(min(ranks), max(ranks)),
+        )
+    at_most = "at most " if plan.measured else ""
+    return [
+        sources,
+        kinds_table,
+        f"{plan.method.name} would write {at_most}{size(plan.output.num_bytes)} "
+        f"({plan.output.dtype})",
+        f"working memory about {size(plan.peak_bytes(jobs))} beyond torch itself, "
+        f"with {jobs} job{'s' if jobs > 1 else ''}",
+    ]
+
+
+def report_view(report: MergeReport) -> list[RenderableType]:
+    """A report for a terminal."""
+    total = report.total()
+    clusters = ("clusters up to",) if total.largest_clusters else ()
+    kept = ("kept",) if total.retained < 0.9995 else ()
+    grid = table("kind", "modules", "units", "rank", "error", "norm", *kept, *clusters)
+    groups = report.groups()
+    for group in groups:
+        grid.add_row(*_row(group, bool(kept)))
+    if len(groups) > 1:
+        grid.add_section()
+        grid.add_row(*_row(total, bool(kept)), style="bold")
+    return [
+        grid,
+        "error: distance from the exact sum; norm: of the result; both over the sum's"
+        + ("\nkept: share of the result's energy that the cut to its rank left" if kept else ""),
+        escape(f"wrote {report.out} ({size(report.num_bytes)})"),
+    ]
+
+
+def _row(group: GroupReport, kept: bool) -> list[str]:
+    row = [
+        escape(group.name),
+        str(group.modules),
+        span(*group.num_units),
+        span(*group.rank),
+        percent(group.relative_error),
+        "-" if group.norm_ratio is None else f"{group.norm_ratio:.2f}",
+        *([percent(group.retained)] if kept else []),
+    ]
+    if group.largest_clusters:
+        mean, largest = group.largest_clusters
+        row.append(f"{mean:.1f}, {largest}")
+    return row

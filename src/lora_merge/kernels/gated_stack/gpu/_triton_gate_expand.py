@@ -1,0 +1,115 @@
+"""Gate and expand of few tokens as one Triton kernel, for all modules that share the input.
+
+Decoding is a matter of launches and of loads in flight, not of arithmetic: every program makes the
+weights anew, which costs less than one more launch, and asks for its piece of `up` at once.
+"""
+
+import triton
+import triton.language as tl
+
+from lora_merge.kernels.gated_stack.gpu._triton import weights_of
+
+
+@triton.jit
+def _rows_of_up(up_columns, r, width, live, in_n):
+    """Some rows of `up`, shape (BR, BN)."""
+    at = up_columns + r[:, None].to(tl.int64) * width
+    return tl.load(at, mask=live[:, None] & in_n, other=0.0)
+
+
+@triton.jit(do_not_specialize=["tokens", "share"])
+def gate_expand_kernel(
+    y,
+    parts,
+    score_parts,
+    columns,
+    bias,
+    up,
+    out,
+    tokens,
+    share,
+    stride_y,
+    stride_parts,
+    stride_scores,
+    part_step,
+    score_step,
+    units,
+    scores,
+    temperature,
+    factor,
+    null_score,
+    widths,
+    MEMBERS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SCORE_SPLIT: tl.constexpr,
+    KIND: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
+    NULL: tl.constexpr,
+    BIAS: tl.constexpr,
+    SKIP: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out_m[t] = y_m[t] + sum over units r of g_r u_r up_m[r], members m one after another.
+
+    `y` holds the members' outputs side by side, `up` and `out` one matrix after another. With SKIP
+    a row of `up` that no token uses is not fetched; without, it is asked for before its weight is
+    known.
+    """
+    tile = tl.program_id(0)
+    m = 0
+    start = tl.full((), 0, tl.int64)  # the member's first column among all outputs
+    width = widths[0]
+    for i in tl.static_range(1, MEMBERS):
+        before = tl.cdiv(widths[i - 1], BN)
+        if (m == i - 1) & (tile >= before):
+            tile -= before
+            start += widths[i - 1]
+            width = widths[i]
+            m = i
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    n = tile * BN + tl.arange(0, BN)
+    here = (t < tokens)[:, None]
+    in_n = (n < width)[None, :]
+    up_columns = up + start * units + n[None, :]
+    lane = tl.arange(0, BR)
+    if not SKIP:
+        b = _rows_of_up(up_columns, lane, width, lane < units, in_n)
+    unit_row = parts + (t * stride_parts)[:, None] + m * units
+    score_row = score_parts + (t // share * stride_scores)[:, None] + m * scores
+    g = weights_of(
+        score_row, score_step, bias + m * scores, here, scores, temperature, factor, null_score,
+        SCORE_SPLIT, KIND, TOP_K, ABSOLUTE, NULL, BIAS, BT, BS,
+    )  # fmt: skip
+    acc = tl.zeros((BT, BN), dtype=tl.float32)
+    for first in range(0, units, BR):
+        r = (first + lane)[None, :]
+        inside = here & (r < units)
+        u = tl.zeros((BT, BR), tl.float32)
+        for piece in tl.static_range(SPLIT):
+            u += tl.load(unit_row + piece * part_step + r, mask=inside, other=0.0).to(tl.float32)
+        column = tl.load(columns + r, mask=r < units, other=0).to(tl.int32)
+        own = tl.gather(g, tl.broadcast_to(column, (BT, BR)), 1)
+        z = tl.where(inside, u * own, 0.0).to(up.dtype.element_ty)
+        if SKIP:
+            live = tl.max(tl.where(z != 0.0, 1, 0), 0) > 0
+            b = _rows_of_up(up_columns, first + lane, width, live, in_n)
+        if BT == 1:
+            each = tl.reshape(z, (BR, 1)).to(tl.float32) * b.to(tl.float32)
+            acc += tl.sum(each, 0)[None, :]
+        elif UPCAST:
+            acc = tl.dot(z.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(z, b, acc, input_precision=PRECISION)
+        if not SKIP:
+            ahead = first + BR + lane
+            b = _rows_of_up(up_columns, ahead, width, ahead < units, in_n)
+    mine = here & in_n
+    base = tl.load(y + (t * stride_y)[:, None] + start + n[None, :], mask=mine, other=0.0)
+    at = out + (start * tokens + t * width)[:, None] + n[None, :]
+    tl.store(at, acc + base.to(tl.float32), mask=mine)

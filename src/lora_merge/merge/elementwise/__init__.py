@@ -1,0 +1,1 @@
+"""Rules defined entry by entry on the delta, in bands of rows."""

@@ -1,0 +1,1 @@
+"""The published merge methods, a file per family, and their table."""

@@ -1,0 +1,198 @@
+"""Merges that minimise a sum of squares: WUDI in closed form, RegMean, SSR.
+
+WUDI (arXiv 2503.08099) asks that the merged delta act like each adapter on the subspace that
+adapter uses: min_X sum_i |(X - D_i) D_i^T|^2 / |D_i|^2. It is published as an iteration; the
+minimiser is a linear solve: least squares with D_i^T D_i as a stand-in for the covariance of task
+i's inputs, and, with sides exchanged, D_i D_i^T for that of its output gradients.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.errors import MethodError
+from lora_merge.merge.methods.method import Job, Outcome
+from lora_merge.merge.methods.options import option
+from lora_merge.merge.methods.spectral import flatten, share_of_energy, triplets, truncated_svd
+
+
+@dataclass(frozen=True)
+class WudiOptions:
+    """Parameters of `wudi`."""
+
+    side: Literal["input", "output", "both"] = option(
+        "input",
+        "whose subspaces must not be disturbed: the adapters' inputs (published) or outputs",
+    )
+    # Two checkpoints of one training run: at 0.01 small differences of their subspaces blow the
+    # result up (norm 1.6 x the mean's on the input side), at 0.1 it is the mean within 6 %.
+    ridge: float = option(
+        0.1, "pull towards the plain sum, relative to the mean eigenvalue of the metric", above=0
+    )
+    compress: Literal["metric", "frobenius"] = option(
+        "metric", "error that the cut to a rank minimises: the method's own, or the plain one"
+    )
+    beta: float = option(
+        0.0,
+        "0 leaves the singular values of the result, 1 makes them equal (norm kept, not published)",
+        low=0,
+        high=1,
+    )
+
+
+def wudi(stack: RankStack, job: Job, options: WudiOptions) -> Outcome:
+    """The minimiser, cut to the rank asked for in the same metric (reduced-rank regression).
+
+    With H = sum of output metrics, G = sum of input metrics and T the sum of the deltas, X solves
+    H X + X G = sum_i (H_i D_i + D_i G_i), each metric with its ridge times (X - T). One side leaves
+    one term, whose objective is |S^(1/2) (X - X*)|^2 plus a constant: the best X of a rank is then
+    an SVD of S^(1/2) X*, not of X*.
+    """
+    parts = triplets(stack.weighted(job.weights))
+    energy = torch.zeros(len(job.weights), dtype=torch.float64, device=parts.scale.device)
+    energy.index_add_(0, parts.owner, parts.scale.square())
+    share = parts.scale.square() / energy[parts.owner]
+    if options.side == "both":
+        outcome = _both_sides(parts, share, job.rank, options.ridge)
+    elif options.side == "output":
+        outcome = _one_side(parts, share, job.rank, options)
+    else:
+        outcome = _one_side(parts.transposed(), share, job.rank, options)
+        outcome = replace(outcome, stack=outcome.stack.transposed())
+    if options.beta == 0:
+        return outcome
+    return replace(outcome, stack=_flattened(outcome.stack, options.beta))
+
+
+def _one_side(parts: RankStack, share: Tensor, rank: int | None, options: WudiOptions) -> Outcome:
+    """min_X sum_i |D_i^T (X - D_i)|^2 / |D_i|^2, ridge towards the sum.
+
+    Args:
+        parts: Singular triplets of every D_i.
+        share: Each triplet's share of its adapter's energy: H_i = U diag(share) U^T.
+        rank: Rank of the result.
+        options: Ridge, and the error that the cut minimises.
+    """
+    metric = (parts.up * share) @ parts.up.mT
+    ridge = options.ridge * metric.diagonal().mean() if len(metric) else 0.0
+    wanted = (parts.up * (parts.scale * (share + ridge))) @ parts.down
+    values, vectors = torch.linalg.eigh(metric)
+    values = values.clamp_min(0) + ridge
+    root = values.sqrt() if options.compress == "metric" else torch.ones_like(values)
+    # S^(1/2) X* in the eigenbasis, cut, and S^(-1/2) put back on the left factor.
+    u, s, vh = truncated_svd(root[:, None] * ((vectors.mT @ wanted) / values[:, None]), None)
+    left = vectors @ (u[:, :rank] / root[:, None])
+    # Both parts of a cut in the metric are orthogonal in it, so their energies there add up.
+    return Outcome(RankStack.single(left, vh[:rank], s[:rank]), energy=share_of_energy(s[:rank], s))
+
+
+def _both_sides(parts: RankStack, share: Tensor, rank: int | None, ridge: float) -> Outcome:
+    """Input and output objective added: a Sylvester equation, solved in two eigenbases."""
+    h_values, h_vectors = torch.linalg.eigh((parts.up * share) @ parts.up.mT)
+    g_values, g_vectors = torch.linalg.eigh((parts.down.mT * share) @ parts.down)
+    pull = ridge * (h_values.mean() + g_values.mean()) if parts.num_units else 0.0
+    wanted = (parts.up * (parts.scale * (2 * share + pull))) @ parts.down
+    weight = h_values.clamp_min(0)[:, None] + g_values.clamp_min(0) + pull
+    solved = h_vectors.mT @ wanted @ g_vectors / weight.clamp_min(1e-300)
+    u, s, vh = truncated_svd(h_vectors @ solved @ g_vectors.mT, None)
+    return Outcome(
+        RankStack.single(u[:, :rank], vh[:rank], s[:rank]), energy=share_of_energy(s[:rank], s)
+    )
+
+
+def _flattened(result: RankStack, beta: float) -> RankStack:
+    """The same directions and norm with a flatter spectrum, as Iso-C's."""
+    u, s, vh = truncated_svd(result.delta(), None)
+    values = flatten(s, beta)
+    return RankStack.single(u, vh, values * (s.norm() / values.norm()) if len(s) else values)
+
+
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+    """Sum of tensors of one shape."""
+    first, *rest = tensors
+    total = first.clone()
+    for tensor in rest:
+        total += tensor
+    return total
+
+
+@dataclass(frozen=True)
+class RegMeanOptions:
+    """Parameters of `regmean`."""
+
+    off_diagonal: float = option(
+        0.9, "factor on the off-diagonal entries of the input Grams", low=0, high=1
+    )
+    ridge: float = option(1e-6, "ridge relative to the mean diagonal entry", above=0)
+
+
+@dataclass(frozen=True)
+class SsrOptions:
+    """Parameters of `ssr`."""
+
+    ridge: float = option(1e-4, "ridge relative to the mean diagonal entry", above=0)
+
+
+def regmean(stack: RankStack, job: Job, options: RegMeanOptions) -> Outcome:
+    """RegMean (Jin et al., ICLR 2023): min_X sum_i E_i |(X - D_i) x|^2 over collected inputs.
+
+    X = sum_i D_i G_i (sum_i G_i)^-1: every B_i stays and A_i becomes A_i G_i S^-1.
+    """
+    grams = {i: needed(job, f"x.{i}", "regmean") for i in stack.adapters}
+    shrunk = {
+        i: options.off_diagonal * g + (1 - options.off_diagonal) * torch.diag(g.diagonal())
+        for i, g in grams.items()
+    }
+    metric = sum_of(shrunk.values())
+    ridge = options.ridge * metric.diagonal().mean()
+    down = torch.cat(
+        [
+            stack.down[stack.owner == i].to(g) @ g + ridge * stack.down[stack.owner == i].to(g)
+            for i, g in shrunk.items()
+        ]
+    )
+    metric = metric + ridge * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    routed = torch.linalg.solve(metric, down.mT).mT.to(stack.down.dtype)
+    weighted = stack.weighted(job.weights)
+    return Outcome(RankStack(routed, weighted.up, weighted.scale, weighted.owner))
+
+
+def ssr(stack: RankStack, job: Job, options: SsrOptions) -> Outcome:
+    """SSR-Merge (ICML 2026): a router between A_c and B_c from R-dimensional statistics.
+
+    With z = A_c x, the router Q (sum_k Z_k + ridge)^-1 predicts from all z what the active
+    adapter's own z is; Q's rows of adapter k are those of Z_k. A stays, B becomes B Q (...)^-1.
+    """
+    owner = needed(job, "owner", "ssr").to(stack.owner.device)
+    present = torch.isin(owner, stack.owner)
+    moments = {i: needed(job, f"z.{i}", "ssr")[present][:, present] for i in stack.adapters}
+    # The file may number the adapters otherwise; inside an adapter the order is the same.
+    order = torch.argsort(owner[present], stable=True)
+    moments = {i: z[order][:, order] for i, z in moments.items()}
+    total = sum_of(moments.values())
+    ridge = options.ridge * total.diagonal().mean()
+    own = torch.cat([z[stack.owner == i] for i, z in moments.items()])
+    identity = torch.eye(len(total), dtype=total.dtype, device=total.device)
+    router = torch.linalg.solve(total + ridge * identity, (own + ridge * identity).mT).mT
+    weighted = stack.weighted(job.weights)
+    up = (weighted.up.to(router) * weighted.scale) @ router
+    return Outcome(RankStack.single(up.to(stack.up.dtype), stack.down))
+
+
+def needed(job: Job, key: str, method: str) -> Tensor:
+    """One tensor of a module's statistics.
+
+    Raises:
+        MethodError: If it was not collected.
+    """
+    if key not in job.statistics:
+        extra = " with inputs=True" if key.startswith("x") else ""
+        raise MethodError(
+            f"method {method} needs statistics of what {job.module} sees, and there are none",
+            f"make them with lora_merge.collect_statistics{extra} and give the file as statistics",
+        )
+    return job.statistics[key]

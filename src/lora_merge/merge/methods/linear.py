@@ -1,0 +1,86 @@
+"""Weighted sums of deltas, and what PEFT calls linear."""
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.merge.methods.method import Job, Outcome, equal_ranks
+
+
+def weighted_sum(stack: RankStack, job: Job, options: object) -> Outcome:
+    """sum_i w_i Delta_i, exactly: the units side by side (concatenation is summation).
+
+    Adapters that share a factor are summed in the other one, which is the same delta in fewer
+    units: federated training with a frozen A (FFA-LoRA, arXiv 2403.12313), a shared A
+    (HydraLoRA, arXiv 2404.19245), fixed B and A around a trained r x r (LoRA-SB, 2411.19557).
+    """
+    return Outcome(join_shared(stack.weighted(job.weights)))
+
+
+def join_shared(stack: RankStack) -> RankStack:
+    """The same delta with one set of units for all adapters whose A (or B) is the same tensor."""
+    if len(stack.adapters) < 2:
+        return stack
+    groups = _equal_groups([stack.down[part] for part in _places(stack)])
+    if len(groups) < len(stack.adapters):
+        return RankStack.joined([_sum_up(stack, [stack.adapters[i] for i in g]) for g in groups])
+    groups = _equal_groups([stack.up[:, part] for part in _places(stack)])
+    if len(groups) < len(stack.adapters):
+        turned = stack.transposed()
+        parts = [_sum_up(turned, [stack.adapters[i] for i in g]) for g in groups]
+        return RankStack.joined(parts).transposed()
+    return stack
+
+
+def _places(stack: RankStack) -> list[slice]:
+    """Where each adapter's units are; owners do not decrease, so they are together."""
+    ends = torch.bincount(stack.owner).cumsum(0).tolist()
+    return [slice(ends[i - 1] if i else 0, ends[i]) for i in stack.adapters]
+
+
+def linear_factors(stack: RankStack, job: Job, options: object) -> Outcome:
+    """PEFT's `linear`: A and B averaged apart, which is not the average of the deltas.
+
+    A* = sum_i sgn(c_i) sqrt|c_i| A_i, B* = sum_i sqrt|c_i| B_i with c_i = w_i s_i: N terms that are
+    meant and N (N - 1) cross terms B_i A_j.
+
+    Raises:
+        MethodError: If the ranks differ.
+    """
+    shape = equal_ranks(
+        stack, f"linear-factors at {job.module}", "use linear (on deltas, exact, any ranks)"
+    )
+    factor = stack.scale * job.weights[stack.owner]
+    root = factor.abs().sqrt()
+    down = (stack.down * (root * factor.sign())[:, None].to(stack.down.dtype)).unflatten(0, shape)
+    up = (stack.up * root.to(stack.up.dtype)).unflatten(1, shape)
+    return Outcome(RankStack.single(up.sum(dim=1), down.sum(dim=0)))
+
+
+def _equal_groups(factors: list[Tensor]) -> list[list[int]]:
+    """Indices of equal tensors together, in order of first appearance."""
+    groups: list[list[int]] = []
+    for index, factor in enumerate(factors):
+        for group in groups:
+            first = factors[group[0]]
+            # Almost all pairs differ in their first entries already.
+            if (
+                first.shape == factor.shape
+                and torch.equal(first[:1, :8], factor[:1, :8])
+                and torch.equal(first, factor)
+            ):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
+
+
+def _sum_up(stack: RankStack, owners: list[int]) -> RankStack:
+    """Adapters with one `down`: their scaled `up`s added."""
+    parts = [stack.of_adapter(owner) for owner in owners]
+    if len(parts) == 1:
+        return parts[0]
+    up = torch.stack([p.up.double() * p.scale for p in parts]).sum(dim=0)
+    first = parts[0]
+    return RankStack(first.down, up.to(first.up.dtype), torch.ones_like(first.scale), first.owner)

@@ -1,0 +1,393 @@
+"""The one table of merge methods: every published method is a row of it.
+
+Another package adds a method by an entry point of the group `lora_merge.methods` that names a
+`Method`; nothing else is needed.
+"""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import cache, partial
+from importlib.metadata import entry_points
+from typing import Any
+
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.errors import MethodError
+from lora_merge.merge.methods import (
+    entrywise,
+    least_squares,
+    linear,
+    matched_units,
+    spectral,
+    sphere,
+    tucker,
+)
+from lora_merge.merge.methods.lego import LegoOptions, lego
+from lora_merge.merge.methods.method import Job, Method, Outcome, Space
+
+__all__ = ["METHODS", "Job", "Method", "Outcome", "find_method", "methods"]
+
+
+def _lego(stack: RankStack, job: Job, options: LegoOptions) -> Outcome:
+    weighted = stack.weighted(job.weights)
+    rank = min(job.rank or stack.num_units, stack.num_units)
+    result = lego(weighted, rank, options=options, rng=job.rng())
+    details = {"cluster_sizes": result.cluster_sizes}
+    return Outcome(result.stack, details, mixes=result.mixes)
+
+
+def _entries(
+    name: str,
+    rule: str,
+    summary: str,
+    paper: str,
+    *,
+    space: Space = "delta",
+    presets: Mapping[str, Any] | None = None,
+) -> Method:
+    """A row for an elementwise rule in a space."""
+    presets = presets or {}
+    per_adapter: dict[str, tuple[str, ...]] = {
+        "dare-ties": ("density", "trim"),
+        "della": ("density", "epsilon"),
+        "breadcrumbs": ("density", "gamma"),
+        "sce": (),  # what it keeps is decided for all adapters together
+    }
+    costs = {"delta": "d_in d_out R, in row blocks", "aligned": "d_in R²", "core": "R³"}
+    return Method(
+        name=name,
+        summary=summary,
+        paper=paper,
+        combine=partial(entrywise.entries, rule),
+        prepare=partial(entrywise.measure_entries, rule),
+        check=partial(entrywise.rule_of, rule),
+        per_adapter=per_adapter.get(rule, ("density",)),
+        options=entrywise.EntryOptions,
+        presets=presets,
+        shown={**entrywise.rule_defaults(rule), **presets},
+        space=space,
+        spaces=("delta", "aligned", "core", "factors"),
+        makes_rank=True,
+        full_rank_in=("delta",),
+        anchored=True,
+        cost=costs[space],
+    )
+
+
+_TABLE = (
+    Method(
+        name="task-arithmetic",
+        summary="weighted sum of the deltas, cut to the largest input rank",
+        paper="Ilharco et al. 2023, arXiv 2212.04089",
+        combine=linear.weighted_sum,
+        space="units",
+        aliases=("linear",),
+    ),
+    Method(
+        name="svd",
+        summary="best approximation of the weighted sum at a rank (Eckart-Young)",
+        paper="Eckart & Young 1936; PEFT's svd",
+        combine=linear.weighted_sum,
+        space="units",
+    ),
+    Method(
+        name="cat",
+        summary="weighted sum of the deltas, exactly: ranks add up",
+        paper="PEFT's cat; FLoRA, arXiv 2409.05976",
+        combine=linear.weighted_sum,
+        space="units",
+        rank="full",
+        cost="(d_in + d_out) R",
+    ),
+    Method(
+        name="mean",
+        summary="weighted mean of the deltas, cut to the largest input rank",
+        paper="Wortsman et al. 2022, arXiv 2203.05482",
+        combine=linear.weighted_sum,
+        space="units",
+        normalize="sum",
+    ),
+    Method(
+        name="fedavg",
+        summary="exact federated mean; where adapters share A or B the rank does not grow",
+        paper="FFA-LoRA 2403.12313, FedEx-LoRA 2410.09432, LoRA-SB 2411.19557",
+        combine=linear.weighted_sum,
+        space="units",
+        rank="units",
+        normalize="sum",
+        cost="(d_in + d_out) R",
+    ),
+    Method(
+        name="linear-factors",
+        summary="PEFT's linear: A and B summed apart, with cross terms (for compatibility)",
+        paper="PEFT's linear",
+        combine=linear.linear_factors,
+        space="factors",
+        gauge_free=False,
+        cost="(d_in + d_out) R",
+    ),
+    Method(
+        name="slerp",
+        summary="along the great circle from one delta to another",
+        paper="Shoemake 1985; mergekit's slerp, on deltas",
+        combine=sphere.slerp,
+        options=sphere.SlerpOptions,
+        space="units",
+        adapters=(2, 2),
+        ordered=True,
+    ),
+    Method(
+        name="multislerp",
+        summary="weighted mean of directions, at the weighted mean norm",
+        paper="mergekit's multislerp, on deltas",
+        combine=sphere.multislerp,
+        space="units",
+    ),
+    Method(
+        name="karcher",
+        summary="intrinsic mean of directions on the sphere, at the weighted mean norm",
+        paper="Karcher 1977; mergekit's karcher, on deltas",
+        combine=sphere.karcher,
+        options=sphere.KarcherOptions,
+        space="units",
+    ),
+    Method(
+        name="model-stock",
+        summary="mean, shortened by the adapters' angle; for adapters of one task",
+        paper="Jang et al. 2024, arXiv 2403.19522",
+        combine=sphere.model_stock,
+        space="units",
+    ),
+    _entries(
+        "magnitude",
+        "magnitude",
+        "largest entries of each adapter, summed",
+        "PEFT's magnitude_prune",
+    ),
+    _entries(
+        "ties",
+        "ties",
+        "trim small entries, elect a sign, average what agrees",
+        "Yadav et al., NeurIPS 2023, arXiv 2306.01708",
+    ),
+    _entries(
+        "dare",
+        "dare",
+        "drop entries at random, rescale the rest, sum",
+        "Yu et al., ICML 2024, arXiv 2311.03099",
+    ),
+    _entries(
+        "dare-ties",
+        "dare-ties",
+        "drop entries at random, rescale, then TIES",
+        "Yu et al., ICML 2024, arXiv 2311.03099",
+    ),
+    _entries(
+        "della",
+        "della",
+        "drop by rank of magnitude in each row, rescale, elect a sign",
+        "Deep et al. 2024, arXiv 2406.11617",
+    ),
+    _entries(
+        "breadcrumbs",
+        "breadcrumbs",
+        "drop the largest entries and the smallest, sum",
+        "Davari & Belilovsky, ECCV 2024, arXiv 2312.06795",
+    ),
+    _entries(
+        "sce",
+        "sce",
+        "positions where adapters differ, weighted by energy, minority signs erased",
+        "FuseChat, Wan et al. 2024, arXiv 2408.07990",
+    ),
+    _entries(
+        "knots-ties",
+        "ties",
+        "TIES in the adapters' common left singular basis",
+        "KnOTS, Stoica et al., ICLR 2025, arXiv 2410.19735",
+        space="aligned",
+    ),
+    _entries(
+        "knots-dare-ties",
+        "dare-ties",
+        "DARE-TIES in the adapters' common left singular basis",
+        "KnOTS, Stoica et al., ICLR 2025, arXiv 2410.19735",
+        space="aligned",
+        presets={"density": 0.9},
+    ),
+    _entries(
+        "core-ties",
+        "ties",
+        "TIES on the R x R cores",
+        "Core Space, Panariello et al., NeurIPS 2025, arXiv 2509.17786",
+        space="core",
+    ),
+    _entries(
+        "core-dare-ties",
+        "dare-ties",
+        "DARE-TIES on the R x R cores",
+        "Core Space, Panariello et al., NeurIPS 2025, arXiv 2509.17786",
+        space="core",
+        presets={"density": 0.9},
+    ),
+    Method(
+        name="tsv",
+        summary="singular vectors of all adapters, orthogonalised against each other",
+        paper="Gargiulo et al., CVPR 2025, arXiv 2412.00081",
+        combine=spectral.tsv,
+        options=spectral.TsvOptions,
+    ),
+    Method(
+        name="iso-c",
+        summary="weighted sum with all singular values made equal",
+        paper="Marczak et al., ICML 2025, arXiv 2502.04959",
+        combine=spectral.iso_c,
+        options=spectral.IsoOptions,
+        makes_rank=True,
+    ),
+    Method(
+        name="iso-cts",
+        summary="common directions, then each task's own, all singular values equal",
+        paper="Marczak et al., ICML 2025, arXiv 2502.04959",
+        combine=spectral.iso_cts,
+        options=spectral.IsoCtsOptions,
+        makes_rank=True,
+    ),
+    Method(
+        name="core-tsv",
+        summary="tsv in Core Space: the same result as tsv, which always runs there",
+        paper="Panariello et al., NeurIPS 2025, arXiv 2509.17786",
+        combine=spectral.tsv,
+        options=spectral.TsvOptions,
+    ),
+    Method(
+        name="core-iso",
+        summary="iso-c in Core Space: the same result as iso-c, which always runs there",
+        paper="Panariello et al., NeurIPS 2025, arXiv 2509.17786",
+        combine=spectral.iso_c,
+        options=spectral.IsoOptions,
+        makes_rank=True,
+    ),
+    Method(
+        name="ctm",
+        summary="subspaces of the rank asked for that hold most of every adapter; merge inside",
+        paper="Compress then Merge, ICML 2026",
+        combine=tucker.compress_then_merge,
+        options=tucker.CtmOptions,
+        makes_rank=True,
+        cost="(d_in + d_out) R² + iterations · N R³",
+    ),
+    Method(
+        name="wudi",
+        summary="least squares: act like each adapter on the subspace it uses (closed form)",
+        paper="Cheng et al., ICML 2025, arXiv 2503.08099",
+        combine=least_squares.wudi,
+        options=least_squares.WudiOptions,
+        makes_rank=True,
+    ),
+    Method(
+        name="wudi-iso",
+        summary="wudi on the output side, spectrum flattened in part (our variation, data-free)",
+        paper="wudi (arXiv 2503.08099) and iso-c (arXiv 2502.04959) combined",
+        combine=least_squares.wudi,
+        options=least_squares.WudiOptions,
+        presets={"side": "output", "ridge": 0.01, "beta": 0.25},
+        makes_rank=True,
+    ),
+    Method(
+        name="regmean",
+        summary="least squares over collected inputs: act like each adapter on its own",
+        paper="Jin et al., ICLR 2023, arXiv 2212.09849",
+        combine=least_squares.regmean,
+        options=least_squares.RegMeanOptions,
+        space="units",
+        needs="statistics (collect_statistics with inputs=True)",
+        cost="d_in³",
+    ),
+    Method(
+        name="ssr",
+        summary="route between all A and all B by R-dimensional statistics of inputs",
+        paper="SSR-Merge, ICML 2026",
+        combine=least_squares.ssr,
+        options=least_squares.SsrOptions,
+        space="units",
+        gauge_free=False,  # its ridge is in A's own coordinates
+        needs="statistics (collect_statistics)",
+    ),
+    Method(
+        name="robustmerge",
+        summary="pruned factors, weak directions scaled up",
+        paper="Zeng et al., NeurIPS 2025, arXiv 2502.17159",
+        combine=matched_units.robustmerge,
+        options=matched_units.RobustMergeOptions,
+        space="factors",
+        gauge_free=False,
+        cost="(d_in + d_out) R log R",
+    ),
+    Method(
+        name="aligned-mean",
+        summary="average of rank units matched by linear assignment; weights are frequencies",
+        paper="after M-SMoE, Li et al., ICLR 2024, arXiv 2310.01334",
+        combine=matched_units.aligned_mean,
+        space="factors",
+        gauge_free=False,
+    ),
+    Method(
+        name="lego",
+        summary="cluster rank-wise units; centroids become the merged adapter (LoRA-LEGO)",
+        paper="Zhao et al., ICLR 2025, arXiv 2409.16167",
+        combine=_lego,
+        options=LegoOptions,
+        space="units",
+        makes_rank=True,
+        gauge_free=False,
+        aliases=("cluster",),
+    ),
+)
+
+
+@cache
+def methods() -> Mapping[str, Method]:
+    """Every method by name: the built-in ones, then those of installed packages.
+
+    Raises:
+        MethodError: If an entry point cannot be loaded or takes a name that is there.
+    """
+    table = {method.name: method for method in _TABLE}
+    for entry in entry_points(group="lora_merge.methods"):
+        try:
+            method = entry.load()
+        except Exception as error:
+            raise MethodError(
+                f"the method {entry.name!r} ({entry.value}) cannot be loaded: {error}",
+                "repair or uninstall the package that brings it",
+            ) from error
+        if not isinstance(method, Method) or method.name in table:
+            raise MethodError(
+                f"the entry point {entry.name!r} ({entry.value}) names no new Method",
+                "repair or uninstall the package that brings it",
+            )
+        table[method.name] = method
+    return table
+
+
+METHODS: Mapping[str, Method] = {method.name: method for method in _TABLE}
+
+
+def find_method(name: str) -> Method:
+    """The method of this name or alias; underscores count as hyphens.
+
+    Raises:
+        MethodError: If there is none; says the nearest name.
+    """
+    wanted = name.replace("_", "-")
+    if wanted in METHODS:  # looking for installed packages takes 60 ms
+        return METHODS[wanted]
+    table = methods()
+    names = {alias: m.name for m in table.values() for alias in (m.name, *m.aliases)}
+    if wanted in names:
+        return table[names[wanted]]
+    near = get_close_matches(wanted, names, n=1)
+    raise MethodError(
+        f"there is no method {name!r}",
+        f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(table)}",
+    )

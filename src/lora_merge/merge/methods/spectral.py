@@ -1,0 +1,176 @@
+"""Methods on singular vectors: TSV-Merge, Iso-C, Iso-CTS, and the SVC calibration.
+
+All commute with rotations, so they run on core coordinates. The published codes work on dense
+d x d matrices of full rank; a merged LoRA has rank R at most, and everything here is restricted to
+the directions that exist. (Dense, TSV-M and Iso keep arbitrary null-space vectors.)
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.merge.methods.method import Job, Outcome
+from lora_merge.merge.methods.options import option
+
+# Singular values below this fraction of the largest are rounding of float32 inputs.
+RTOL = 1e-6
+
+
+@dataclass(frozen=True)
+class TsvOptions:
+    """Parameters of `tsv`."""
+
+    keep: Literal["all", "share"] = option(
+        "all", "singular triplets of each adapter: all, or its share of the rank asked for"
+    )
+
+
+@dataclass(frozen=True)
+class IsoOptions:
+    """Parameters of `iso-c`."""
+
+    beta: float = option(
+        1.0, "1 makes all singular values equal, 0 leaves them (geometric between)", low=0, high=1
+    )
+
+
+@dataclass(frozen=True)
+class IsoCtsOptions:
+    """Parameters of `iso-cts`."""
+
+    common: float = option(
+        0.8, "share of the directions that are common; the rest is split by task", low=0, high=1
+    )
+    beta: float = option(1.0, "1 makes all singular values equal, 0 leaves them", low=0, high=1)
+
+
+def tsv(stack: RankStack, job: Job, options: TsvOptions) -> Outcome:
+    """TSV-Merge (Gargiulo et al., CVPR 2025, arXiv 2412.00081).
+
+    The adapters' singular vectors side by side, replaced by their polar factors: the nearest
+    orthonormal sets, so that tasks no longer interfere.
+    """
+    limit = None
+    if options.keep == "share" and job.rank is not None:
+        limit = max(-(-job.rank // len(stack.adapters)), 1)
+    all_units = triplets(stack.weighted(job.weights), limit)
+    return Outcome(RankStack.single(polar(all_units.up), polar(all_units.down), all_units.scale))
+
+
+def iso_c(stack: RankStack, job: Job, options: IsoOptions) -> Outcome:
+    """Iso-C (Marczak et al., ICML 2025, arXiv 2502.04959): the sum with a flat spectrum."""
+    u, s, vh = truncated_svd(stack.weighted(job.weights).delta(), None)
+    kept = s[: job.rank]
+    result = RankStack.single(u[:, : len(kept)], vh[: len(kept)], flatten(kept, options.beta))
+    return Outcome(result, energy=share_of_energy(kept, s))
+
+
+def iso_cts(stack: RankStack, job: Job, options: IsoCtsOptions) -> Outcome:
+    """Iso-CTS: common directions of the sum, then each task's own beyond them, spectrum flat.
+
+    Every task gets at least one direction of its own where the rank allows it.
+    """
+    weighted = stack.weighted(job.weights)
+    u, s, vh = truncated_svd(weighted.delta(), None)
+    count = len(stack.adapters)
+    budget = min(job.rank or stack.num_units, min(stack.d_out, stack.d_in))
+    own = min(max(round((1 - options.common) * budget / count), 1), budget // count)
+    common = min(max(budget - own * count, 0), s.numel())
+    beyond = weighted.up - u[:, :common] @ (u[:, :common].mT @ weighted.up)
+    floor = RTOL * float(weighted.norm())
+    rest = RankStack(weighted.down, beyond, weighted.scale, weighted.owner)
+    tasks = triplets(rest, own, floor=floor)
+    left = polar(torch.cat([u[:, :common], tasks.up], dim=1))
+    right = polar(torch.cat([vh[:common], tasks.down]))
+    values = torch.cat([s[:common], tasks.scale])
+    return Outcome(RankStack.single(left, right, flatten(values, options.beta)))
+
+
+def svc(result: RankStack, stack: RankStack, weights: Tensor, alpha: float = 0.1) -> RankStack:
+    """Shrink each direction that the merge counts several times (SVC, arXiv 2602.05536).
+
+    With s_j^i = <u_j^T M, u_j^T D_i> / |u_j^T D_i|^2, sigma_j is multiplied by
+    N / sum_i max(alpha, s_j^i).
+
+    Args:
+        result: A merge M in core coordinates.
+        stack: The adapters D_i in the same coordinates.
+        weights: Weight of each adapter.
+        alpha: Floor on the projections.
+    """
+    u, s, vh = truncated_svd(result.delta(), None)
+    if not s.numel():
+        return result
+    rows = s[:, None] * vh
+    total = torch.zeros_like(s)
+    adapters = stack.adapters
+    for owner in adapters:
+        part = stack.of_adapter(owner).weighted(weights)
+        task = (u.mT @ (part.up * part.scale)) @ part.down
+        size = task.square().sum(dim=1)
+        # A task that is absent from a direction says nothing against it.
+        share = torch.where(size > RTOL**2 * s[0] ** 2, (rows * task).sum(dim=1) / size, 1.0)
+        total += share.clamp_min(alpha)
+    return RankStack.single(u, vh, s * len(adapters) / total)
+
+
+def triplets(stack: RankStack, limit: int | None = None, *, floor: float = 0.0) -> RankStack:
+    """Each adapter's singular triplets as its units: orthonormal vectors, values as scale.
+
+    No adapter is ever formed as a matrix, so N adapters cost R^2 numbers and not N R^2.
+
+    Args:
+        stack: The adapters, float64.
+        limit: Triplets of each adapter at most.
+        floor: Singular values up to this size count as zero.
+    """
+    ups, downs, values, owners = [], [], [], []
+    for owner in stack.adapters:
+        part = stack.of_adapter(owner)
+        left, left_r = torch.linalg.qr(part.up * part.scale)
+        right, right_r = torch.linalg.qr(part.down.mT)
+        u, s, vh = truncated_svd(left_r @ right_r.mT, limit, floor=floor)
+        ups.append(left @ u)
+        downs.append(vh @ right.mT)
+        values.append(s)
+        owners.append(torch.full((len(s),), owner, device=s.device))
+    return RankStack(torch.cat(downs), torch.cat(ups, dim=1), torch.cat(values), torch.cat(owners))
+
+
+def truncated_svd(
+    x: Tensor, rank: int | None, *, floor: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD without the directions that are numerically zero, cut at a rank.
+
+    Args:
+        x: Shape (m, n), float64.
+        rank: Largest rank; None keeps all.
+        floor: Singular values up to this size count as zero, too.
+
+    Returns:
+        u (m, k), s (k,), vh (k, n).
+    """
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    size = int((s > torch.clamp(RTOL * s[:1], min=floor)).sum())
+    size = size if rank is None else min(size, rank)
+    return u[:, :size], s[:size], vh[:size]
+
+
+def polar(x: Tensor) -> Tensor:
+    """The partial isometry nearest to x: u v^T over its nonzero singular values."""
+    u, _, vh = truncated_svd(x, None)
+    return u @ vh
+
+
+def share_of_energy(kept: Tensor, values: Tensor) -> float:
+    """Energy of the kept singular values over that of all; 1 of nothing."""
+    total = float(values.square().sum())
+    return float(kept.square().sum()) / total if total > 0 else 1.0
+
+
+def flatten(values: Tensor, beta: float) -> Tensor:
+    """Singular values moved towards their mean: geometric between them (0) and it (1)."""
+    return values ** (1 - beta) * values.mean() ** beta if values.numel() else values

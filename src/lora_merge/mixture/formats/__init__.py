@@ -1,0 +1,1 @@
+"""Mixtures as directories, and other projects' checkpoints."""

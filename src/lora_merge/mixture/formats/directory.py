@@ -1,0 +1,301 @@
+"""The mixture directory: everything a mixture is, in files that other tools can read too.
+
+adapter_config.json     peft_type LORA_MIXTURE, so that stock PEFT refuses it instead of
+                        loading half of it
+mixture_config.json     the gate's settings, the experts with their hashes, the modules in order
+gate.safetensors        gate tensors, keyed by full module path
+descriptors.safetensors what is known of the experts' texts, if they were described
+experts/00-<name>/      each expert as a plain PEFT adapter, byte for byte as it came
+README.md               model card
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from lora_merge._version import __version__
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import align, read_stacks
+from lora_merge.adapters.opening import open_adapter
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.adapters.references import Source, sha256
+from lora_merge.adapters.writer import AdapterWriter, plan_output
+from lora_merge.errors import AdapterError, SourceError
+from lora_merge.files.atomic import atomic_directory, check_target
+from lora_merge.files.hub import download, upload
+from lora_merge.files.tensor_file import SafetensorsFile
+from lora_merge.mixture.gates.gate import PRESETS, GateSpec
+from lora_merge.mixture.insight.descriptors import PARTS, Descriptors
+from lora_merge.mixture.mixture import Expert, Mixture, slug
+
+SCHEMA = 1
+PEFT_TYPE = "LORA_MIXTURE"
+CONFIG, GATE, EXPERTS = "mixture_config.json", "gate.safetensors", "experts"
+DESCRIPTORS = "descriptors.safetensors"
+_ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save(mixture: Mixture, folder: Path, *, force: bool = False) -> Path:
+    """Write a mixture directory; it appears whole or not at all.
+
+    Raises:
+        OutputError: If the target cannot or must not be written.
+    """
+    inputs = mixture.files
+    needed = sum(path.stat().st_size for path in inputs)
+    inside = any(path.resolve().is_relative_to(folder.resolve()) for path in inputs)
+    check_target(folder, force=force, inputs=() if inside and force else inputs, needed=needed)
+    with atomic_directory(folder) as staging:
+        write(mixture, staging)
+    return folder
+
+
+def write(mixture: Mixture, folder: Path) -> None:
+    """Put a mixture's files into an existing directory."""
+    entries = []
+    for number, expert in enumerate(mixture.experts):
+        path = f"{EXPERTS}/{number:02d}-{slug(expert.name)}"
+        (folder / path).mkdir(parents=True)
+        digest = write_expert(expert, folder / path)
+        entries.append(_entry(expert, path, digest))
+    gate = {name: tensor.detach().cpu().contiguous() for name, tensor in mixture.gate.items()}
+    save_file(gate, str(folder / GATE), metadata={"format": "pt"})
+    base = mixture.alignment.base_model
+    config: dict[str, Any] = {
+        "schema_version": SCHEMA,
+        "lora_merge_version": __version__,
+        "base_model_name_or_path": base,
+        "semantics": "output_mixture",
+        "gate": mixture.spec.to_json(),
+        "gate_sha256": sha256(folder / GATE),
+        "modules": mixture.modules,
+        "experts": entries,
+    }
+    if mixture.descriptors is not None:
+        file = folder / DESCRIPTORS
+        save_file(mixture.descriptors.tensors, str(file), metadata={"format": "pt"})
+        described = list(mixture.descriptors.experts)
+        config["descriptors"] = {"experts": described, "sha256": sha256(file)}
+    _write_json(folder / CONFIG, config)
+    task = next((e.adapter.config.task_type for e in mixture.experts), None)
+    _write_json(
+        folder / _ADAPTER_CONFIG,
+        {"peft_type": PEFT_TYPE, "base_model_name_or_path": base, "task_type": task},
+    )
+    (folder / "README.md").write_text(_card(mixture), encoding="utf-8")
+
+
+def load(ref: str | Path, *, verify: bool = True) -> Mixture:
+    """Open a mixture directory, or download one from the Hub.
+
+    Args:
+        ref: A directory, `user/repo` or `user/repo@revision`.
+        verify: Compare the files' hashes with the config's.
+
+    Raises:
+        SourceError: If there is no mixture there.
+        AdapterError: If its files are damaged or changed.
+        MethodError: If the gate does not fit its experts; nothing is ever initialised at random.
+    """
+    folder = _folder_of(ref)
+    raw = _read_config(folder, str(ref))
+    spec = GateSpec.from_json(raw["gate"])
+    experts = [_read_expert(folder, entry, str(ref), verify) for entry in raw["experts"]]
+    gate_path = folder / GATE
+    if not gate_path.is_file():
+        raise AdapterError(f"{ref}: {GATE} is missing", "get the whole directory again")
+    if verify:
+        _verify(gate_path, raw.get("gate_sha256"), f"{ref}: {GATE}")
+    file = SafetensorsFile(gate_path, str(ref))
+    gate = {name: file.read(name) for name in file.entries()}
+    mixture = Mixture.of(spec, experts, gate)
+    mixture.descriptors = _read_descriptors(folder, raw.get("descriptors"), str(ref), verify)
+    if raw.get("modules") not in (None, mixture.modules):
+        raise AdapterError(
+            f"{ref}: the modules in {CONFIG} are not those of the experts",
+            "get the whole directory again",
+        )
+    return mixture
+
+
+def is_mixture(folder: Path) -> bool:
+    """Whether a directory is a mixture."""
+    return (folder / CONFIG).is_file()
+
+
+def push(mixture: Mixture, repo: str, *, private: bool = False) -> str:
+    """Upload a mixture to the Hub; returns the URL of the commit.
+
+    Raises:
+        OutputError: If the Hub refuses it or cannot be reached.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "mixture"
+        folder.mkdir()
+        write(mixture, folder)
+        return upload(folder, repo, private=private, message="Upload mixture of LoRA adapters")
+
+
+def _folder_of(ref: str | Path) -> Path:
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        if not is_mixture(path):
+            raise SourceError(
+                f"{ref}: no {CONFIG} in this directory",
+                "`lora-merge gate` makes mixtures; a plain adapter is loaded with PEFT",
+            )
+        return path
+    if path.exists() or str(ref).count("/") != 1 or str(ref).startswith((".", "/", "~")):
+        raise SourceError(f"{ref}: no such mixture directory", "check the path")
+    repo, _, revision = str(ref).partition("@")
+    patterns = ["*.json", GATE, DESCRIPTORS, f"{EXPERTS}/*/*.json", f"{EXPERTS}/*/*.safetensors"]
+    found = download(str(ref), repo, revision or None, patterns)
+    if not is_mixture(found):
+        raise SourceError(f"{ref}: the repository holds no {CONFIG}", "it is no mixture")
+    return found
+
+
+def _read_config(folder: Path, ref: str) -> dict[str, Any]:
+    try:
+        raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{ref}: {CONFIG} cannot be read: {error}", "get it again") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA:
+        raise AdapterError(
+            f"{ref}: {CONFIG} has schema_version {version!r}, this version reads {SCHEMA}",
+            "update lora-merge",
+        )
+    if raw.get("semantics") != "output_mixture":
+        raise AdapterError(f"{ref}: semantics {raw.get('semantics')!r}", "update lora-merge")
+    config: dict[str, Any] = raw
+    if not isinstance(raw.get("gate"), dict) or not raw.get("experts"):
+        raise AdapterError(f"{ref}: {CONFIG} names no gate or no experts", "get it again")
+    return config
+
+
+def _read_expert(folder: Path, entry: Mapping[str, Any], ref: str, verify: bool) -> Expert:
+    try:
+        name, relative = str(entry["name"]), Path(str(entry["path"]))
+    except (KeyError, TypeError) as error:
+        raise AdapterError(f"{ref}: an expert without name or path", "repair it") from error
+    if relative.is_absolute() or ".." in relative.parts:
+        raise AdapterError(f"{ref}: expert {name} lies outside the directory", "do not trust it")
+    weights = folder / relative / _WEIGHTS
+    config = folder / relative / _ADAPTER_CONFIG
+    if not weights.is_file() or not config.is_file():
+        raise AdapterError(f"{ref}: expert {name} is missing at {relative}", "get it again")
+    digest = str(entry.get("sha256", ""))
+    if verify:
+        _verify(weights, digest, f"{ref}: expert {name}")
+    adapter = open_adapter(Source(str(folder / relative), weights, config))
+    return Expert(
+        name, adapter, bool(entry.get("general", False)), str(entry.get("source", "")), digest
+    )
+
+
+def _read_descriptors(
+    folder: Path, entry: Mapping[str, Any] | None, ref: str, verify: bool
+) -> Descriptors | None:
+    if entry is None:
+        return None
+    path = folder / DESCRIPTORS
+    if not path.is_file():
+        raise AdapterError(f"{ref}: {DESCRIPTORS} is missing", "get the whole directory again")
+    if verify:
+        _verify(path, str(entry.get("sha256", "")), f"{ref}: {DESCRIPTORS}")
+    file = SafetensorsFile(path, ref)
+    tensors = {name: file.read(name) for name in file.entries()}
+    experts = tuple(str(name) for name in entry.get("experts", ()))
+    parts = {name.rpartition(".")[2] for name in tensors}
+    if parts != set(PARTS) or any(len(t) != len(experts) for t in tensors.values()):
+        raise AdapterError(f"{ref}: {DESCRIPTORS} does not fit its experts", "describe them again")
+    return Descriptors(experts, tensors)
+
+
+def _verify(path: Path, wanted: str | None, what: str) -> None:
+    if wanted and sha256(path) != wanted:
+        raise AdapterError(
+            f"{what} is not the file that was saved (its hash differs)",
+            "get it again, or load with verify=False if the change is meant",
+        )
+
+
+def write_expert(expert: Expert, folder: Path) -> str:
+    """Copy an expert as it is, or write it out if it has no safetensors file of its own."""
+    source = expert.adapter.source
+    if source is not None and source.config is not None and not source.is_pickle:
+        shutil.copyfile(source.weights, folder / _WEIGHTS)
+        shutil.copyfile(source.config, folder / _ADAPTER_CONFIG)
+    else:
+        write_adapter(expert.adapter, folder)
+    return sha256(folder / _WEIGHTS)
+
+
+def write_adapter(adapter: Adapter, folder: Path) -> None:
+    """Write an adapter that exists in memory alone; its scaling is folded into the factors."""
+    alignment = align([adapter])
+    ranks = {name: spec.rank for name, spec in adapter.modules.items()}
+    plan = plan_output([adapter], alignment.modules, ranks, dtype="F32", layout="per-module")
+    with AdapterWriter(folder, plan) as writer:
+        for module in alignment.modules:
+            writer.add(module.name, list[RankStack](read_stacks(alignment, module)))
+
+
+def _entry(expert: Expert, path: str, digest: str) -> dict[str, Any]:
+    config = expert.adapter.config
+    return {
+        "name": expert.name,
+        "path": path,
+        "general": expert.general,
+        "r": max(expert.adapter.ranks()),
+        "lora_alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
+        "modules": len(expert.adapter.modules),
+        "sha256": digest,
+        "source": expert.source,
+    }
+
+
+def _card(mixture: Mixture) -> str:
+    base = mixture.alignment.base_model
+    spec = mixture.spec
+    head = ["---", "library_name: lora-merge"]
+    if base and not Path(base).exists():
+        head += [f"base_model: {base}", "base_model_relation: adapter"]
+    head += ["tags:", "- lora", "- mixture-of-loras", f"- {spec.preset}", "---", ""]
+    experts = [
+        f"- `{e.name}`{' (general, subtracted)' if e.general else ''}: "
+        f"rank {max(e.adapter.ranks())}, {len(e.adapter.modules)} modules"
+        for e in mixture.experts
+    ]
+    state = "" if spec.trained else "\nThe gate has its initial weights: train it before use.\n"
+    what = PRESETS[spec.preset][0] if spec.preset in PRESETS else spec.signal
+    body = [
+        "# Mixture of LoRA adapters",
+        "",
+        f"Gate: **{spec.preset}**, {what}.",
+        state,
+        f"Base model: {base or 'not named by the experts'}.",
+        "",
+        *experts,
+        "",
+        "```python",
+        "import lora_merge",
+        "",
+        'lora_merge.load_mixture(model, "this/directory")',
+        "model.generate(...)",
+        "```",
+        "",
+    ]
+    return "\n".join(head + body)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    path.write_text(text, encoding="utf-8")

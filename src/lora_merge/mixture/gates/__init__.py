@@ -1,0 +1,1 @@
+"""What a gate is: signal, granularity, activation."""

@@ -1,0 +1,298 @@
+"""A gate is signal x granularity x activation. The presets are rows of one table.
+
+| axis        | values                                                                          |
+| ----------- | ------------------------------------------------------------------------------- |
+| signal      | what is looked at: nothing (`constant`), the caller (`request`), the last        |
+|             | hidden state of a first pass (`hidden`), a learned row per weight on the         |
+|             | module's input (`input`), the expert's top singular direction (`prototype`), or  |
+|             | how strongly the expert would act (`spectrum`)                                   |
+| granularity | one weight per expert for the `model`, per `module`, or one per single `rank`    |
+| activation  | how scores become weights: `value`, `top_k`, `temperature`                       |
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lora_merge.errors import MethodError
+from lora_merge.kernels import gated_stack
+from lora_merge.kernels.gated_stack.gate import Rule, Value
+
+Signal = Literal["constant", "request", "hidden", "input", "prototype", "spectrum"]
+Granularity = Literal["model", "module", "rank"]
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """Everything about a gate that is not a tensor.
+
+    Attributes:
+        preset: Name of the row of the table it started from.
+        signal: What the gate looks at.
+        granularity: What one weight covers.
+        value: Weights of the kept scores. `softmax` over the kept; `softmax_all` over all and then
+            cut, not renormalised (X-LoRA); `softmax_twice` (X-LoRA with `enable_softmax_topk`);
+            `sigmoid`, `raw` and `binary` entry by entry.
+        top_k: How many scores are kept; None keeps all.
+        temperature: Divides the scores before a softmax or sigmoid.
+        scale: Multiplies every weight (X-LoRA's `global_scaling_weight`). None means 1, but `top_k`
+            (or R) for rank gates under a softmax: the kept ranks then have weight 1 on average.
+        standardise: Compare input and row after LayerNorm, divided by sqrt(d) (PHATGOOSE).
+        sequence: Scores are averaged over the prompt, decided at prefill and kept.
+        memory: Scores of earlier tokens that count at the next one, 0 to below 1: the score of a
+            token is its own plus `memory` times that of the token before, sum_j memory^j s_(t-j).
+        null_expert: A weight that belongs to no expert: the gate can abstain.
+        null_score: Its score where the gate has no learned row for it.
+        weights: Weight of each expert (`constant`).
+        depth: Linear layers of the classifier (`hidden`).
+        width: Hidden width of the classifier.
+        bypass: First pass without experts; False keeps them on at weight 1 / N.
+        trained: False while the gate still has its initial weights and needs training.
+    """
+
+    preset: str
+    signal: Signal
+    granularity: Granularity = "module"
+    value: Value = "softmax"
+    top_k: int | None = None
+    temperature: float = 1.0
+    scale: float | None = None
+    standardise: bool = False
+    sequence: bool = False
+    memory: float = 0.0
+    null_expert: bool = False
+    null_score: float = 0.0
+    weights: tuple[float, ...] = ()
+    depth: int = 1
+    width: int = 2048
+    bypass: bool = True
+    trained: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot mean anything."""
+        for name, choices in (("signal", Signal), ("granularity", Granularity), ("value", Value)):
+            if getattr(self, name) not in get_args(choices):
+                raise MethodError(
+                    f"gate {self.preset}: {name} is {getattr(self, name)!r}",
+                    f"one of {', '.join(get_args(choices))}",
+                )
+        if self.top_k is not None and self.top_k < 1:
+            raise MethodError(f"gate {self.preset}: top_k is {self.top_k}", "at least 1")
+        if not 0 < self.temperature < math.inf:
+            raise MethodError(f"gate {self.preset}: temperature {self.temperature}", "above 0")
+        for name, numbers in (
+            ("scale", (self.scale or 0.0,)),
+            ("null_score", (self.null_score,)),
+            ("weights", self.weights),
+        ):
+            if not all(map(math.isfinite, numbers)):
+                shown = ", ".join(map(str, numbers))
+                raise MethodError(f"gate {self.preset}: {name} {shown}", "finite numbers")
+        if self.depth < 1 or self.width < 1:
+            raise MethodError(
+                f"gate {self.preset}: depth {self.depth}, width {self.width}", "at least 1"
+            )
+        by_rank = self.signal in ("input", "spectrum")
+        if self.granularity == "rank" and (not by_rank or self.null_expert):
+            raise MethodError(
+                f"gate {self.preset}: single ranks are gated by the module's input, "
+                "and have no null expert",
+                "use the presets smora or hilora",
+            )
+        if not 0 <= self.memory < 1:
+            raise MethodError(f"gate {self.preset}: memory {self.memory}", "from 0 to below 1")
+        if self.memory and (self.sequence or self.signal in ("constant", "request")):
+            raise MethodError(
+                f"gate {self.preset}: there are no scores per token to remember",
+                "use memory with gates that decide per token",
+            )
+        if self.sequence and self.signal not in ("input", "prototype", "spectrum"):
+            raise MethodError(
+                f"gate {self.preset}: {self.signal} cannot be averaged over a prompt",
+                "use it with arrow, spectr, meteora or phatgoose",
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether each module computes its own weights from its own input."""
+        return self.signal in ("input", "prototype", "spectrum")
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the gate's scores are inner products of the input with stored rows."""
+        return self.signal in ("input", "prototype")
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether training changes the gate."""
+        return self.signal in ("hidden", "input")
+
+    def factor(self, num_scores: int) -> float:
+        """What every weight is multiplied by, given how many scores there are."""
+        if self.scale is not None:
+            return self.scale
+        if self.granularity == "rank" and self.value.startswith("softmax"):
+            return float(min(self.top_k or num_scores, num_scores))
+        return 1.0
+
+    def rule(self, num_scores: int) -> Rule:
+        """How a module's scores become weights, for a kernel.
+
+        Args:
+            num_scores: Rows of the gate, a learned null expert's among them.
+        """
+        constant_null = self.null_expert and self.signal != "input"
+        return Rule(
+            self.value,
+            self.top_k,
+            self.temperature,
+            self.factor(num_scores + constant_null),
+            absolute=self.signal == "prototype",
+            null_row=self.null_expert and not constant_null,
+            null_score=self.null_score if constant_null else None,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**asdict(self), "weights": list(self.weights)}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "GateSpec":
+        """Inverse of `to_json`; unknown fields are refused, since they would change the result."""
+        unknown = sorted(set(raw) - {field.name for field in fields(cls)})
+        if unknown:
+            raise MethodError(
+                f"the gate has settings this version does not know: {', '.join(unknown)}",
+                "update lora-merge",
+            )
+        try:
+            return cls(**{**raw, "weights": tuple(raw.get("weights", ()))})
+        except TypeError as error:
+            raise MethodError(f"the gate's settings do not fit: {error}", "repair them") from error
+
+
+# preset -> (what it is, its settings). Sources: X-LoRA 2402.07148, MeteoRA 2405.13053,
+# SMoRA 2501.15103, HiLoRA 2510.12266, Arrow 2405.11157, SpectR 2504.03454,
+# PHATGOOSE 2402.05859, S-LoRA 2311.03285.
+PRESETS: dict[str, tuple[str, GateSpec]] = {
+    spec.preset: (text, spec)
+    for text, spec in (
+        ("fixed weights, the same for every token", GateSpec("constant", "constant", "model")),
+        ("one expert per batch row, named by the caller", GateSpec("request", "request", "model")),
+        (
+            "a classifier on the base model's last hidden state, per token and module (X-LoRA)",
+            GateSpec("xlora", "hidden", value="softmax_all", trained=False),
+        ),
+        (
+            "one decision per token for the whole model, from the base's hidden state and the "
+            "tokens before",
+            GateSpec("recall", "hidden", "model", memory=0.9, depth=2, width=128, trained=False),
+        ),
+        (
+            "a linear gate in each module, top-k, softmax over the kept (MeteoRA)",
+            GateSpec("meteora", "input", top_k=2, trained=False),
+        ),
+        (
+            "a linear gate over single ranks, top-k of ranks (SMoRA)",
+            GateSpec("smora", "input", "rank", top_k=16, trained=False),
+        ),
+        (
+            "similarity to each expert's top singular direction; no training (Arrow)",
+            GateSpec("arrow", "prototype", top_k=3),
+        ),
+        (
+            "how strongly each expert would act; no training (SpectR)",
+            GateSpec("spectr", "spectrum"),
+        ),
+        (
+            "the single ranks that would act most, whoever's they are; no training (after HiLoRA)",
+            GateSpec("hilora", "spectrum", "rank", value="binary", top_k=16),
+        ),
+        (
+            "a gate vector per expert, each trained on its own data (PHATGOOSE)",
+            GateSpec("phatgoose", "input", top_k=2, standardise=True, trained=False),
+        ),
+        (
+            "Arrow decided once per sequence, at prefill; no training",
+            GateSpec("sequence", "prototype", top_k=3, sequence=True),
+        ),
+    )
+}
+
+
+def gate_spec(preset: str, **settings: Any) -> GateSpec:
+    """A preset with some of its settings changed; a setting of None keeps the preset's.
+
+    Raises:
+        MethodError: If there is no such preset or setting.
+    """
+    if preset not in PRESETS:
+        raise MethodError(f"no gate preset is called {preset!r}", f"one of {', '.join(PRESETS)}")
+    known = {field.name for field in fields(GateSpec)}
+    for name in settings:
+        if name not in known:
+            raise MethodError(f"gate {preset}: no setting {name!r}", f"one of {sorted(known)}")
+    row, given = PRESETS[preset][1], {k: v for k, v in settings.items() if v is not None}
+    for name, signal in (("depth", "hidden"), ("width", "hidden"), ("weights", "constant")):
+        if given.get(name) and row.signal != signal:
+            raise MethodError(
+                f"gate {preset}: it has no {name}",
+                f"leave it out, or use {' or '.join(_with_signal(signal))}",
+            )
+    return replace(row, **given)
+
+
+def _with_signal(signal: str) -> list[str]:
+    return [name for name, (_, spec) in PRESETS.items() if spec.signal == signal]
+
+
+def activate(scores: Tensor, spec: GateSpec, bias: Tensor | None = None) -> Tensor:
+    """Turn scores into weights.
+
+    Args:
+        scores: Shape (..., n); raised to float32 if it is half precision.
+        spec: value, top_k, temperature and scale are used.
+        bias: Added to the scores for the selection alone, shape (..., n) or (n,): DeepSeek's
+            balance without an auxiliary loss, as in SMoRA.
+
+    Returns:
+        Weights, shape (..., n), exactly zero outside the kept.
+    """
+    return gated_stack.activate(scores, spec, bias, factor=spec.factor(scores.shape[-1]))
+
+
+def strengths(scaled: Tensor, columns: Tensor | None, count: int) -> Tensor:
+    """|Delta_e x| of every expert (or single rank), in SVD form: |S V^T x| needs no `up`.
+
+    Args:
+        scaled: Units times their singular values, shape (T, R).
+        columns: Expert of each unit, int64, shape (R,); None for each rank alone.
+        count: Experts.
+
+    Returns:
+        Shape (T, count), or (T, R).
+    """
+    energy = scaled.float().square()
+    if columns is None:
+        return energy.sqrt()
+    total = energy.new_zeros(len(scaled), count).index_add(1, columns, energy)
+    # The square root has no derivative at 0, where every expert's delta vanishes.
+    return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
+
+
+def only_of(weights: Tensor, only: Tensor, experts: Sequence[int]) -> Tensor:
+    """Weights with all but one expert's set to zero in each batch row.
+
+    Args:
+        weights: Shape (T', M, E).
+        only: The expert that may act, int64, shape (B,).
+        experts: The experts whose weights these are.
+    """
+    present = torch.tensor(experts, device=weights.device)
+    alone = (only.to(weights.device)[:, None] == present).to(weights.dtype)
+    rows = weights.view(len(alone), -1, *weights.shape[1:])
+    return (rows * alone[:, None, None, :]).view(weights.shape)

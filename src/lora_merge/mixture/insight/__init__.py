@@ -1,0 +1,1 @@
+"""What a mixture does on texts."""

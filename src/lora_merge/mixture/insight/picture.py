@@ -1,0 +1,51 @@
+"""The usage of a mixture as a picture."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lora_merge.adapters.module_names import natural
+from lora_merge.errors import OutputError
+from lora_merge.files.atomic import atomic_file
+from lora_merge.files.pictures import check_pictures, figure_class
+from lora_merge.mixture.insight.usage import Usage
+
+FORMATS = ("png", "svg", "pdf")
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a picture that could not be drawn, before a model runs for it.
+
+    Raises:
+        LoraMergeError: If matplotlib is not installed.
+        OutputError: If its format is unknown, or its directory cannot be written.
+    """
+    if path.suffix.lower().removeprefix(".") not in FORMATS:
+        raise OutputError(f"{path}: no known format of pictures", f"one of: {', '.join(FORMATS)}")
+    check_pictures(path)
+
+
+def draw_usage(usage: Usage, path: Path, key: Callable[[str], str]) -> None:
+    """Draw each expert's mean weight, place by place, as a heat map.
+
+    Args:
+        usage: What was watched.
+        path: Picture to write; its suffix decides the format.
+        key: From a module's name to its place (`layer_of`, `kind_of` or `str`).
+
+    Raises:
+        LoraMergeError: If matplotlib is not installed.
+        OutputError: If the picture cannot be written.
+    """
+    check_picture(path)
+    weights = usage.by(key)
+    names = natural(weights)
+    width, height = 2.5 + 1.0 * len(usage.experts), 1.2 + 0.22 * len(names)
+    figure = figure_class()(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow([weights[n].tolist() for n in names], aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(usage.experts)), usage.experts, rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_title("mean weight of each expert", fontsize=10)
+    figure.colorbar(image)
+    with atomic_file(path) as staging:
+        figure.savefig(staging, dpi=150)

@@ -1,0 +1,122 @@
+"""Which expert speaks where: statistics of a gate's decisions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_merge.mixture.runtime.group import Group
+
+
+@dataclass(eq=False)
+class ModuleUsage:
+    """Sums over the tokens one module has seen. Padding is not counted.
+
+    Attributes:
+        tokens: How many.
+        weight: Sum of each expert's weight (a rank gate's mean over the expert's units), (E,).
+        kept: How often each expert's weight was not zero, (E,).
+        gram: Sum over tokens of the products of two experts' weights, (E, E).
+        entropy: Sum over tokens of the entropy of the weights' shares, in nats.
+        last: Weights of the last pass, shape (T', E) or (T', R).
+    """
+
+    tokens: int = 0
+    weight: Tensor = field(default_factory=lambda: torch.zeros(0))
+    kept: Tensor = field(default_factory=lambda: torch.zeros(0))
+    gram: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    entropy: float = 0.0
+    last: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Usage:
+    """Statistics of every module of a mixture.
+
+    Attributes:
+        experts: Names, in the order of all columns here.
+        modules: By module name.
+    """
+
+    experts: tuple[str, ...]
+    modules: dict[str, ModuleUsage] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def observe(
+        self, group: Group, start: int, stop: int, weights: Tensor, scores: Tensor | None
+    ) -> None:
+        """One decision of a group; see `Context.observe`."""
+        for place, member in enumerate(range(start, stop)):
+            self._count(group, member, weights[:, place].detach().float())
+
+    def _count(self, group: Group, member: int, rows: Tensor) -> None:
+        entry = self.modules.setdefault(group.names[member], ModuleUsage())
+        entry.last = rows
+        mask = group.context.mask
+        if mask is not None and mask.numel() == len(rows):
+            rows = rows[mask.flatten()]
+        present = list(group.experts[member])
+        if group.context.spec.granularity == "rank":
+            owner = group.columns_of(member)
+            counts = torch.bincount(owner, minlength=len(present)).clamp_min(1)
+            total = rows.new_zeros(len(rows), len(present)).index_add(1, owner, rows)
+            rows = total / counts
+        if not entry.tokens:
+            entry.weight = torch.zeros(len(self.experts), dtype=torch.float64)
+            entry.kept = torch.zeros(len(self.experts), dtype=torch.float64)
+            entry.gram = torch.zeros(len(self.experts), len(self.experts), dtype=torch.float64)
+        entry.tokens += len(rows)
+        entry.weight[present] += rows.sum(0, dtype=torch.float64).cpu()
+        entry.kept[present] += (rows != 0).sum(0).double().cpu()
+        products = (rows.double().mT @ rows.double()).cpu()
+        entry.gram[torch.tensor(present)[:, None], torch.tensor(present)] += products
+        share = rows.abs() / rows.abs().sum(-1, keepdim=True).clamp_min(1e-12)
+        entry.entropy += float(-(share * share.clamp_min(1e-12).log()).sum())
+
+    def mean_weights(self) -> dict[str, Tensor]:
+        """Mean weight of each expert, by module, shape (E,)."""
+        return {n: m.weight / max(m.tokens, 1) for n, m in self.modules.items()}
+
+    def by(self, key: Callable[[str], str]) -> dict[str, Tensor]:
+        """Mean weights of modules put together by a key, in first-seen order."""
+        found: dict[str, list[Tensor]] = {}
+        for name, weights in self.mean_weights().items():
+            found.setdefault(key(name), []).append(weights)
+        return {group: torch.stack(rows).mean(0) for group, rows in found.items()}
+
+    def similarity(self) -> Tensor:
+        """Cosine of two experts' weights over tokens, mean over modules that have both, (E, E)."""
+        size = len(self.experts)
+        total, seen = torch.zeros(2, size, size, dtype=torch.float64)
+        for entry in self.modules.values():
+            norm = entry.gram.diagonal().sqrt()
+            both = (norm[:, None] > 0) & (norm[None, :] > 0)
+            cosine = entry.gram / (norm[:, None] * norm[None, :]).clamp_min(1e-300)
+            total += torch.where(both, cosine, 0.0)
+            seen += both
+        mean: Tensor = total / seen.clamp_min(1)
+        return mean
+
+    def entropy(self, name: str) -> float:
+        """Mean entropy of a module's gate over the largest possible: 0 one-hot, 1 uniform."""
+        entry = self.modules[name]
+        most = log(len(self.experts)) if len(self.experts) > 1 else 1.0
+        return entry.entropy / max(entry.tokens, 1) / most
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "experts": list(self.experts),
+            "modules": {
+                name: {
+                    "tokens": entry.tokens,
+                    "weight": (entry.weight / max(entry.tokens, 1)).tolist(),
+                    "kept": (entry.kept / max(entry.tokens, 1)).tolist(),
+                    "entropy": self.entropy(name),
+                }
+                for name, entry in self.modules.items()
+            },
+        }

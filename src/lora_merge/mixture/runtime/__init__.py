@@ -1,0 +1,1 @@
+"""A mixture attached to a loaded model."""

@@ -1,0 +1,383 @@
+"""Attach a mixture to any torch model, and take it off again without a trace.
+
+Wrapped modules are not replaced: a forward hook adds the experts to what the module returns. So the
+base may be anything that can be called (4-bit, GPTQ, offloaded), its state dict never changes, and
+detaching leaves the model bit for bit as it was.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lora_merge.errors import MethodError
+from lora_merge.kernels.gated_stack import dispatch
+from lora_merge.mixture.gates.gate import GateSpec
+from lora_merge.mixture.gates.named_weights import weight_row
+from lora_merge.mixture.insight.usage import Usage
+from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.runtime.base_matrix import join_groups
+from lora_merge.mixture.runtime.context import Context
+from lora_merge.mixture.runtime.fit_to_model import group_members, make_members
+from lora_merge.mixture.runtime.group import Group
+from lora_merge.mixture.runtime.hooks import (
+    REGISTRY,
+    body_of,
+    forgive,
+    hide,
+    last_tokens,
+    module_hook,
+)
+from lora_merge.mixture.runtime.kv_state import companion_of
+from lora_merge.mixture.runtime.learned import gate_tensors, learned_parameters
+from lora_merge.mixture.runtime.overhead import Overhead, overhead
+from lora_merge.mixture.runtime.two_pass import HiddenGate, TwoPass, own_cache, refuse_two_sequences
+
+_SHORTCUT = "mixture"
+Layout = Literal["stack", "rows", "border"]
+
+
+def load_mixture(
+    model: nn.Module,
+    source: Mixture | str | Path,
+    *,
+    name: str = "default",
+    dtype: torch.dtype | None = None,
+    layout: Layout | None = None,
+) -> "AttachedMixture":
+    """Attach a mixture to a model; afterwards the model runs and generates as always.
+
+    Args:
+        model: Any torch model that has the experts' target modules.
+        source: A mixture, its directory, or a Hub id.
+        name: To tell several mixtures of one model apart; the one attached last is active.
+        dtype: Of the experts; default: that of the module each belongs to.
+        layout: "stack" adds the experts to what each module returns. "rows" and "border" put the
+            weights of plain `nn.Linear` modules and their experts into one matrix, for fewer
+            products where no gradient is wanted: "rows" for few tokens (decoding), "border" for
+            many as well (prefill). The results differ by rounding alone. Default: "stack", but
+            "border" where LORA_MERGE_KERNELS is concat and "rows" where it is joined.
+
+    Returns:
+        The handle, also reachable as `model.mixture`.
+
+    Raises:
+        MethodError: If the model has not the modules, has a mixture of that name already, or has
+            weights that cannot be moved (tied, quantised, offloaded); or if the layout or
+            LORA_MERGE_KERNELS is none of the names.
+    """
+    forced = dispatch.forced()  # a name that is none is told now, whatever will run
+    if layout is not None and layout not in get_args(Layout):
+        raise MethodError(f"layout is {layout!r}", f"one of {', '.join(get_args(Layout))}")
+    mixture = source if isinstance(source, Mixture) else Mixture.from_pretrained(source)
+    wanted: dict[str, Layout] = {"concat": "border", "joined": "rows"}
+    chosen = layout or wanted.get(forced, "stack")
+    return AttachedMixture(model, mixture, name=name, dtype=dtype, layout=chosen)
+
+
+class AttachedMixture(nn.Module):
+    """A mixture at work in a model.
+
+    Args:
+        model: The model.
+        mixture: The mixture.
+        name: Its name among the model's mixtures.
+        dtype: Of the experts.
+        layout: "stack", "rows" or "border".
+
+    Attributes:
+        mixture: What was attached; `current()` has what training made of it.
+        groups: The wrapped modules.
+        classifier: X-LoRA's classifier, or None.
+        two_pass: Drives the first pass of X-LoRA, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mixture: Mixture,
+        *,
+        name: str = "default",
+        dtype: torch.dtype | None = None,
+        layout: Layout = "stack",
+    ) -> None:
+        super().__init__()
+        self.name, self.mixture = name, mixture
+        others = getattr(model, REGISTRY, {})
+        if not re.fullmatch(r"[\w-]+", name):
+            raise MethodError(f"a mixture cannot be called {name!r}", "letters, digits, - and _")
+        self._key = f"mixture_{name}"  # apart from ModuleDict's own attributes
+        if self._key in others:
+            raise MethodError(
+                f"the model has a mixture called {name!r}", "detach it, or give another name"
+            )
+        spec = mixture.spec
+        if spec.signal == "hidden":
+            refuse_two_sequences(model)
+        members, targets = make_members(model, mixture, dtype)
+        gate_dtype = _gate_dtype(members[0].down.dtype)
+        self.context = Context(spec)
+        self.groups = nn.ModuleList(
+            Group(
+                part,
+                self.context,
+                num_experts=mixture.num_experts,
+                num_general=len(mixture.experts) - mixture.num_experts,
+                gate_dtype=gate_dtype if spec.has_rows else None,
+            )
+            for part in group_members(members)
+        )
+        self.classifier: HiddenGate | None = None
+        self.two_pass: TwoPass | None = None
+        if spec.signal == "hidden":
+            device = members[0].down.device
+            gate = HiddenGate(spec, mixture.gate, len(mixture.modules), gate_dtype).to(device)
+            self.classifier, self.two_pass = gate, TwoPass(name, gate, self.context)
+        self._handles: list[Any] = []
+        self._watched: Usage | None = None
+        self._model = (model,)  # in a tuple: a plain reference, not a submodule
+        self.train(model.training)
+        self._joined = []
+        if layout != "stack":
+            border = layout == "border"
+            self._joined = join_groups(model, self.parts, targets, border=border)
+        self._hook(model, targets)
+        self._register(model)
+        self.set_gate()
+
+    @property
+    def parts(self) -> list[Group]:
+        """The groups of wrapped modules."""
+        return [group for group in self.groups if isinstance(group, Group)]
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """What holds base weights together with experts, in the layouts "rows" and "border"."""
+        return [joined.joined.matrix for joined in self._joined]
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def _hook(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+        joined = {id(each.group) for each in self._joined}
+        for group in self.parts:
+            if id(group) in joined:
+                continue
+            for index, module_name in enumerate(group.names):
+                target = targets[module_name]
+                hook = module_hook(group, index, in_place=type(target) is nn.Linear)
+                self._handles.append(target.register_forward_hook(hook, with_kwargs=True))
+        body = body_of(model)
+        self._handles.append(body.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._handles.append(
+            body.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "AttachedMixture":
+        """Join again what `.to` and the like moved apart; the model's own modules come before."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for joined in self._joined:
+            joined.join()
+        return self
+
+    def _register(self, model: nn.Module) -> None:
+        """Become a submodule, so that `.to` moves the experts; the state dict does not show it."""
+        registry = getattr(model, REGISTRY, None)
+        if registry is None:
+            registry = nn.ModuleDict()
+            model.add_module(REGISTRY, registry)
+            registry.hooks = (  # type: ignore[assignment]
+                model.register_state_dict_post_hook(hide),
+                model.register_load_state_dict_post_hook(forgive),
+            )
+        registry[self._key] = self
+        self.activate()
+
+    def activate(self) -> None:
+        """Be the model's one active mixture."""
+        model = self._model[0]
+        for other in getattr(model, REGISTRY).values():
+            other.context.active = other is self
+        object.__setattr__(model, _SHORTCUT, self)
+
+    def detach(self) -> None:
+        """Take the mixture off; the model is what it was before, bit for bit."""
+        model = self._model[0]
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for joined in self._joined:
+            joined.part()
+        self._joined = []
+        registry = getattr(model, REGISTRY, None)
+        if registry is None or registry._modules.get(self._key) is not self:
+            return
+        del registry[self._key]
+        if len(registry):
+            if model.__dict__.get(_SHORTCUT) is self:
+                next(reversed(registry.values())).activate()
+            return
+        for hook in registry.hooks:
+            hook.remove()
+        delattr(model, REGISTRY)
+        model.__dict__.pop(_SHORTCUT, None)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model, exactly, inside the block."""
+        before = self.context.active
+        self.context.active = False
+        try:
+            yield
+        finally:
+            self.context.active = before
+
+    # -- gate ------------------------------------------------------------------------------------
+
+    def set_gate(
+        self,
+        *,
+        weights: Mapping[str, float] | Sequence[float] | None = None,
+        requests: Sequence[str | Mapping[str, float] | None] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Change the gate in force; without arguments go back to the mixture's own.
+
+        Args:
+            weights: Fixed weights, by expert's name (others 0) or one per expert.
+            requests: One expert's name, weights by name, or None (base model) for each batch row.
+            settings: `top_k`, `temperature`, `scale`, ... of the mixture's own gate; for X-LoRA
+                also `freeze_after` and `lagged`.
+        """
+        own, names = self.mixture.spec, self.mixture.names
+        if self.two_pass is not None:
+            self.two_pass.freeze_after = settings.pop("freeze_after", None)
+            self.two_pass.lagged = settings.pop("lagged", False)
+        for name in settings:
+            if name not in ("top_k", "temperature", "scale", "value", "null_score"):
+                raise MethodError(f"set_gate: {name} is part of the mixture", "make a new mixture")
+        if sum((weights is not None, requests is not None, bool(settings))) > 1:
+            raise MethodError("set_gate: weights, requests or settings, not several", "choose one")
+        if weights is not None:
+            rows, spec = [weight_row(names, weights)], GateSpec("constant", "constant", "model")
+        elif requests is not None:
+            rows, spec = (
+                [weight_row(names, r) for r in requests],
+                GateSpec("request", "request", "model"),
+            )
+        elif own.signal == "constant":
+            rows, spec = [list(own.weights)], own
+        else:
+            rows, spec = [], replace(own, **settings)
+            if own.signal == "request" and self.context.weights is None:
+                rows = [[0.0] * self.mixture.num_experts]
+        self.context.spec = spec
+        if rows:
+            value = torch.tensor(rows, dtype=torch.float32, device=self.device)
+            factor = spec.factor(value.shape[1])
+            tiles = self._columns // self.mixture.num_experts
+            self.context.weights = (value * factor).repeat(1, tiles)
+
+    @contextlib.contextmanager
+    def requests(self, *experts: str | Mapping[str, float] | None) -> Iterator[None]:
+        """One expert per batch row inside the block (S-LoRA's batch)."""
+        before, weights = self.context.spec, self.context.weights
+        self.set_gate(requests=experts)
+        try:
+            yield
+        finally:
+            self.context.spec, self.context.weights = before, weights
+
+    def train_gate_only(self) -> list[nn.Parameter]:
+        """Let gradients into the gate and nowhere else; returns its parameters."""
+        self._model[0].requires_grad_(False)
+        learned = learned_parameters(self.mixture.spec, self.parts, self.classifier)
+        for parameter in learned:
+            parameter.requires_grad_(True)
+        return learned
+
+    def gate_tensors(self) -> dict[str, Tensor]:
+        """The gate as it is now, by the names of the directory, float32 on the CPU."""
+        return gate_tensors(self.mixture, self.parts, self.classifier)
+
+    @property
+    def _columns(self) -> int:
+        """Columns of weights decided outside the modules."""
+        own = self.mixture.spec
+        per_module = own.signal == "hidden" and own.granularity == "module"
+        return self.mixture.num_experts * (len(self.mixture.modules) if per_module else 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first experts are."""
+        return next(self.groups.parameters()).device
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Usage]:
+        """Count which expert speaks where, inside the block: `with model.mixture.watch() as u`."""
+        record = Usage(tuple(self.mixture.names))
+        before, self.context.observe = self.context.observe, record.observe
+        self._watched = record
+        try:
+            yield record
+        finally:
+            self.context.observe = before
+
+    def usage(self) -> Usage:
+        """What the last `watch` saw.
+
+        Raises:
+            MethodError: If nothing has been watched.
+        """
+        if self._watched is None:
+            raise MethodError(
+                "nothing was watched", "run the model inside `with model.mixture.watch():`"
+            )
+        return self._watched
+
+    def overhead(self) -> Overhead:
+        """What the mixture costs beside the base model."""
+        return overhead(self.mixture, itemsize=self.parts[0].down.element_size())
+
+    # -- passes ----------------------------------------------------------------------------------
+
+    def _before(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pre-hook of the model's body: what a whole pass needs to know."""
+        context = self.context
+        if not context.active or context.bypass:
+            return None
+        remembers = context.spec.sequence or context.spec.memory > 0
+        if remembers or context.observe is not None:
+            mask = kwargs.get("attention_mask")
+            usable = isinstance(mask, Tensor) and mask.dim() == 2
+            context.mask = last_tokens(mask.bool(), args, kwargs) if usable else None  # type: ignore[union-attr]
+        if context.spec.signal == "hidden" and self.two_pass is not None:
+            result = self.two_pass.before(body, args, kwargs)
+            args, kwargs = result or (args, kwargs)
+        elif remembers:
+            cache, kwargs = own_cache(body, kwargs)
+            context.store = None
+            if cache is not None and hasattr(cache, "get_seq_length"):
+                context.store = companion_of(cache, self.name, twin=False).rows
+        return args, kwargs
+
+    def _after(self, body: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Hook of the model's body."""
+        if self.context.bypass or torch.compiler.is_compiling():
+            return
+        if output is not None and self.two_pass is not None:
+            self.two_pass.after(body, args, kwargs, output)
+        self.context.store = None
+        for group in self.parts:
+            group.siblings.release()
+        for joined in self._joined:
+            joined.siblings.release()
+
+
+def _gate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Gates of half-precision models compute in float32: rounding would flip the top-k."""
+    return dtype if dtype == torch.float64 else torch.float32

@@ -1,0 +1,368 @@
+"""Modules that read the same input, gated together: one shrink and one gate for q, k and v."""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_merge.errors import MethodError
+from lora_merge.kernels.gated_stack.base_matrix import Joined
+from lora_merge.kernels.gated_stack.eager import expand, gate_units
+from lora_merge.kernels.gated_stack.gpu.fused import refusal
+from lora_merge.kernels.gated_stack.layout import Shrunk
+from lora_merge.kernels.gated_stack.operation import gated_expand
+from lora_merge.mixture.gates.gate import activate, only_of, strengths
+from lora_merge.mixture.gates.layer_norm import inverse_deviation
+from lora_merge.mixture.gates.memory import REMEMBERED, over_prompt, remember
+from lora_merge.mixture.runtime.by_kernel import Plan, kernel_units
+from lora_merge.mixture.runtime.context import Context
+from lora_merge.mixture.runtime.member import Member
+from lora_merge.mixture.runtime.shared_input import Siblings
+
+
+class Group(nn.Module):
+    """Wrapped modules that share an input; usually one, q/k/v or gate/up.
+
+    `down` and `weight` are views of one packed matrix, so that without gradients the shrink of all
+    members and all their gates is a single product. Parameters are what training may change.
+
+    Args:
+        members: Modules of one form and input width.
+        context: Shared by all groups of the mixture.
+        num_experts: Gated experts of the mixture.
+        num_general: General experts of the mixture.
+    """
+
+    down: nn.Parameter
+    weight: nn.Parameter | None
+    rank_gates: nn.Parameter | None  # one factor per unit while SoRA trains
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        context: Context,
+        *,
+        num_experts: int,
+        num_general: int = 0,
+        gate_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.context = context
+        self.names = [m.name for m in members]
+        self.experts = [m.experts for m in members]
+        self.output_scales = [m.output_scale for m in members]
+        self.siblings = Siblings(len(members))
+        self.form = members[0].form
+        self.num_general = num_general
+        self.down = nn.Parameter(torch.cat([m.down for m in members]), requires_grad=False)
+        for index, member in enumerate(members):
+            up = nn.Parameter(member.up.contiguous(), requires_grad=False)
+            self.register_parameter(f"up{index}", up)
+        rows = [m.rows for m in members if m.rows is not None]
+        weight = torch.cat(rows).to(gate_dtype or self.down.dtype) if rows else None
+        self.weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("rank_gates", None)
+        self.units = list(accumulate([len(m.owner) for m in members], initial=0))
+        self.scores = list(accumulate([len(r) for r in rows], initial=0))
+        self._layout(members, num_experts)
+        self._shrink = members[0].shrink
+        self._packed: Tensor | None = None
+        self._parts = self.parts  # one bound method, to be told by identity
+        self._pack()
+
+    def _layout(self, members: Sequence[Member], num_experts: int) -> None:
+        """Precompute which weight each unit takes."""
+        device = self.down.device
+
+        def constant(name: str, value: Tensor | None) -> None:
+            self.register_buffer(name, value, persistent=False)
+
+        biases = [m.bias for m in members if m.bias is not None]
+        spectra = [m.spectrum for m in members if m.spectrum is not None]
+        constant("bias", torch.cat(biases).float() if biases else None)
+        constant("spectrum", torch.cat(spectra).to(self.down.dtype) if spectra else None)
+        places: list[list[int]] = []
+        for member in members:
+            order = {e: i for i, e in enumerate((*member.experts, *member.general))}
+            places.append([order[owner] for owner in member.owner])
+        self.widths = [len(m.experts) + len(m.general) for m in members]
+        self.uniform = len({(m.experts, m.general, m.owner) for m in members}) == 1
+        counts = {p.count(i) for p, w in zip(places, self.widths, strict=True) for i in range(w)}
+        self.block = counts.pop() if len(counts) == 1 else None
+        starts = list(accumulate(self.widths, initial=0))
+        for index, part in enumerate(places):
+            constant(f"columns{index}", torch.tensor(part, device=device))
+        joined = [p + starts[i] for i, part in enumerate(places) for p in part]
+        constant("columns", torch.tensor(joined, device=device))
+        spec = self.context.spec
+        per_module = spec.granularity != "model" and spec.signal == "hidden"
+        for index, member in enumerate(members):
+            offset = member.number * num_experts if per_module else 0
+            taken = [offset + e for e in member.experts]
+            constant(f"outside{index}", torch.tensor(taken, dtype=torch.int64, device=device))
+
+    # -- storage ---------------------------------------------------------------------------------
+
+    def factors(self) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """Every up, down, and the gate's rows if they ride along in the shrink (of one dtype)."""
+        ups, down, weight = [up.data for up in self._ups], self.down.data, self.weight
+        rides = weight is not None and weight.dtype == down.dtype
+        return ups, down, weight.data if weight is not None and rides else None
+
+    def adopt(self, joined: Joined) -> None:
+        """Take the place of experts and gate in a matrix that holds the base weights too."""
+        for up, view in zip(self._ups, joined.ups, strict=True):
+            up.data = view
+        self.down.data = joined.down
+        if self.weight is not None and joined.scores == len(self.weight):
+            self.weight.data = joined.gate
+            self._remember(joined.rows[joined.outputs[-1] :])
+
+    def _pack(self) -> None:
+        """Make `down` and `weight` views of one matrix (same dtype only: half gates stay apart)."""
+        # Plain references: looking a parameter up by name is slow, and there are many per token.
+        self._ups = [getattr(self, f"up{index}") for index in range(len(self.names))]
+        self.has_kernel = not refusal(self.down.device, self.down.dtype)
+        self.plans: dict[tuple[Any, ...], Plan] = {}
+        self._rows = (self.down, self.weight)
+        self._packed = None
+        _, down, weight = self.factors()
+        if self.weight is not None and weight is not None:
+            packed = torch.cat([down, weight])
+            self.down.data, self.weight.data = packed.split([len(down), len(weight)])
+            self._remember(packed)
+
+    def _remember(self, packed: Tensor) -> None:
+        """Keep the matrix whose rows `down` and `weight` are."""
+        self._packed = packed
+        self._addresses = [rows.data_ptr() for rows in self._rows if rows is not None]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Group":
+        """Keep the views after `.to`, `.half` and the like, which convert them one by one."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._pack()
+        return self
+
+    def is_packed(self) -> bool:
+        """Whether the packed matrix is what the parameters hold (a deep copy separates them)."""
+        down, weight = self._rows
+        if self._packed is None or weight is None:
+            return False
+        return [down.data_ptr(), weight.data_ptr()] == self._addresses
+
+    # -- forward ---------------------------------------------------------------------------------
+
+    def add(self, index: int, x: Tensor, y: Tensor, *, in_place: bool = False) -> Tensor:
+        """Add the experts of member `index` to its output.
+
+        Args:
+            index: Which member.
+            x: Input of its base module.
+            y: Output of its base module.
+            in_place: Whether `y` may be overwritten.
+        """
+        up: Tensor = self._ups[index]
+        z = self.siblings.take(index, x, self._parts)
+        if not isinstance(z, Tensor):
+            return gated_expand(y, z, up)
+        if self.rank_gates is not None:
+            z = z * self.rank_gates[self.units[index] : self.units[index + 1]].to(z.dtype)
+        if self.output_scales[index] != 1.0:
+            z = z * self.output_scales[index]
+        if self.form == "conv":
+            return expand(y.movedim(1, -1), z, up).movedim(-1, 1)
+        return expand(y, z, up, in_place=in_place)
+
+    def parts(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor | Shrunk]:
+        """Gated units of members start..stop, from whichever implementation is fastest."""
+        return kernel_units(self, x, start, stop) or self.gated(x, start, stop)
+
+    def gated(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
+        """Gated units of members start..stop, each of shape (T, R_m)."""
+        down, _ = self._rows
+        if x.dtype != down.dtype and x.is_floating_point():
+            x = x.to(down.dtype)
+        packed = self._fused() if stop - start == len(self.names) else None
+        if packed is not None:
+            both = self._shrink(x, packed)
+            u, scores = both.split_with_sizes([self.units[-1], self.scores[-1]], dim=1)
+            return self.gate_parts(x, u, scores, start, stop)
+        u = self._shrink(x, down[self.units[start] : self.units[stop]])
+        return self.gate_parts(x, u, None, start, stop)
+
+    def gate_parts(
+        self, x: Tensor, u: Tensor, scores: Tensor | None, start: int, stop: int
+    ) -> Sequence[Tensor]:
+        """Gate the units of members start..stop.
+
+        Args:
+            x: Input of the modules.
+            u: Units, shape (T, R) of these members.
+            scores: Products with the gate's rows, shape (T, n) of these members, if they are there.
+            start: First member.
+            stop: After the last.
+
+        Returns:
+            Gated units of each, shape (T, R_m).
+        """
+        if scores is None:
+            scores = self._products(x, start, stop)
+        if stop - start > 1 and not self.uniform:
+            bounds = self.scores if scores is not None else [0] * (stop + 1)
+            pieces = []
+            for m in range(start, stop):
+                one = u[:, self.units[m] : self.units[m + 1]]
+                part = None if scores is None else scores[:, bounds[m] : bounds[m + 1]]
+                pieces.append(self._gate(x, one, part, m, m + 1))
+            return pieces
+        z = self._gate(x, u, scores, start, stop)
+        if stop - start == 1:
+            return (z,)
+        return [z[:, a:b] for a, b in pairwise(self.units)]
+
+    def _fused(self) -> Tensor | None:
+        """The packed matrix, where no gradient is wanted of a part of it."""
+        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in self._rows):
+            return None
+        return self._packed if not torch.compiler.is_compiling() and self.is_packed() else None
+
+    def _products(self, x: Tensor, start: int, stop: int) -> Tensor | None:
+        """Products with the gate's rows, shape (T, n), if its scores are made of them."""
+        _, weight = self._rows
+        if weight is None or not self.context.spec.is_local:
+            return None
+        rows = weight[self.scores[start] : self.scores[stop]]
+        cast = x.is_floating_point() and x.dtype != rows.dtype
+        return self._shrink(x.to(rows.dtype) if cast else x, rows)
+
+    def _gate(self, x: Tensor, u: Tensor, raw: Tensor | None, start: int, stop: int) -> Tensor:
+        """Gate members start..stop, which are alike (or one)."""
+        weights = self._weigh(x, u, raw, start, stop).flatten(1)
+        if self.context.spec.granularity == "rank":
+            return gate_units(u, weights, None, None)
+        columns = None if self.block is not None else self.columns_of(start, stop - start)
+        return gate_units(u, weights, self.block, columns)
+
+    def weights_of(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Weights of members start..stop, which are alike (or one), where they need no units.
+
+        Returns:
+            Shape (T', M C), T' dividing the number of tokens; C with the general experts.
+        """
+        return self._weigh(x, None, self._products(x, start, stop), start, stop).flatten(1)
+
+    def _weigh(
+        self, x: Tensor, u: Tensor | None, raw: Tensor | None, start: int, stop: int
+    ) -> Tensor:
+        """Weights of members start..stop, shape (T', M, C)."""
+        context, spec = self.context, self.context.spec
+        if spec.is_local:
+            scores = self._scores(x, u, raw, start, stop)
+            if spec.memory:
+                scores = self._remembered(x, scores, start, stop)
+            weights = self._decide(x, scores, start, stop)
+        else:
+            scores = None
+            tokens = x.numel() // x.shape[-1] if u is None else u.shape[0]
+            weights = self._outside(x, tokens, start, stop)
+        if context.observe is not None:
+            context.observe(self, start, stop, weights, scores)
+        if self.num_general and spec.granularity != "rank":
+            general = self.widths[start] - len(self.experts[start])
+            share = -weights.sum(-1, keepdim=True) / self.num_general
+            weights = torch.cat([weights, share.expand(*share.shape[:-1], general)], dim=-1)
+        return weights
+
+    def gate_of(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Gate rows of members start..stop, and their bias for the selection."""
+        assert self.weight is not None
+        rows = self.weight[self.scores[start] : self.scores[stop]]
+        bias = self.bias
+        own = bias[self.units[start] : self.units[stop]] if isinstance(bias, Tensor) else None
+        return rows, own
+
+    def columns_of(self, start: int, count: int = 1) -> Tensor:
+        """Place of each unit's expert among the members' experts, int64, shape (units,)."""
+        columns: Tensor = getattr(self, "columns" if count > 1 else f"columns{start}")
+        return columns
+
+    def _scores(
+        self, x: Tensor, u: Tensor | None, raw: Tensor | None, start: int, stop: int
+    ) -> Tensor:
+        """Scores of shape (T, M, n), from products with rows or else from the units."""
+        spec, count = self.context.spec, stop - start
+        if u is None or raw is not None:
+            assert raw is not None
+            scores = raw.view(raw.shape[0], count, raw.shape[1] // count)
+            if spec.signal == "prototype":
+                scores = scores.abs()
+            elif spec.standardise:
+                scores = scores * inverse_deviation(x)[:, None, None]
+        else:
+            spectrum: Tensor = self.spectrum  # type: ignore[assignment]
+            scaled = u * spectrum[self.units[start] : self.units[stop]]
+            by_rank = spec.granularity == "rank"
+            columns = None if by_rank else self.columns_of(start, count)
+            scores = strengths(scaled, columns, count * len(self.experts[start]))
+            scores = scores.view(len(u), count, -1)
+        if spec.null_expert and spec.signal != "input":
+            null = scores.new_full((*scores.shape[:-1], 1), spec.null_score)
+            scores = torch.cat([scores, null], dim=-1)
+        return scores
+
+    def _remembered(self, x: Tensor, scores: Tensor, start: int, stop: int) -> Tensor:
+        """Scores with those of earlier tokens, shape (T, M, n)."""
+        context, key = self.context, (REMEMBERED, self.names[start], stop - start)
+        rows = scores.view(self._batch(x), -1, scores[0].numel())
+        mask = context.mask
+        keep = mask if mask is not None and mask.shape == rows.shape[:2] else None
+        return remember(context.store, key, rows, context.spec.memory, keep).view(scores.shape)
+
+    def _batch(self, x: Tensor) -> int:
+        """Sequences in an input; tokens without a sequence are one."""
+        return x.shape[0] if x.dim() > (1 if self.form == "embedding" else 2) else 1
+
+    def _decide(self, x: Tensor, scores: Tensor, start: int, stop: int) -> Tensor:
+        """Weights of the gated experts (or ranks), shape (T', M, E)."""
+        spec, store = self.context.spec, self.context.store
+        key = (self.names[start], stop - start)
+        if spec.sequence:
+            if store is not None and key in store:
+                return store[key]
+            rows = scores.view(self._batch(x), -1, *scores.shape[1:])
+            scores = over_prompt(rows, self.context.mask)
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        if bias is not None:
+            bias = bias[self.units[start] : self.units[stop]].view(stop - start, -1)
+        weights = activate(scores, spec, bias)
+        if spec.null_expert:
+            weights = weights[..., :-1]
+        if self.context.only is not None:
+            weights = only_of(weights, self.context.only, self.experts[start])
+        if spec.sequence and store is not None:
+            store[key] = weights
+        return weights
+
+    def _outside(self, x: Tensor, tokens: int, start: int, stop: int) -> Tensor:
+        """Weights that were decided outside, shape (T', M, E)."""
+        context = self.context
+        weights = context.weights
+        if weights is None:
+            raise RuntimeError("the model's forward pre-hook did not run")
+        weights = weights.to(self.down.device)  # spread over devices, each module has its own
+        rows, batch = weights.shape[0], x.shape[0]
+        # Beam search and num_return_sequences repeat each row in place, so a divisor is right.
+        fits = tokens == rows or (context.spec.signal != "hidden" and batch % rows == 0)
+        if rows != 1 and not fits:
+            hidden = context.spec.signal == "hidden"
+            raise MethodError(
+                f"{self.names[start]}: a batch of {batch} rows and {tokens} tokens, but weights "
+                f"for {rows} {'tokens' if hidden else 'rows'}",
+                "leave the module out: it does not see the tokens of the first pass"
+                if hidden
+                else "name one expert per row of the batch",
+            )
+        parts = [weights.index_select(1, getattr(self, f"outside{m}")) for m in range(start, stop)]
+        return torch.stack(parts, dim=1) if len(parts) > 1 else parts[0][:, None]

@@ -1,0 +1,1 @@
+"""Training gates and experts."""

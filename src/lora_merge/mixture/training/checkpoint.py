@@ -1,0 +1,119 @@
+"""A training run on disk: its checkpoint, and one JSON line per step beside it."""
+
+import io
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_merge.errors import MethodError, OutputError
+from lora_merge.files.atomic import atomic_directory, atomic_file
+from lora_merge.mixture.training.settings import TrainSettings
+
+_STATE, _METRICS = "state.pt", "metrics.jsonl"
+_FREE = ("save_every", "eval_every")  # settings that a resumed run may have otherwise
+
+
+def check_work(work: Path) -> None:
+    """Refuse a directory that holds something else: a checkpoint replaces it as a whole.
+
+    Raises:
+        OutputError: If it is not empty and no checkpoint.
+    """
+    if work.exists() and not (work / _STATE).is_file() and (work.is_file() or any(work.iterdir())):
+        raise OutputError(
+            f"{work} exists and is no training checkpoint, so it is not replaced",
+            "name a directory for the checkpoint alone",
+        )
+
+
+def save_state(
+    work: Path,
+    step: int,
+    settings: TrainSettings,
+    tensors: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """Write a checkpoint; it appears whole or not at all."""
+    state = {
+        "step": step,
+        "settings": asdict(settings),
+        "tensors": [t.detach().cpu() for t in tensors],
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+    }
+    with atomic_directory(work) as folder:
+        buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
+        torch.save(state, buffer)
+        (folder / _STATE).write_bytes(buffer.getbuffer())
+        # Says to `check_target` and to people what this directory is.
+        (folder / "config.json").write_text(json.dumps({"lora_merge": "training checkpoint"}))
+
+
+def restore_state(
+    work: Path,
+    settings: TrainSettings,
+    tensors: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer | None,
+) -> int:
+    """Take a checkpoint up; returns its step, 0 if there is none.
+
+    Raises:
+        MethodError: If it is damaged, or belongs to another run.
+    """
+    path = work / _STATE
+    if not path.is_file():
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise MethodError(
+            f"{work}: the checkpoint cannot be read", "start afresh without --resume"
+        ) from error
+    kept, now = state["settings"], asdict(settings)
+    changed = [k for k in now if kept.get(k) != now[k] and k not in _FREE]
+    shapes = [tuple(t.shape) for t in state["tensors"]]
+    if changed or shapes != [tuple(t.shape) for t in tensors]:
+        what = ", ".join(changed) or "the mixture"
+        raise MethodError(
+            f"{work}: the checkpoint belongs to a run with other settings ({what})",
+            "give the same settings, or start afresh without --resume",
+        )
+    with torch.no_grad():
+        for tensor, value in zip(tensors, state["tensors"], strict=True):
+            tensor.copy_(value)
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def add_metrics(work: Path, metrics: Mapping[str, Any]) -> None:
+    """Append one step's line."""
+    with _metrics_of(work).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(metrics) + "\n")
+
+
+def cut_metrics(work: Path, step: int) -> None:
+    """Drop what a killed run reported after its last checkpoint: it is about to happen again."""
+    path = _metrics_of(work)
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut in the middle by the kill
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    with atomic_file(path) as staging:
+        staging.write_text("".join(kept), encoding="utf-8")
+
+
+def _metrics_of(work: Path) -> Path:
+    """Beside the checkpoint, which is replaced as a whole."""
+    return work.with_name(f"{work.name}.{_METRICS}")

@@ -1,0 +1,1 @@
+"""From spectra to ranks: measures, rules, budgets."""

@@ -1,0 +1,1 @@
+"""One adapter in, one out: resize, extract, fuse."""

@@ -1,0 +1,299 @@
+"""Fuse an adapter into its base model: base + delta, shard by shard, in the base's dtype.
+
+Each shard is copied as bytes, and the tensors the adapter changes are rewritten where they lie, in
+bands: memory is one band and one module's factors. Everything else of the directory (tokenizer,
+configuration, index, tied tensors that are stored once) stays what it was, but for the model card,
+and the tokenizer where the adapter brings its own.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite, prod, sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import align, read_stacks
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.errors import AdapterError, MethodError
+from lora_merge.files.atomic import atomic_directory, check_target
+from lora_merge.files.cards import fused_card
+from lora_merge.files.checkpoint import Checkpoint, TensorPlace, open_checkpoint
+from lora_merge.files.shards import ShardEditor, copy_shard
+from lora_merge.files.tensor_file import DTYPES
+from lora_merge.files.tensor_stream import cast_to
+from lora_merge.reshape.fuse_targets import Match, Target, match_adapter
+
+# What a trainer saves beside an adapter when it changed the tokenizer or the chat format.
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# Entries of a tensor that are in memory at once, with their delta: 1 MB each, which stays in cache.
+_BAND_ENTRIES = 1 << 18
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What was done.
+
+    Attributes:
+        out: The directory written.
+        modules: Modules whose weight changed.
+        replaced: Tensors that the adapter stores whole and that replaced the base's.
+        added: Tensors that the base did not have.
+        untied: Tensors that shared another one's storage in the base and now have their own.
+        relative_change: Frobenius norm of all deltas over that of the weights they change.
+        num_bytes: Size of the weights.
+        notes: What the user should know, in words.
+    """
+
+    out: str
+    modules: int
+    replaced: tuple[str, ...]
+    added: tuple[str, ...]
+    untied: tuple[str, ...]
+    relative_change: float
+    num_bytes: int
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"schema": 1, **asdict(self)}
+
+
+def fuse(
+    adapter: Adapter,
+    base: Path,
+    out: Path,
+    *,
+    weight: float = 1.0,
+    force: bool = False,
+    on_module: Callable[[], None] | None = None,
+) -> FuseReport:
+    """Write the base model with the adapter in it.
+
+    Args:
+        adapter: The adapter.
+        base: Directory of the base model, in safetensors.
+        out: The directory to make.
+        weight: Multiplies the adapter's deltas and its `lora_bias`.
+        force: Replace an existing model or adapter directory.
+        on_module: Called after each module.
+
+    Raises:
+        SourceError: If the base is no safetensors checkpoint.
+        AdapterError: If the adapter does not fit the base; nothing is written.
+        MethodError: If the weight is no finite number.
+        OutputError: If the directory cannot be written; nothing is left behind.
+    """
+    if not isfinite(weight):
+        raise MethodError(f"the weight is {weight}", "give a finite number")
+    checkpoint = open_checkpoint(base)
+    match = match_adapter(adapter, checkpoint)
+    new_bytes = sum(prod(shape) * DTYPES[code].itemsize for code, shape in match.new.values())
+    inputs = [*checkpoint.paths, *([adapter.source.weights] if adapter.source else [])]
+    check_target(out, force=force, inputs=inputs, needed=checkpoint.num_bytes + new_bytes)
+    with atomic_directory(out) as folder:
+        for name in checkpoint.other_files():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+        places = _copy_shards(checkpoint, match, folder)
+        with _Editors(folder, places, match.prefix) as editors:
+            _write_whole_tensors(adapter, match, editors)
+            change = _add_deltas(adapter, match, editors, weight, on_module)
+        _write_json(checkpoint, match, places, folder)
+        notes = (*match.notes, *_copy_tokenizer(adapter, folder))
+        (folder / "README.md").write_text(_card(adapter, checkpoint, weight, notes), "utf-8")
+        num_bytes = sum((folder / shard).stat().st_size for shard in checkpoint.shards)
+    return FuseReport(
+        out=str(out),
+        modules=len(match.targets),
+        replaced=tuple(sorted(n for n in match.whole.values() if n in checkpoint.tensors)),
+        added=tuple(sorted(set(match.new) - set(match.untied) - match.resized)),
+        untied=tuple(sorted(match.untied)),
+        relative_change=change,
+        num_bytes=num_bytes,
+        notes=notes,
+    )
+
+
+def _copy_tokenizer(adapter: Adapter, folder: Path) -> list[str]:
+    """An adapter's own tokenizer and chat template replace the base's: it was trained with them."""
+    if adapter.source is None:
+        return []
+    beside = adapter.source.weights.parent
+    names = [name for name in _TOKENIZER if (beside / name).is_file()]
+    for name in names:
+        shutil.copyfile(beside / name, folder / name)
+    return [f"{', '.join(names)}: the adapter's, not the base's"] if names else []
+
+
+def _card(adapter: Adapter, base: Checkpoint, weight: float, notes: Sequence[str]) -> str:
+    name = adapter.config.base_model
+    text = (
+        f"{f'`{name}`' if name else 'The base model'} with the LoRA adapter `{adapter.name}` added "
+        f"to its weights, times {weight:g}. It loads as the base does and needs no PEFT.\n\n"
+        + "".join(f"- {note}\n" for note in notes)
+    )
+    return fused_card("A model with an adapter in it", name, text.rstrip(), base.licence)
+
+
+def _copy_shards(checkpoint: Checkpoint, match: Match, folder: Path) -> dict[str, TensorPlace]:
+    """Copy every shard; the last one gets the new tensors (zeros, for now)."""
+    places: dict[str, TensorPlace] = {}
+    for shard in checkpoint.shards:
+        new = match.new if shard == checkpoint.shards[-1] else {}
+        places |= copy_shard(
+            checkpoint.folder / shard,
+            folder / shard,
+            new=new,
+            prefix=match.prefix,
+            dropped=match.resized,
+        )
+    return places
+
+
+class _Editors(contextlib.ExitStack):
+    """Reads and overwrites tensors by their names in the base, whatever shard they are in."""
+
+    def __init__(self, folder: Path, places: dict[str, TensorPlace], prefix: str) -> None:
+        super().__init__()
+        self._folder, self._places, self._prefix = folder, places, prefix
+        self._open: dict[str, ShardEditor] = {}
+
+    def place(self, name: str) -> TensorPlace:
+        return self._places.get(self._prefix + name) or self._places[name]
+
+    def editor(self, place: TensorPlace) -> ShardEditor:
+        if place.shard not in self._open:
+            editor = ShardEditor(self._folder / place.shard)
+            self._open[place.shard] = self.enter_context(editor)
+        return self._open[place.shard]
+
+    def read(self, name: str, start: int, count: int) -> Tensor:
+        place = self.place(name)
+        return self.editor(place).read(place, start, count)
+
+    def write(self, name: str, start: int, tensor: Tensor) -> None:
+        place = self.place(name)
+        self.editor(place).write(place, start, tensor.to(DTYPES[place.dtype]))
+
+
+def _write_whole_tensors(adapter: Adapter, match: Match, editors: _Editors) -> None:
+    for name, source in match.untied.items():
+        size = prod(editors.place(source).shape)
+        for start in range(0, size, _BAND_ENTRIES):
+            count = min(_BAND_ENTRIES, size - start)
+            editors.write(name, start, editors.read(source, start, count))
+    for extra, name in match.whole.items():
+        tensor = adapter.read_extra(extra)
+        editors.write(name, 0, cast_to(tensor, editors.place(name).dtype, name))
+
+
+def _add_deltas(
+    adapter: Adapter,
+    match: Match,
+    editors: _Editors,
+    weight: float,
+    on_module: Callable[[], None] | None,
+) -> float:
+    """Returns the Frobenius norm of all deltas over that of what they are added to."""
+    alignment = align([adapter])
+    squares = [0.0, 0.0]
+    for target in match.targets:
+        for expert, stack in enumerate(read_stacks(alignment, target.module)):
+            size = stack.d_out * stack.d_in
+            parts = _add_delta(adapter, target, stack, editors, expert * size, weight)
+            squares = [total + part for total, part in zip(squares, parts, strict=True)]
+        bias = adapter.read_bias(target.module.name)
+        if bias is not None and target.bias is not None:
+            stored = editors.read(target.bias, 0, bias.numel())
+            editors.write(target.bias, 0, stored.double() + bias * weight)
+        if on_module:
+            on_module()
+    delta, base = squares
+    return sqrt(delta / base) if base > 0 else 0.0
+
+
+def _add_delta(
+    adapter: Adapter, target: Target, stack: RankStack, editors: _Editors, start: int, weight: float
+) -> tuple[float, float]:
+    """Add one matrix, band by band; returns the squared norms of the delta and the base."""
+    left, right = stack.up * (stack.scale * weight).to(stack.up.dtype), stack.down
+    if target.layout == "transposed":
+        left, right = right.mT, left.mT
+    rows, columns = left.shape[0], right.shape[1]
+    step = max(1, _BAND_ENTRIES // columns)
+    delta_square = base_square = 0.0
+    for row in range(0, rows, step):
+        delta = left[row : row + step] @ right
+        place = start + row * columns
+        stored = editors.read(target.tensor, place, delta.numel()).view(delta.shape)
+        fused = stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True)
+        base_square += _square(fused)
+        delta_square += _square(delta)
+        fused.add_(delta)
+        low, high = (float(bound) for bound in fused.aminmax())
+        limit = torch.finfo(stored.dtype).max
+        if not -limit <= low <= high <= limit and bool(stored.isfinite().all()):
+            raise AdapterError(
+                f"{adapter.name}: {target.module.name}: base + delta is beyond the range of "
+                f"{stored.dtype}".replace("torch.", ""),
+                "lower --weight, or fuse into a bfloat16 or float32 base",
+            )
+        editors.write(target.tensor, place, fused)
+    return delta_square, base_square
+
+
+def _square(x: Tensor) -> float:
+    flat = x.flatten()
+    return float(flat @ flat)
+
+
+def _write_json(
+    checkpoint: Checkpoint, match: Match, places: dict[str, TensorPlace], folder: Path
+) -> None:
+    """Rewrite the index and the config where they say something that is no longer so."""
+    if checkpoint.index and (match.new or match.prefix):
+        path = folder / checkpoint.index
+        index = json.loads((checkpoint.folder / checkpoint.index).read_text(encoding="utf-8"))
+        index["weight_map"] = {name: places[name].shard for name in sorted(places)}
+        added = sum(prod(shape) * DTYPES[code].itemsize for code, shape in match.new.values())
+        dropped = [checkpoint.tensors[name] for name in match.resized]
+        added -= sum(prod(place.shape) * DTYPES[place.dtype].itemsize for place in dropped)
+        if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
+            index["metadata"]["total_size"] += added
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    elif checkpoint.index:
+        shutil.copyfile(checkpoint.folder / checkpoint.index, folder / checkpoint.index)
+    changes: dict[str, Any] = {"tie_word_embeddings": False} if match.unties else {}
+    if match.resized:
+        changes["vocab_size"] = match.new[next(iter(match.resized))][1][0]
+    if changes and checkpoint.config:
+        config = _changed(checkpoint.config, changes)
+        text = json.dumps(config, indent=2) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config with some values changed, also where its text model has a config inside."""
+    nested = config.get("text_config")
+    if not isinstance(nested, dict):
+        return {**config, **changes}
+    inside = {name: value for name, value in changes.items() if name in nested}
+    outside = {n: v for n, v in changes.items() if n in config or n not in nested}
+    return {**config, **outside, "text_config": {**nested, **inside}}

@@ -1,0 +1,271 @@
+"""Give an adapter new ranks: the best approximation of every delta, and what it costs.
+
+Two passes over the file. The first keeps an r x r SVD per module, from which the rank rule
+chooses; the second multiplies the stored factors by r x k matrices and writes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import AlignedModule
+from lora_merge.adapters.forms import to_matrix
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.adapters.writer import AdapterWriter, OutputPlan, RankLayout, plan_output
+from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum, require_finite
+from lora_merge.errors import MethodError
+from lora_merge.files.atomic import atomic_directory, check_target
+from lora_merge.files.cards import short_card
+from lora_merge.files.tensor_file import DTYPES, commonest_dtype
+from lora_merge.linalg.factors import gram, pivot_sign
+from lora_merge.machine.parallel import in_order
+from lora_merge.ranks.choose import RankPlan
+from lora_merge.reshape.stored_units import keeps_stored_units, split_units
+
+
+@dataclass(frozen=True)
+class ResizedModule:
+    """One module's result.
+
+    Attributes:
+        name: Module path.
+        before: Rank it had.
+        rank: Rank it has, 0 if it was dropped.
+        frobenius: Norm of the delta before (weighted by data, if the spectra are).
+        truncation: Norm of what truncation removed (exact, from the singular values; weighted
+            likewise).
+        delta_norm: Norm of the delta before, never weighted.
+        cast: Norm of what rounding to the stored dtype changed (measured).
+    """
+
+    name: str
+    before: int
+    rank: int
+    frobenius: float
+    truncation: float
+    delta_norm: float
+    cast: float
+
+
+@dataclass(frozen=True)
+class ResizeReport:
+    """What a resize did.
+
+    Attributes:
+        plan: The ranks and the rule they came from.
+        modules: One entry per module.
+        out: The directory written.
+        num_bytes: Size of the weights.
+        dtype: safetensors dtype code of the factors.
+    """
+
+    plan: RankPlan
+    modules: tuple[ResizedModule, ...]
+    out: str
+    num_bytes: int
+    dtype: str
+
+    @property
+    def truncation(self) -> float:
+        """Truncation error of all modules together, relative to their norm."""
+        return _relative([(m.truncation, m.frobenius) for m in self.modules])
+
+    @property
+    def cast(self) -> float:
+        """Rounding error of all modules together, relative to their norm."""
+        return _relative([(m.cast, m.delta_norm) for m in self.modules])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "schema": 1,
+            "out": self.out,
+            "bytes": self.num_bytes,
+            "dtype": self.dtype,
+            "truncation_error": self.truncation,
+            "cast_error": self.cast,
+            "plan": self.plan.to_dict(),
+            "modules": [dict(m.__dict__) for m in self.modules],
+        }
+
+
+def plan_resize(
+    adapter: Adapter,
+    spectra: AdapterSpectra,
+    plan: RankPlan,
+    *,
+    dtype: str | None = None,
+    layout: RankLayout = "per-module",
+) -> OutputPlan:
+    """What `resize` will write; modules of rank 0 are left out.
+
+    Args:
+        adapter: The adapter.
+        spectra: Its spectra, of all modules, with cores kept.
+        plan: New ranks.
+        dtype: safetensors dtype code; default: the one most modules have now.
+        layout: "per-module" writes rank_pattern; "uniform" pads with zeros.
+
+    Raises:
+        AdapterError: If a module is not finite.
+        MethodError: If every module would be dropped.
+    """
+    require_finite(spectra)
+    kept = {name: rank for name, rank in plan.ranks.items() if rank > 0}
+    if not kept:
+        raise MethodError(
+            f"{adapter.name}: no module would be left", "leave --drop-empty out, or keep more"
+        )
+    biased = [name for name in set(plan.ranks) - set(kept) if adapter.modules[name].key_bias]
+    if biased:
+        raise MethodError(
+            f"{adapter.name}: {min(biased)} has a bias on B, which rank 0 would lose",
+            "leave --drop-empty out",
+        )
+    extras = {name: (e.dtype, e.shape) for name, e in adapter.extras.items()}
+    return plan_output(
+        [adapter],
+        [AlignedModule(name, {0: adapter.modules[name]}) for name in kept],
+        kept,
+        dtype=dtype or commonest_dtype(spec.dtype for spec in adapter.modules.values()),
+        layout=layout,
+        extras=extras,
+    )
+
+
+def resize(
+    adapter: Adapter,
+    spectra: AdapterSpectra,
+    plan: RankPlan,
+    output: OutputPlan,
+    out: Path,
+    *,
+    force: bool = False,
+    jobs: int | None = None,
+    on_module: Callable[[], None] | None = None,
+) -> ResizeReport:
+    """Write the adapter with new ranks; the directory appears when everything is done.
+
+    Args:
+        adapter: The adapter.
+        spectra: Its spectra with cores kept.
+        plan: New ranks.
+        output: From `plan_resize`.
+        out: The directory to make.
+        force: Replace an existing adapter directory.
+        jobs: Worker threads.
+        on_module: Called after each module.
+
+    Raises:
+        OutputError: If the directory cannot be written; nothing is left behind.
+    """
+    source = adapter.source
+    inputs = [path for path in (source.weights, source.config) if path] if source else []
+    check_target(out, force=force, inputs=inputs, needed=output.num_bytes)
+    cores: dict[str, list[ModuleSpectrum]] = {}
+    for module in spectra.modules:
+        cores.setdefault(module.module, []).append(module)
+    done: list[ResizedModule] = []
+
+    def one(name: str) -> ResizedModule:
+        return _resize_module(adapter, cores[name], plan, output, writer)
+
+    with atomic_directory(out) as folder:
+        with AdapterWriter(folder, output) as writer:
+            for result in in_order(one, list(plan.ranks), jobs=jobs):
+                done.append(result)
+                if on_module:
+                    on_module()
+            for name in output.extras:
+                writer.add_extra(name, adapter.read_extra(name))
+        (folder / "README.md").write_text(_card(adapter, plan), encoding="utf-8")
+    return ResizeReport(plan, tuple(done), str(out), output.num_bytes, output.dtype)
+
+
+def truncated(module: ModuleSpectrum, up: Tensor, down: Tensor, rank: int) -> RankStack:
+    """Best approximation of a module's delta as a stack of `rank` balanced singular units.
+
+    Args:
+        module: Its spectrum, with the core kept.
+        up: B, shape (d_out, r).
+        down: A, shape (r, d_in).
+        rank: Directions to keep.
+    """
+    assert module.core is not None
+    left, right = module.core.truncate(rank)
+    root = abs(module.spec.scaling) ** 0.5
+    precise = torch.float64 if up.dtype == torch.float64 else torch.float32
+    new_up = up.to(precise) @ (root * left).to(precise)
+    new_down = (root * right).to(precise) @ down.to(precise)
+    sign = pivot_sign(new_up)
+    flip = -sign if module.spec.scaling < 0 else sign
+    return RankStack.single(new_up * flip, sign.mT * new_down)
+
+
+def cast_error(stack: RankStack, dtype: torch.dtype) -> float:
+    """Frobenius norm of what rounding the balanced factors to a dtype changes, exactly.
+
+    B'A' - BA = (B' - B) A' + B (A' - A): the difference is never taken between two products, so
+    nothing cancels.
+    """
+    a, b = stack.balanced()
+    rounded_a, rounded_b = a.to(dtype).to(a.dtype), b.to(dtype).to(b.dtype)
+    if torch.equal(a, rounded_a) and torch.equal(b, rounded_b):
+        return 0.0
+    up = torch.cat([rounded_b - b, b], dim=1)
+    down = torch.cat([rounded_a, rounded_a - a])
+    return sqrt(max(float((gram(up.mT) * gram(down)).sum()), 0.0))
+
+
+def _resize_module(
+    adapter: Adapter,
+    experts: Sequence[ModuleSpectrum],
+    plan: RankPlan,
+    output: OutputPlan,
+    writer: AdapterWriter,
+) -> ResizedModule:
+    spec = experts[0].spec
+    rank = plan.ranks[spec.name]
+    total = sum(float(m.values.square().sum()) for m in experts)
+    lost = sum(float(m.values[rank:].square().sum()) for m in experts)
+    stacks: list[RankStack] = []
+    if keeps_stored_units(plan.rule):
+        stacks, dropped = split_units(adapter, spec.name, plan.rule, rank)
+        lost = sum(stack.inner(stack) for stack in dropped)
+    elif rank:
+        a, b = adapter.read(spec.name)
+        for index, module in enumerate(experts):
+            down, up = to_matrix(spec, a, b, index)
+            stacks.append(truncated(module, up, down, rank))
+    cast = 0.0
+    if rank:
+        cast = sum(cast_error(stack, DTYPES[output.dtype]) ** 2 for stack in stacks)
+        writer.add(spec.name, stacks, adapter.read_bias(spec.name))
+    norm = (
+        total if experts[0].delta_norm is None else sum((m.delta_norm or 0) ** 2 for m in experts)
+    )
+    before = plan.modules[spec.name].before
+    return ResizedModule(spec.name, before, rank, sqrt(total), sqrt(lost), sqrt(norm), sqrt(cast))
+
+
+def _relative(parts: Sequence[tuple[float, float]]) -> float:
+    """Norm of all errors over the norm of all deltas, 0 of nothing."""
+    total = sum(whole**2 for _, whole in parts)
+    return sqrt(sum(error**2 for error, _ in parts) / total) if total > 0 else 0.0
+
+
+def _card(adapter: Adapter, plan: RankPlan) -> str:
+    low, high = min(plan.ranks.values()), max(plan.ranks.values())
+    return short_card(
+        "A resized LoRA adapter",
+        adapter.config.base_model,
+        f"`{adapter.name}` at lower rank: rule `{plan.rule}`, ranks {low} to {high}, "
+        f"{100 * plan.energy:.2f} % of the energy kept.\n\n"
+        "The scaling is folded into the weights (`lora_alpha` = `r`).",
+    )

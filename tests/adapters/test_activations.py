@@ -1,0 +1,135 @@
+"""Data-driven merges against plain code, and the statistics they need against direct sums."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from merging import merge_one, task_inputs
+from torch import nn
+
+import lora_merge
+from builders import SHAPES, make_adapter, random_stack
+from lora_merge.adapters.activations import Statistics, collect_statistics
+from lora_merge.adapters.alignment import align, read_stacks
+from lora_merge.errors import LoraMergeError, MethodError
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(16, 24)})
+        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(16, 40), "back": nn.Linear(64, 16)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([self.self_attn["q_proj"](x), self.mlp["up_proj"](x)], dim=-1)
+        return torch.tanh(self.mlp["back"](both))
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.model["layers"]:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("off_diagonal", [0.0, 0.9, 1.0])
+def test_regmean_is_the_least_squares_solution(off_diagonal) -> None:
+    stack = random_stack((4, 6, 5), 30, 20)
+    grams = []
+    for x in task_inputs(stack).values():
+        gram = x @ x.mT / x.shape[1]
+        grams.append(off_diagonal * gram + (1 - off_diagonal) * torch.diag(gram.diagonal()))
+    deltas = [stack.of_adapter(i).delta() for i in range(3)]
+    wanted = sum(d @ g for d, g in zip(deltas, grams, strict=True)) @ torch.linalg.inv(sum(grams))
+    parameters = {"off_diagonal": off_diagonal, "ridge": 1e-12}
+    torch.testing.assert_close(merge_one(stack, "regmean", parameters=parameters), wanted)
+
+
+def test_ssr_is_the_best_router_from_all_units() -> None:
+    """Among all X = B_c R A_c it predicts each adapter's own z best on that adapter's inputs."""
+    stack = random_stack((3, 4), 30, 20)
+    left, right = [], []
+    for owner, x in task_inputs(stack).items():
+        z = stack.down @ x
+        left.append(z)
+        right.append(torch.where((stack.owner == owner)[:, None], z, 0.0))
+    z, own = torch.cat(left, dim=1), torch.cat(right, dim=1)
+    router = torch.linalg.lstsq(z.mT, own.mT).solution.mT
+    wanted = (stack.up * stack.scale) @ router @ stack.down
+    torch.testing.assert_close(merge_one(stack, "ssr", parameters={"ridge": 1e-12}), wanted)
+
+
+def test_collected_statistics_are_sums_over_what_modules_see(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Tiny()
+    adapters = [make_adapter(f"adapter-{i}", r=r, seed=i) for i, r in enumerate((4, 2))]
+    batches = [[torch.randn(5, 7, 16) for _ in range(2)], [(torch.randn(3, 16),)]]
+    statistics = collect_statistics(model, adapters, batches, tmp_path / "s.st", inputs=True)
+    assert statistics.adapters == ("adapter-0", "adapter-1")
+    alignment = align(adapters)
+    stacks = {m.name: next(read_stacks(alignment, m)) for m in alignment.modules}
+    last = "model.layers.1.mlp.up_proj"
+    for index, own in enumerate(batches):
+        # The same forward pass with the adapter merged into the weights.
+        merged = Tiny()
+        merged.load_state_dict(model.state_dict())
+        for name in SHAPES:
+            part = stacks[name].of_adapter(index)
+            merged.get_submodule(name).weight.data += part.delta()
+        x = torch.cat([b[0] if isinstance(b, tuple) else b.flatten(0, 1) for b in own])
+        seen = merged.model["layers"][0](x).double()
+        found = statistics.of(last, statistics.adapters)
+        z = seen @ stacks[last].down.double().mT
+        torch.testing.assert_close(
+            found[f"x.{index}"], seen.mT @ seen / len(x), rtol=1e-4, atol=1e-6
+        )
+        torch.testing.assert_close(found[f"z.{index}"], z.mT @ z / len(x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["regmean", "ssr"])
+def test_merging_with_a_file(method, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    adapters = [make_adapter(f"adapter-{i}", r=r, seed=i) for i, r in enumerate((4, 2, 3))]
+    batches = {a.name: [torch.randn(40, 16) * (i + 1)] for i, a in enumerate(adapters)}
+    path = tmp_path / "s.st"
+    collect_statistics(Tiny(), adapters, batches, path, inputs=True)
+    merged = lora_merge.merge(adapters, method=method, rank=9, statistics=str(path))
+    assert set(merged.modules) == set(SHAPES)
+    # A subset, in another order: the file's numbers follow the names.
+    pair = lora_merge.merge([adapters[2], adapters[0]], method=method, statistics=str(path))
+    absent = lora_merge.merge(
+        adapters, method=method, weights=[1.0, 0.0, 1.0], statistics=str(path)
+    )
+    for name in SHAPES:
+        assert all(
+            torch.equal(a, b) for a, b in zip(pair.read(name), absent.read(name), strict=True)
+        )
+    alone = lora_merge.merge([adapters[1]], method=method, statistics=str(path))
+    one = next(read_stacks(align([alone]), align([alone]).modules[0])).delta()
+    own = next(read_stacks(align([adapters[1]]), align([adapters[1]]).modules[0])).delta()
+    torch.testing.assert_close(one, own, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    adapters = [make_adapter(f"adapter-{i}", seed=i) for i in range(2)]
+    with pytest.raises(LoraMergeError, match="needs statistics"):
+        lora_merge.merge(adapters, method="ssr")
+    (tmp_path / "no.st").write_bytes(b"nothing")
+    with pytest.raises(LoraMergeError, match="no statistics file"):
+        Statistics.open(tmp_path / "no.st")
+    with pytest.raises(LoraMergeError, match="no batches"):
+        collect_statistics(Tiny(), adapters, [[torch.randn(2, 16)], []], tmp_path / "s.st")
+    with pytest.raises(LoraMergeError, match="no module"):
+        collect_statistics(nn.Linear(2, 2), adapters, [[], []], tmp_path / "s.st")
+    path = tmp_path / "s.st"
+    collect_statistics(Tiny(), adapters, [[torch.randn(2, 16)]] * 2, path)
+    with pytest.raises(MethodError, match=r"model.layers.0.mlp.up_proj") as caught:
+        lora_merge.merge(adapters, method="regmean", statistics=str(path))
+    assert "inputs=True" in caught.value.remedy
+    other = make_adapter("other", seed=5)
+    with pytest.raises(LoraMergeError, match="statistics of other"):
+        lora_merge.merge([adapters[0], other], method="ssr", statistics=str(path))
