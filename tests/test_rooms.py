@@ -22,7 +22,7 @@ FLOORS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Arrows between neighbours for one module, each with its reason.
-EXCEPTIONS = {("reshape", "analysis.spectra"): "what a resize cuts"}
+EXCEPTIONS = {("reshape", "adapters.measured.spectra"): "what a resize cuts"}
 # Library → rooms that may import it at all.
 ALLOWED = {
     "click": {"cli"},

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from lora_merge._version import __version__
 
 if TYPE_CHECKING:
-    from lora_merge.adapters.activations import collect_statistics as collect_statistics
     from lora_merge.adapters.adapter import Adapter as Adapter
+    from lora_merge.adapters.measured.activations import collect_statistics as collect_statistics
+    from lora_merge.adapters.measured.spectra import adapter_spectra as adapter_spectra
     from lora_merge.adapters.rank_stack import RankStack as RankStack
     from lora_merge.analysis.compare import compare as compare
-    from lora_merge.analysis.spectra import adapter_spectra as adapter_spectra
     from lora_merge.errors import LoraMergeError as LoraMergeError
     from lora_merge.merge.api import merge as merge
     from lora_merge.mixture.mixture import Mixture as Mixture
@@ -26,9 +26,9 @@ _PUBLIC = {
     "LoraMergeError": "lora_merge.errors",
     "Mixture": "lora_merge.mixture.mixture",
     "RankStack": "lora_merge.adapters.rank_stack",
-    "adapter_spectra": "lora_merge.analysis.spectra",
+    "adapter_spectra": "lora_merge.adapters.measured.spectra",
     "choose_ranks": "lora_merge.ranks.choose",
-    "collect_statistics": "lora_merge.adapters.activations",
+    "collect_statistics": "lora_merge.adapters.measured.activations",
     "compare": "lora_merge.analysis.compare",
     "load_mixture": "lora_merge.mixture.runtime.attach",
     "train_gate": "lora_merge.mixture.training.train",

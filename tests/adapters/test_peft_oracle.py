@@ -17,7 +17,7 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.merge.plan import plan_merge
-from lora_merge.merge.recipe import Recipe
+from lora_merge.merge.recipe.recipe import Recipe
 from lora_merge.merge.save import save_merge
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from builders import SHAPES, Tiny, delta, make_adapter, save_adapter
 from lora_merge.adapters.adapter import Adapter
-from lora_merge.analysis.spectra import adapter_spectra
+from lora_merge.adapters.measured.spectra import adapter_spectra
 from lora_merge.analysis.weighted_spectra import (
     collect_moments,
     read_moments,

@@ -9,7 +9,7 @@ import yaml
 from builders import save_adapter
 from lora_merge.cli.app import run
 from lora_merge.cli.commands.merge import command
-from lora_merge.merge.recipe import parse_recipe
+from lora_merge.merge.recipe.recipe import parse_recipe
 
 # How to run, not what to make.
 RUNNING = {"adapters", "out", "force", "device", "jobs", "dry_run", "as_json", "allow_pickle"}

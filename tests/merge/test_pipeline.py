@@ -14,7 +14,7 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.errors import AdapterError, AlignmentError, LoraMergeError, MethodError
 from lora_merge.merge.plan import MergePlan, plan_merge
-from lora_merge.merge.recipe import (
+from lora_merge.merge.recipe.recipe import (
     AdapterItem,
     Recipe,
     RecipeError,

@@ -18,12 +18,12 @@ from lora_merge.adapters.opening import build_adapter
 from lora_merge.errors import LoraMergeError, MethodError
 from lora_merge.files.tensor_file import TensorDict
 from lora_merge.merge.auto import choose
-from lora_merge.merge.by_module import ByModule, count_layers
 from lora_merge.merge.elementwise.combine import merge_tensor
 from lora_merge.merge.elementwise.rule import preset
 from lora_merge.merge.methods.registry import methods
 from lora_merge.merge.plan import plan_merge
-from lora_merge.merge.recipe import parse_recipe
+from lora_merge.merge.recipe.by_module import ByModule, count_layers
+from lora_merge.merge.recipe.recipe import parse_recipe
 
 # Methods that need statistics are tested with them in test_statistics.
 ROWS = sorted((m for m in methods().values() if not m.needs), key=lambda m: m.name)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from builders import SHAPES, Tiny, adapter_parts, delta, save_adapter, save_parts
 from lora_merge.adapters.adapter import Adapter
-from lora_merge.analysis.spectra import adapter_spectra
+from lora_merge.adapters.measured.spectra import adapter_spectra
 from lora_merge.errors import AdapterError, MethodError, OutputError
 from lora_merge.ranks.choose import choose_ranks
 from lora_merge.reshape.resize import cast_error, plan_resize, resize, truncated

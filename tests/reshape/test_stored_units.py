@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from adalora import NAMES, peft_deltas, save_adalora
 from builders import adapter_parts, save_adapter, save_parts
 from lora_merge.adapters.adapter import Adapter
-from lora_merge.analysis.spectra import adapter_spectra
+from lora_merge.adapters.measured.spectra import adapter_spectra
 from lora_merge.cli.app import cli
 from lora_merge.reshape.resize import plan_resize, resize
 from lora_merge.reshape.stored_units import nested_plan, prune_plan

@@ -8,8 +8,8 @@ from itertools import pairwise
 from statistics import median, median_high
 from typing import Any
 
+from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.adapters.module_names import labels
-from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.ranks.choose import RankPlan, choose_ranks
 from lora_merge.ranks.measures import Measures, tail_energy
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.base_names import weight_of
 from lora_merge.adapters.forms import to_matrix
+from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.adapters.references import derived_data
-from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.errors import AdapterError, OutputError
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.checkpoint import Checkpoint

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_merge.adapters.measured.spectra import AdapterSpectra
 from lora_merge.analysis.advice import advise
-from lora_merge.analysis.spectra import AdapterSpectra
 from lora_merge.files.atomic import atomic_file
 from lora_merge.ranks.measures import tail_energy
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.adapters.module_names import labels
 from lora_merge.analysis.advice import LOG_METRICS, METRICS, advise, group_modules
-from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.pictures import figure_class
 from lora_merge.ranks.measures import tail_energy

@@ -11,7 +11,13 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.writer import MemoryWriter
 from lora_merge.errors import MethodError
 from lora_merge.merge.executor import execute, settle
-from lora_merge.merge.recipe import RECIPE_NAME, AdapterItem, Recipe, plan_recipe, resolved_recipe
+from lora_merge.merge.recipe.recipe import (
+    RECIPE_NAME,
+    AdapterItem,
+    Recipe,
+    plan_recipe,
+    resolved_recipe,
+)
 from lora_merge.merge.save import card_of, finish_report
 
 

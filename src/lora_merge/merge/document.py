@@ -8,7 +8,7 @@ from lora_merge.merge.methods.method import Method
 from lora_merge.merge.methods.options import describe_options
 from lora_merge.merge.methods.registry import METHODS
 from lora_merge.merge.pipeline import Semantics
-from lora_merge.merge.recipe import Recipe
+from lora_merge.merge.recipe.recipe import Recipe
 
 _HEAD = """# Merge methods
 

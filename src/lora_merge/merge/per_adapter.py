@@ -6,8 +6,8 @@ from typing import Any
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import Alignment
 from lora_merge.errors import MethodError
-from lora_merge.merge.by_module import ByModule, count_layers
 from lora_merge.merge.methods.method import Method
+from lora_merge.merge.recipe.by_module import ByModule, count_layers
 
 
 def split_parameters(

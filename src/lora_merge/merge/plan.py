@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_merge.adapters.activations import Statistics
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import AlignedModule, Alignment, align
-from lora_merge.adapters.fingerprints import fingerprints
+from lora_merge.adapters.measured.activations import Statistics
+from lora_merge.adapters.measured.fingerprints import fingerprints
 from lora_merge.adapters.writer import OutputPlan, RankLayout, plan_output
 from lora_merge.errors import MethodError
 from lora_merge.files.tensor_file import DTYPE_CODES, DTYPES, widest_dtype
 from lora_merge.merge.auto import choose
-from lora_merge.merge.by_module import ByModule, count_layers
 from lora_merge.merge.elementwise.delta import working_bytes
 from lora_merge.merge.extras import ExtrasPolicy, plan_extras
 from lora_merge.merge.methods.options import parse_options
@@ -24,6 +23,7 @@ from lora_merge.merge.methods.registry import Method, find_method
 from lora_merge.merge.per_adapter import check_own, own_values, split_parameters
 from lora_merge.merge.pipeline import Semantics
 from lora_merge.merge.planned_ranks import plan_ranks
+from lora_merge.merge.recipe.by_module import ByModule, count_layers
 from lora_merge.ranks.rule import RankRule
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from lora_merge.files.atomic import atomic_directory, check_target
 from lora_merge.files.cards import model_card
 from lora_merge.merge.executor import execute, settle
 from lora_merge.merge.plan import MergePlan
-from lora_merge.merge.recipe import RECIPE_NAME, Recipe
+from lora_merge.merge.recipe.recipe import RECIPE_NAME, Recipe
 from lora_merge.merge.report import MergeReport, ModuleReport
 
 # Below this share of energy kept, the result is not what the method made.

@@ -16,9 +16,9 @@ from torch import Tensor
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import AlignedModule
 from lora_merge.adapters.forms import to_matrix
+from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum, require_finite
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.writer import AdapterWriter, OutputPlan, RankLayout, plan_output
-from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum, require_finite
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory, check_target
 from lora_merge.files.cards import short_card

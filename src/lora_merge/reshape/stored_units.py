@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.forms import to_matrix
+from lora_merge.adapters.measured.spectra import AdapterSpectra
 from lora_merge.adapters.rank_stack import RankStack
-from lora_merge.analysis.spectra import AdapterSpectra
 from lora_merge.ranks.choose import ModuleRank, RankPlan
 from lora_merge.ranks.rule import RankRule
 

@@ -11,7 +11,7 @@ from lora_merge.cli.shared.rule_options import rule_options, take_rule
 
 if TYPE_CHECKING:
     from lora_merge.adapters.adapter import Adapter
-    from lora_merge.analysis.spectra import AdapterSpectra
+    from lora_merge.adapters.measured.spectra import AdapterSpectra
     from lora_merge.ranks.choose import RankPlan
 
 _PRUNE = "prune-gates"
@@ -126,7 +126,7 @@ def _run(
     as_json: bool,
     **limits: Any,
 ) -> None:
-    from lora_merge.analysis.spectra import adapter_spectra, require_finite
+    from lora_merge.adapters.measured.spectra import adapter_spectra, require_finite
     from lora_merge.cli.shared.output import Output
     from lora_merge.reshape.resize import plan_resize, resize
 

@@ -17,6 +17,6 @@ def command(recipe: Path, **arguments: Any) -> None:
 
     Paths in it are relative to the current directory.
     """
-    from lora_merge.merge.recipe import read_recipe
+    from lora_merge.merge.recipe.recipe import read_recipe
 
     run_merge(read_recipe(recipe), **arguments)

@@ -11,8 +11,8 @@ from lora_merge.cli.shared.options import json_option, open_options
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from lora_merge.adapters.measured.spectra import AdapterSpectra
     from lora_merge.analysis.beside_base import BaseReport
-    from lora_merge.analysis.spectra import AdapterSpectra
 
 _METRICS = ["frobenius", "spectral", "stable", "erank", "k95", "top1"]
 
@@ -83,9 +83,9 @@ def command(
     """
     if intruders and base is None:
         raise click.UsageError("--intruders needs --base")
+    from lora_merge.adapters.measured.spectra import adapter_spectra
     from lora_merge.analysis.export import spectra_document, write_csv
     from lora_merge.analysis.figures import write_pictures
-    from lora_merge.analysis.spectra import adapter_spectra
     from lora_merge.cli.shared.output import Output
     from lora_merge.files.atomic import check_file
     from lora_merge.files.pictures import check_pictures

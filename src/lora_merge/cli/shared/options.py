@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from lora_merge.merge.recipe import Recipe
+    from lora_merge.merge.recipe.recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -140,7 +140,7 @@ def run_merge(
     from lora_merge.cli.views.merge import plan_data, plan_view, report_view
     from lora_merge.machine.device import pick_device
     from lora_merge.machine.parallel import default_jobs
-    from lora_merge.merge.recipe import open_recipe, plan_recipe, resolved_recipe
+    from lora_merge.merge.recipe.recipe import open_recipe, plan_recipe, resolved_recipe
     from lora_merge.merge.save import save_merge
 
     output = Output(as_json)

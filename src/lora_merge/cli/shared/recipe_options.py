@@ -7,7 +7,7 @@ import click
 
 from lora_merge.adapters.references import expand
 from lora_merge.merge.methods.registry import find_method
-from lora_merge.merge.recipe import AdapterItem, Recipe
+from lora_merge.merge.recipe.recipe import AdapterItem, Recipe
 
 _RUN_OPTIONS = ("out", "force", "device", "jobs", "dry_run", "as_json", "allow_pickle")
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lora_merge.analysis.spectra import ModuleSpectrum
+from lora_merge.adapters.measured.spectra import ModuleSpectrum
 from lora_merge.cli.views.format import number
 from lora_merge.cli.views.glyphs import bar
 from lora_merge.cli.views.grid import grid

@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.analysis.advice import (
     Advice,
     Group,
@@ -17,7 +18,6 @@ from lora_merge.analysis.advice import (
     sort_modules,
     total_group,
 )
-from lora_merge.analysis.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.cli.views.format import number, short_names, shorten, span
 from lora_merge.cli.views.glyphs import common_floor, median_profile, sparkline
 from lora_merge.cli.views.grid import grid, room_for

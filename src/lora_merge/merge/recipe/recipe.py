@@ -14,14 +14,14 @@ from lora_merge.adapters.opening import open_adapter
 from lora_merge.adapters.references import expand, pin, resolve, sha256
 from lora_merge.adapters.writer import RankLayout
 from lora_merge.errors import LoraMergeError, MethodError
-from lora_merge.merge.by_module import ByModule
 from lora_merge.merge.calibrate import RestoreNorm
 from lora_merge.merge.extras import ExtrasPolicy
-from lora_merge.merge.mergekit_words import translate
 from lora_merge.merge.methods.method import Normalize, Space
 from lora_merge.merge.methods.spaces import Anchor
 from lora_merge.merge.pipeline import Semantics
 from lora_merge.merge.plan import MergePlan, plan_merge
+from lora_merge.merge.recipe.by_module import ByModule
+from lora_merge.merge.recipe.mergekit_words import translate
 from lora_merge.ranks.rule import parse_rule
 
 _SEMANTICS = tuple(spec.name for spec in fields(Semantics))

@@ -9,8 +9,8 @@ from torch import nn
 
 import lora_merge
 from builders import SHAPES, make_adapter, random_stack
-from lora_merge.adapters.activations import Statistics, collect_statistics
 from lora_merge.adapters.alignment import align, read_stacks
+from lora_merge.adapters.measured.activations import Statistics, collect_statistics
 from lora_merge.errors import LoraMergeError, MethodError
 
 

@@ -1,0 +1,1 @@
+"""What the numbers of an adapter say: spectra, statistics of inputs, fingerprints."""

@@ -1,0 +1,1 @@
+"""The recipe: what is wanted, as data, as YAML and in mergekit's words."""
