@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.adapter import Adapter, build_adapter
 from lora_merge.adapters.config import parse_config
-from lora_merge.adapters.opening import build_adapter
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.files.tensor_file import TensorDict
 

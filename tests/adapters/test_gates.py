@@ -8,10 +8,9 @@ from safetensors.torch import load_file
 
 from adalora import save_adalora
 from builders import adapter_parts, make_adapter, save_parts
-from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.adapter import Adapter, build_adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.config import parse_config
-from lora_merge.adapters.opening import build_adapter
 from lora_merge.errors import AdapterError
 from lora_merge.files.tensor_file import TensorDict
 

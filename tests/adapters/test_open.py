@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from builders import adapter_parts, make_adapter, save_adapter, save_parts
-from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.adapter import Adapter, build_adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.config import parse_config
-from lora_merge.adapters.opening import build_adapter
 from lora_merge.adapters.references import expand, resolve
 from lora_merge.errors import AdapterError, AlignmentError, SourceError
 from lora_merge.files.tensor_file import SafetensorsFile, TensorDict

@@ -24,8 +24,9 @@ from builders import adapter_parts, make_adapter, save_adapter, save_parts
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align
 from lora_merge.adapters.forms import ModuleSpec
+from lora_merge.adapters.in_memory import MemoryWriter
 from lora_merge.adapters.rank_stack import RankStack
-from lora_merge.adapters.writer import AdapterWriter, MemoryWriter, OutputPlan, plan_output
+from lora_merge.adapters.writer import AdapterWriter, OutputPlan, plan_output
 from lora_merge.errors import AdapterError, OutputError
 from lora_merge.files.atomic import atomic_directory, atomic_file, check_target
 from lora_merge.files.tensor_stream import SafetensorsStream

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from builders import SHAPES, adapter_parts, make_adapter
+from lora_merge.adapters.adapter import build_adapter
 from lora_merge.adapters.config import parse_config
 from lora_merge.adapters.measured.spectra import adapter_spectra
-from lora_merge.adapters.opening import build_adapter
 from lora_merge.analysis.beside_base import count_intruders, relate_to_base
 from lora_merge.errors import AdapterError, SourceError
 from lora_merge.files.checkpoint import open_checkpoint

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from builders import SHAPES, adapter_parts, make_adapter, random_stack
-from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.adapter import Adapter, build_adapter
 from lora_merge.adapters.config import parse_config
-from lora_merge.adapters.opening import build_adapter
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.analysis import overlap
 from lora_merge.analysis.compare import compare

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from builders import SHAPES, adapter_parts, make_adapter
+from lora_merge.adapters.adapter import build_adapter
 from lora_merge.adapters.config import parse_config
 from lora_merge.adapters.measured.spectra import adapter_spectra
-from lora_merge.adapters.opening import build_adapter
 from lora_merge.analysis.figures import draw, write_pictures
 from lora_merge.errors import LoraMergeError, OutputError
 from lora_merge.files.pictures import check_pictures

@@ -201,8 +201,8 @@ def test_small_modules_keep_all_their_units() -> None:
 
 
 def with_head(name: str, rows: int, value: float) -> Adapter:
+    from lora_merge.adapters.adapter import build_adapter
     from lora_merge.adapters.config import parse_config
-    from lora_merge.adapters.opening import build_adapter
     from lora_merge.files.tensor_file import TensorDict
 
     config, tensors = adapter_parts(modules_to_save=["score"])

@@ -11,10 +11,9 @@ import yaml
 
 import lora_merge
 from builders import SHAPES, adapter_parts, make_adapter, save_adapter, save_parts
-from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.adapter import Adapter, build_adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.config import parse_config
-from lora_merge.adapters.opening import build_adapter
 from lora_merge.errors import LoraMergeError, MethodError
 from lora_merge.files.tensor_file import TensorDict
 from lora_merge.merge.auto import choose

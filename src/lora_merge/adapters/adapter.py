@@ -1,5 +1,6 @@
-"""One LoRA adapter: opened lazily, read module by module."""
+"""One LoRA adapter: opened lazily, read module by module, written and published."""
 
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,27 +9,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_merge.adapters.config import AdapterConfig
-from lora_merge.adapters.forms import ModuleSpec
+from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.config import AdapterConfig, read_config
+from lora_merge.adapters.forms import ModuleSpec, to_matrix
+from lora_merge.adapters.opening import ExtraSpec, read_contents
+from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.references import Source, resolve
-from lora_merge.files.tensor_file import TensorSource, refuse_non_finite
-
-
-@dataclass(frozen=True)
-class ExtraSpec:
-    """A tensor that is not a low-rank factor: a bias, or a tensor of a module saved whole.
-
-    Attributes:
-        name: Name in the base model.
-        key: Name in the file.
-        dtype: safetensors dtype code.
-        shape: Its shape.
-    """
-
-    name: str
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
+from lora_merge.adapters.writer import AdapterWriter, plan_output
+from lora_merge.files.atomic import atomic_directory, check_target
+from lora_merge.files.hub import upload
+from lora_merge.files.tensor_file import (
+    SafetensorsFile,
+    TensorSource,
+    load_pickle,
+    refuse_non_finite,
+    widest_dtype,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +61,7 @@ class Adapter:
             SourceError: If nothing is found.
             AdapterError: If it is no plain LoRA adapter.
         """
-        from lora_merge.adapters.opening import open_adapter
+        from lora_merge.adapters.adapter import open_adapter
 
         return open_adapter(resolve(str(ref), allow_pickle=allow_pickle))
 
@@ -75,8 +71,6 @@ class Adapter:
         Raises:
             OutputError: If it cannot be written; nothing is left behind.
         """
-        from lora_merge.adapters.save import save_adapter
-
         save_adapter(self, Path(out), force=force)
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> str:
@@ -85,9 +79,10 @@ class Adapter:
         Raises:
             OutputError: If the Hub refuses.
         """
-        from lora_merge.adapters.save import push_adapter
-
-        return push_adapter(self, repo, private=private)
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "adapter"
+            save_adapter(self, target)
+            return upload(target, repo, private=private, message="Upload LoRA adapter")
 
     @property
     def num_parameters(self) -> int:
@@ -136,3 +131,83 @@ class Adapter:
         tensor = self.tensors.read(self.extras[name].key)
         refuse_non_finite(tensor, f"{self.name}: {name}")
         return tensor
+
+    def stacks(self, module: str) -> list[RankStack]:
+        """The units of a module, one stack per expert (one, usually), float32.
+
+        Raises:
+            AdapterError: If a factor is not finite.
+        """
+        spec = self.modules[module]
+        stored = self.read(module)
+        for letter, tensor in zip("AB", stored, strict=True):
+            refuse_non_finite(tensor, f"{self.name}: {module}: lora_{letter}")
+        pairs = [to_matrix(spec, *stored, expert) for expert in range(spec.num_experts)]
+        return [RankStack.of([(a.float(), b.float(), spec.scaling)]) for a, b in pairs]
+
+
+def open_adapter(source: Source, *, fallback: AdapterConfig | None = None) -> Adapter:
+    """Open an adapter from its files; reads headers only (a pickle is loaded whole).
+
+    Args:
+        source: Its files.
+        fallback: Config to use where the files hold none.
+
+    Raises:
+        AdapterError: If it is no plain LoRA adapter; the message names file, module and remedy.
+    """
+    name = source.ref
+    config = fallback if source.config is None else read_config(source.config, name)
+    tensors: TensorSource
+    if source.is_pickle:
+        tensors = load_pickle(source.weights, name)
+    else:
+        tensors = SafetensorsFile(source.weights, name)
+    return build_adapter(name, config, tensors, source=source)
+
+
+def build_adapter(
+    name: str,
+    config: AdapterConfig | None,
+    tensors: TensorSource,
+    *,
+    source: Source | None = None,
+) -> Adapter:
+    """Make an adapter from tensors and their config; checks every shape against every other.
+
+    Raises:
+        AdapterError: If it is no plain LoRA adapter; the message names file, module and remedy.
+    """
+    found = read_contents(name, config, tensors.entries())
+    return Adapter(name, found.config, found.modules, found.extras, tensors, source, found.notes)
+
+
+def save_adapter(adapter: Adapter, out: Path, *, force: bool = False) -> None:
+    """Write an adapter in the portable layout (scaling folded, one rank), whole or not at all.
+
+    Args:
+        adapter: What to write.
+        out: The directory to make.
+        force: Replace an adapter directory that is there.
+
+    Raises:
+        OutputError: If it cannot be written; nothing is left behind.
+    """
+    plan = plan_output(
+        [adapter],
+        [AlignedModule(name, {0: spec}) for name, spec in adapter.modules.items()],
+        {name: spec.rank for name, spec in adapter.modules.items()},
+        dtype=widest_dtype(spec.dtype for spec in adapter.modules.values()),
+        extras={name: (extra.dtype, extra.shape) for name, extra in adapter.extras.items()},
+    )
+    source = adapter.source
+    inputs = [path for path in (source.weights, source.config) if path] if source else []
+    check_target(out, force=force, inputs=inputs, needed=plan.num_bytes)
+    with atomic_directory(out) as folder:
+        with AdapterWriter(folder, plan) as writer:
+            for name in adapter.modules:
+                writer.add(name, adapter.stacks(name), adapter.read_bias(name))
+            for name in adapter.extras:
+                writer.add_extra(name, adapter.read_extra(name))
+        for name, text in adapter.texts.items():
+            (folder / name).write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
-from lora_merge.adapters.alignment import AlignedModule
+from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.errors import AdapterError
 from lora_merge.files.checkpoint import Checkpoint

@@ -1,49 +1,65 @@
-"""From files or tensors to an adapter: every shape is checked against every other."""
+"""From a file's header to what an adapter holds: every shape is checked against every other."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 
-from lora_merge.adapters.adapter import Adapter, ExtraSpec
-from lora_merge.adapters.config import AdapterConfig, check_alphas, read_config
+from lora_merge.adapters.config import AdapterConfig, check_alphas
 from lora_merge.adapters.forms import Form, ModuleSpec
-from lora_merge.adapters.references import Source
 from lora_merge.adapters.tensor_names import FactorKeys, sort_keys
 from lora_merge.errors import AdapterError
-from lora_merge.files.tensor_file import DTYPES, SafetensorsFile, TensorSource, load_pickle
+from lora_merge.files.tensor_file import DTYPES
 
 
-def open_adapter(source: Source, *, fallback: AdapterConfig | None = None) -> Adapter:
-    """Open an adapter from its files; reads headers only (a pickle is loaded whole).
+@dataclass(frozen=True)
+class ExtraSpec:
+    """A tensor that is not a low-rank factor: a bias, or a tensor of a module saved whole.
+
+    Attributes:
+        name: Name in the base model.
+        key: Name in the file.
+        dtype: safetensors dtype code.
+        shape: Its shape.
+    """
+
+    name: str
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file of tensors holds, as its header and the config tell.
+
+    Attributes:
+        config: What the tensors mean.
+        modules: Adapted modules by name, in name order.
+        extras: Tensors that are not factors, by name.
+        notes: Oddities that were understood, in words.
+    """
+
+    config: AdapterConfig
+    modules: Mapping[str, ModuleSpec]
+    extras: Mapping[str, ExtraSpec]
+    notes: tuple[str, ...]
+
+
+def read_contents(
+    name: str,
+    config: AdapterConfig | None,
+    entries: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> Contents:
+    """Tell what tensors are, by their names, dtypes and shapes; every shape is checked.
 
     Args:
-        source: Its files.
-        fallback: Config to use where the files hold none.
+        name: What messages call the adapter.
+        config: Its config, None where there is none.
+        entries: Tensor name → (dtype code, shape).
 
     Raises:
         AdapterError: If it is no plain LoRA adapter; the message names file, module and remedy.
     """
-    name = source.ref
-    if source.config is not None:
-        config: AdapterConfig | None = read_config(source.config, name)
-    else:
-        config = fallback
-    tensors: TensorSource
-    if source.is_pickle:
-        tensors = load_pickle(source.weights, name)
-    else:
-        tensors = SafetensorsFile(source.weights, name)
-    return build_adapter(name, config, tensors, source=source)
-
-
-def build_adapter(
-    name: str,
-    config: AdapterConfig | None,
-    tensors: TensorSource,
-    *,
-    source: Source | None = None,
-) -> Adapter:
-    """Make an adapter from tensors and their config; checks every shape against every other."""
-    entries = tensors.entries()
     table = sort_keys(entries, name)
     if config is None:
         raise AdapterError(
@@ -75,7 +91,7 @@ def build_adapter(
     copies = len(entries) - len(extras) - used
     if copies:
         notes.append(f"{copies} tensors are copies left by PEFT's wrappers; ignored")
-    return Adapter(name, config, modules, extras, tensors, source, tuple(notes))
+    return Contents(config, modules, extras, tuple(notes))
 
 
 def _module_spec(

@@ -11,23 +11,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from lora_merge.adapters.adapter import Adapter
-from lora_merge.adapters.alignment import AlignedModule
-from lora_merge.adapters.config import parse_config
+from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.forms import ModuleSpec, stored_shapes, to_stored
-from lora_merge.adapters.opening import build_adapter
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.references import CONFIG_NAME, WEIGHTS_NAME
 from lora_merge.adapters.tensor_names import PREFIX
 from lora_merge.errors import AdapterError
-from lora_merge.files.tensor_file import DTYPES, TensorDict
-from lora_merge.files.tensor_stream import SafetensorsStream, cast_to, header_of
+from lora_merge.files.tensor_file import DTYPES
+from lora_merge.files.tensor_stream import SafetensorsStream, header_of
 
 RankLayout = Literal["uniform", "per-module"]
+
+
+class Origin(Protocol):
+    """What an output takes over from an adapter that it is made of."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def config(self) -> AdapterConfig:
+        """Its config."""
+
+    @property
+    def modules(self) -> Mapping[str, ModuleSpec]:
+        """Its modules."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ class OutputPlan:
 
 
 def plan_output(
-    adapters: Sequence[Adapter],
+    adapters: Sequence[Origin],
     modules: Sequence[AlignedModule],
     ranks: Mapping[str, int],
     *,
@@ -197,27 +211,6 @@ class AdapterWriter(Writer):
         self._stream.__exit__(kind, error, trace)
 
 
-class MemoryWriter(Writer):
-    """Collects an adapter in memory.
-
-    Args:
-        plan: What will be collected.
-    """
-
-    def __init__(self, plan: OutputPlan) -> None:
-        super().__init__(plan)
-        self._tensors: dict[str, Tensor] = {}
-        self._entries = plan.entries()
-
-    def _write(self, name: str, tensor: Tensor) -> None:
-        code, _ = self._entries[name]
-        self._tensors[name] = cast_to(tensor.detach().cpu(), code, name).contiguous()
-
-    def adapter(self, name: str) -> Adapter:
-        """What was collected, once every module is there."""
-        return build_adapter(name, parse_config(self.plan.config, name), TensorDict(self._tensors))
-
-
 def _factor_keys(spec: ModuleSpec) -> tuple[str, str]:
     if spec.form == "embedding":
         stem = f"{PREFIX}{spec.name}.lora_embedding_"
@@ -229,7 +222,7 @@ def _bias_key(module: str) -> str:
     return f"{PREFIX}{module}.lora_B.bias"
 
 
-def _targets(adapters: Sequence[Adapter], specs: Mapping[str, ModuleSpec]) -> list[str]:
+def _targets(adapters: Sequence[Origin], specs: Mapping[str, ModuleSpec]) -> list[str]:
     """Names for `target_modules`: the adapters' own short names where they say the same thing."""
     names = [name for name, spec in specs.items() if spec.form != "experts"]
     lists = [a.config.target_modules for a in adapters]

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_merge._version import __version__
 from lora_merge.adapters.adapter import Adapter
-from lora_merge.adapters.writer import MemoryWriter
+from lora_merge.adapters.in_memory import MemoryWriter
 from lora_merge.errors import MethodError
 from lora_merge.merge.executor import execute, settle
 from lora_merge.merge.recipe.recipe import (

@@ -6,7 +6,8 @@ from itertools import islice
 
 import torch
 
-from lora_merge.adapters.alignment import AlignedModule, Alignment, read_stacks
+from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.alignment import Alignment, read_stacks
 from lora_merge.adapters.rank_stack import RankStack
 
 # Modules that are looked at: evenly spread, so that every depth and kind has its say.

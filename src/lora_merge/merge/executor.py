@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.adapters.alignment import AlignedModule, read_stacks
+from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.alignment import read_stacks
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.writer import Writer
 from lora_merge.machine.device import pick_device

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_merge.adapters.adapter import Adapter
-from lora_merge.adapters.alignment import AlignedModule, Alignment, align
+from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.alignment import Alignment, align
 from lora_merge.adapters.measured.activations import Statistics
 from lora_merge.adapters.measured.fingerprints import fingerprints
 from lora_merge.adapters.writer import OutputPlan, RankLayout, plan_output

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
-from lora_merge.adapters.alignment import AlignedModule, Alignment, align
+from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.alignment import Alignment, align
 from lora_merge.errors import AlignmentError, MethodError
 from lora_merge.mixture.gates.gate import GateSpec, gate_spec
 from lora_merge.mixture.gates.initial import initial_gate

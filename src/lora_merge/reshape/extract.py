@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
-from lora_merge.adapters.alignment import AlignedModule
+from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.adapters.rank_stack import RankStack

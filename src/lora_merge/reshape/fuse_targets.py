@@ -6,7 +6,8 @@ from math import prod
 from typing import Literal
 
 from lora_merge.adapters.adapter import Adapter
-from lora_merge.adapters.alignment import AlignedModule, align
+from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.alignment import align
 from lora_merge.adapters.base_names import Naming, find_naming, unwrapped
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.errors import AdapterError

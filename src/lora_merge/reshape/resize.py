@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
-from lora_merge.adapters.alignment import AlignedModule
+from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.forms import to_matrix
 from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum, require_finite
 from lora_merge.adapters.rank_stack import RankStack

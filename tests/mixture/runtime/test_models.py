@@ -134,7 +134,7 @@ def test_seq2seq_generates_with_its_caches(tmp_path: Path) -> None:
 def test_a_convolution_gates_every_patch() -> None:
     """Stride, padding and dilation; weights that vary over the image."""
     from builders import parse_config
-    from lora_merge.adapters.opening import build_adapter
+    from lora_merge.adapters.adapter import build_adapter
     from lora_merge.files.tensor_file import TensorDict
 
     torch.manual_seed(0)

@@ -21,8 +21,8 @@ def open_all(
     refs: Sequence[str], *, alpha: float | None, rslora: bool, allow_pickle: bool
 ) -> "list[Adapter]":
     """Open every reference, with `open_options`; patterns stand for what they match."""
+    from lora_merge.adapters.adapter import open_adapter
     from lora_merge.adapters.config import AdapterConfig
-    from lora_merge.adapters.opening import open_adapter
     from lora_merge.adapters.references import expand, resolve
 
     fallback = None

@@ -8,9 +8,8 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.adapter import Adapter, open_adapter
 from lora_merge.adapters.config import AdapterConfig
-from lora_merge.adapters.opening import open_adapter
 from lora_merge.adapters.references import expand, pin, resolve, sha256
 from lora_merge.adapters.writer import RankLayout
 from lora_merge.errors import LoraMergeError, MethodError

@@ -19,9 +19,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from lora_merge._version import __version__
-from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.adapter import Adapter, open_adapter
 from lora_merge.adapters.alignment import align, read_stacks
-from lora_merge.adapters.opening import open_adapter
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.references import Source, sha256
 from lora_merge.adapters.writer import AdapterWriter, plan_output

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import read_stacks
+from lora_merge.adapters.in_memory import MemoryWriter
 from lora_merge.adapters.rank_stack import RankStack
-from lora_merge.adapters.writer import MemoryWriter, plan_output
+from lora_merge.adapters.writer import plan_output
 from lora_merge.mixture.mixture import Expert, Mixture
 
 

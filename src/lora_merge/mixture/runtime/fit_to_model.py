@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_merge.adapters.alignment import AlignedModule, read_stacks
+from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.alignment import read_stacks
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import AlignmentError, MethodError
