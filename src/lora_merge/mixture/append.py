@@ -11,8 +11,9 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.alignment import align
 from lora_merge.errors import MethodError
+from lora_merge.mixture.expert import make_experts
 from lora_merge.mixture.gates.initial import initial_gate
-from lora_merge.mixture.mixture import Mixture, make_experts
+from lora_merge.mixture.mixture import Mixture
 
 
 def append_experts(

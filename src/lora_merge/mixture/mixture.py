@@ -1,8 +1,7 @@
 """A mixture: experts, a gate, and nothing else. What is saved, and what is attached to a model."""
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,31 +12,14 @@ from torch import Tensor
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.alignment import Alignment, align
-from lora_merge.errors import AlignmentError, MethodError
+from lora_merge.errors import AdapterError, AlignmentError, MethodError
+from lora_merge.mixture.expert import Expert, make_experts
+from lora_merge.mixture.formats.directory import Contents, load, push, save
 from lora_merge.mixture.gates.gate import GateSpec, gate_spec
 from lora_merge.mixture.gates.initial import initial_gate
 from lora_merge.mixture.insight.descriptors import Descriptors
 
 DEFAULT_PRESET = "arrow"
-
-
-@dataclass(frozen=True, eq=False)
-class Expert:
-    """One adapter of a mixture.
-
-    Attributes:
-        name: What requests, weights and reports call it.
-        adapter: The adapter; its tensors stay on disk until it is attached.
-        general: It is no expert but general knowledge, subtracted from every expert (GenKnowSub).
-        source: Where it came from.
-        sha256: Hash of its weights, where known.
-    """
-
-    name: str
-    adapter: Adapter
-    general: bool = False
-    source: str = ""
-    sha256: str = ""
 
 
 class Mixture:
@@ -163,74 +145,28 @@ class Mixture:
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write the mixture directory; whole or not at all. See `directory.save`."""
-        from lora_merge.mixture.formats.directory import save
-
-        return save(self, Path(folder), force=force)
+        return save(self._contents(), Path(folder), force=force)
 
     @classmethod
     def from_pretrained(cls, ref: str | Path, *, verify: bool = True) -> "Mixture":
         """Open a mixture directory or Hub repository. See `directory.load`."""
-        from lora_merge.mixture.formats.directory import load
-
-        return load(ref, verify=verify)
+        found = load(ref, verify=verify)
+        mixture = cls.of(found.spec, found.experts, found.gate)
+        mixture.descriptors = found.descriptors
+        if found.modules not in (None, mixture.modules):
+            raise AdapterError(
+                f"{ref}: the modules in its config are not those of the experts",
+                "get the whole directory again",
+            )
+        return mixture
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> str:
         """Upload the mixture directory; returns the commit's URL. See `directory.push`."""
-        from lora_merge.mixture.formats.directory import push
+        return push(self._contents(), repo, private=private)
 
-        return push(self, repo, private=private)
-
-
-def make_experts(
-    refs: Sequence[Adapter | str | Path],
-    *,
-    names: Sequence[str] | None = None,
-    taken: Sequence[str] = (),
-    general: bool = False,
-) -> list[Expert]:
-    """Open adapters and give each a name of its own.
-
-    Args:
-        refs: Adapters or references.
-        names: One per reference; default: the last part of each, numbered where they clash.
-        taken: Names that are in use.
-        general: Whether they are general knowledge.
-    """
-    adapters = [r if isinstance(r, Adapter) else Adapter.from_pretrained(r) for r in refs]
-    if names is not None:
-        apart = len({*names, *taken}) == len(names) + len(taken)
-        if len(names) != len(adapters) or not apart or not all(map(str.strip, names)):
-            raise MethodError(
-                f"{len(adapters)} experts, names {list(names)}", "give each a name of its own"
-            )
-        chosen = list(names)
-    else:
-        chosen, used = [], set(taken)
-        for adapter in adapters:
-            name = slug(adapter.name)
-            while name in used:
-                stem, _, number = name.rpartition("-")
-                name = f"{stem}-{int(number) + 1}" if stem and number.isdigit() else f"{name}-2"
-            used.add(name)
-            chosen.append(name)
-    return [
-        Expert(name, adapter, general, source=_public_source(adapter))
-        for name, adapter in zip(chosen, adapters, strict=True)
-    ]
-
-
-def _public_source(adapter: Adapter) -> str:
-    """A Hub reference as it is; of a local path the last part, since the rest is nobody's."""
-    if adapter.source is None:
-        return ""
-    local = adapter.source.revision is None
-    return Path(adapter.source.ref).name if local else adapter.source.ref
-
-
-def slug(reference: str) -> str:
-    """A short name that is safe in a path and in a report."""
-    last = reference.rstrip("/").removesuffix(".safetensors").rsplit("/", 1)[-1]
-    return re.sub(r"[^\w.-]+", "-", last).strip("-.") or "expert"
+    def _contents(self) -> Contents:
+        base = self.alignment.base_model
+        return Contents(self.spec, self.experts, self.gate, self.modules, base, self.descriptors)
 
 
 def check_gate(mixture: Mixture) -> None:

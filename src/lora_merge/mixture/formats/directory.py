@@ -10,42 +10,60 @@ README.md               model card
 """
 
 import json
-import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lora_merge._version import __version__
-from lora_merge.adapters.adapter import Adapter, open_adapter
-from lora_merge.adapters.alignment import align, read_stacks
-from lora_merge.adapters.rank_stack import RankStack
-from lora_merge.adapters.references import Source, sha256
-from lora_merge.adapters.writer import AdapterWriter, plan_output
+from lora_merge.adapters.adapter import open_adapter
+from lora_merge.adapters.references import CONFIG_NAME, WEIGHTS_NAME, Source, sha256
 from lora_merge.errors import AdapterError, SourceError
 from lora_merge.files.atomic import atomic_directory, check_target
 from lora_merge.files.hub import download, upload
 from lora_merge.files.tensor_file import SafetensorsFile
+from lora_merge.mixture.expert import Expert, slug, write_expert
 from lora_merge.mixture.gates.gate import PRESETS, GateSpec
 from lora_merge.mixture.insight.descriptors import PARTS, Descriptors
-from lora_merge.mixture.mixture import Expert, Mixture, slug
 
 SCHEMA = 1
 PEFT_TYPE = "LORA_MIXTURE"
 CONFIG, GATE, EXPERTS = "mixture_config.json", "gate.safetensors", "experts"
 DESCRIPTORS = "descriptors.safetensors"
-_ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def save(mixture: Mixture, folder: Path, *, force: bool = False) -> Path:
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a mixture directory holds.
+
+    Attributes:
+        spec: The gate's settings.
+        experts: Gated experts first, then the general ones.
+        gate: The gate's tensors by name.
+        modules: Wrapped modules in order; None where the directory does not say.
+        base_model: Name of the base model, where an expert names it.
+        descriptors: What is known of the experts' texts, or None.
+    """
+
+    spec: GateSpec
+    experts: Sequence[Expert]
+    gate: Mapping[str, Tensor]
+    modules: Sequence[str] | None
+    base_model: str | None
+    descriptors: Descriptors | None
+
+
+def save(mixture: Contents, folder: Path, *, force: bool = False) -> Path:
     """Write a mixture directory; it appears whole or not at all.
 
     Raises:
         OutputError: If the target cannot or must not be written.
     """
-    inputs = mixture.files
+    inputs = [e.adapter.source.weights for e in mixture.experts if e.adapter.source]
     needed = sum(path.stat().st_size for path in inputs)
     inside = any(path.resolve().is_relative_to(folder.resolve()) for path in inputs)
     check_target(folder, force=force, inputs=() if inside and force else inputs, needed=needed)
@@ -54,7 +72,7 @@ def save(mixture: Mixture, folder: Path, *, force: bool = False) -> Path:
     return folder
 
 
-def write(mixture: Mixture, folder: Path) -> None:
+def write(mixture: Contents, folder: Path) -> None:
     """Put a mixture's files into an existing directory."""
     entries = []
     for number, expert in enumerate(mixture.experts):
@@ -64,7 +82,7 @@ def write(mixture: Mixture, folder: Path) -> None:
         entries.append(_entry(expert, path, digest))
     gate = {name: tensor.detach().cpu().contiguous() for name, tensor in mixture.gate.items()}
     save_file(gate, str(folder / GATE), metadata={"format": "pt"})
-    base = mixture.alignment.base_model
+    base = mixture.base_model
     config: dict[str, Any] = {
         "schema_version": SCHEMA,
         "lora_merge_version": __version__,
@@ -83,13 +101,13 @@ def write(mixture: Mixture, folder: Path) -> None:
     _write_json(folder / CONFIG, config)
     task = next((e.adapter.config.task_type for e in mixture.experts), None)
     _write_json(
-        folder / _ADAPTER_CONFIG,
+        folder / CONFIG_NAME,
         {"peft_type": PEFT_TYPE, "base_model_name_or_path": base, "task_type": task},
     )
     (folder / "README.md").write_text(_card(mixture), encoding="utf-8")
 
 
-def load(ref: str | Path, *, verify: bool = True) -> Mixture:
+def load(ref: str | Path, *, verify: bool = True) -> Contents:
     """Open a mixture directory, or download one from the Hub.
 
     Args:
@@ -99,7 +117,6 @@ def load(ref: str | Path, *, verify: bool = True) -> Mixture:
     Raises:
         SourceError: If there is no mixture there.
         AdapterError: If its files are damaged or changed.
-        MethodError: If the gate does not fit its experts; nothing is ever initialised at random.
     """
     folder = _folder_of(ref)
     raw = _read_config(folder, str(ref))
@@ -112,14 +129,9 @@ def load(ref: str | Path, *, verify: bool = True) -> Mixture:
         _verify(gate_path, raw.get("gate_sha256"), f"{ref}: {GATE}")
     file = SafetensorsFile(gate_path, str(ref))
     gate = {name: file.read(name) for name in file.entries()}
-    mixture = Mixture.of(spec, experts, gate)
-    mixture.descriptors = _read_descriptors(folder, raw.get("descriptors"), str(ref), verify)
-    if raw.get("modules") not in (None, mixture.modules):
-        raise AdapterError(
-            f"{ref}: the modules in {CONFIG} are not those of the experts",
-            "get the whole directory again",
-        )
-    return mixture
+    descriptors = _read_descriptors(folder, raw.get("descriptors"), str(ref), verify)
+    base = raw.get("base_model_name_or_path")
+    return Contents(spec, experts, gate, raw.get("modules"), base, descriptors)
 
 
 def is_mixture(folder: Path) -> bool:
@@ -127,7 +139,7 @@ def is_mixture(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def push(mixture: Mixture, repo: str, *, private: bool = False) -> str:
+def push(mixture: Contents, repo: str, *, private: bool = False) -> str:
     """Upload a mixture to the Hub; returns the URL of the commit.
 
     Raises:
@@ -185,8 +197,8 @@ def _read_expert(folder: Path, entry: Mapping[str, Any], ref: str, verify: bool)
         raise AdapterError(f"{ref}: an expert without name or path", "repair it") from error
     if relative.is_absolute() or ".." in relative.parts:
         raise AdapterError(f"{ref}: expert {name} lies outside the directory", "do not trust it")
-    weights = folder / relative / _WEIGHTS
-    config = folder / relative / _ADAPTER_CONFIG
+    weights = folder / relative / WEIGHTS_NAME
+    config = folder / relative / CONFIG_NAME
     if not weights.is_file() or not config.is_file():
         raise AdapterError(f"{ref}: expert {name} is missing at {relative}", "get it again")
     digest = str(entry.get("sha256", ""))
@@ -225,27 +237,6 @@ def _verify(path: Path, wanted: str | None, what: str) -> None:
         )
 
 
-def write_expert(expert: Expert, folder: Path) -> str:
-    """Copy an expert as it is, or write it out if it has no safetensors file of its own."""
-    source = expert.adapter.source
-    if source is not None and source.config is not None and not source.is_pickle:
-        shutil.copyfile(source.weights, folder / _WEIGHTS)
-        shutil.copyfile(source.config, folder / _ADAPTER_CONFIG)
-    else:
-        write_adapter(expert.adapter, folder)
-    return sha256(folder / _WEIGHTS)
-
-
-def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter that exists in memory alone; its scaling is folded into the factors."""
-    alignment = align([adapter])
-    ranks = {name: spec.rank for name, spec in adapter.modules.items()}
-    plan = plan_output([adapter], alignment.modules, ranks, dtype="F32", layout="per-module")
-    with AdapterWriter(folder, plan) as writer:
-        for module in alignment.modules:
-            writer.add(module.name, list[RankStack](read_stacks(alignment, module)))
-
-
 def _entry(expert: Expert, path: str, digest: str) -> dict[str, Any]:
     config = expert.adapter.config
     return {
@@ -261,8 +252,8 @@ def _entry(expert: Expert, path: str, digest: str) -> dict[str, Any]:
     }
 
 
-def _card(mixture: Mixture) -> str:
-    base = mixture.alignment.base_model
+def _card(mixture: Contents) -> str:
+    base = mixture.base_model
     spec = mixture.spec
     head = ["---", "library_name: lora-merge"]
     if base and not Path(base).exists():

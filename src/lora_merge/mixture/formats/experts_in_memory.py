@@ -11,7 +11,8 @@ from lora_merge.adapters.alignment import read_stacks
 from lora_merge.adapters.in_memory import MemoryWriter
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.writer import plan_output
-from lora_merge.mixture.mixture import Expert, Mixture
+from lora_merge.mixture.expert import Expert
+from lora_merge.mixture.mixture import Mixture
 
 
 def plain_adapter(

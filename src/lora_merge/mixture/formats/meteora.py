@@ -10,9 +10,10 @@ from lora_merge.adapters.adapter import Adapter, build_adapter
 from lora_merge.adapters.tensor_names import PREFIX
 from lora_merge.errors import AdapterError, MethodError
 from lora_merge.files.tensor_file import SafetensorsFile, TensorDict
+from lora_merge.mixture.expert import Expert, make_experts
 from lora_merge.mixture.formats.xlora import import_xlora
 from lora_merge.mixture.gates.gate import gate_spec
-from lora_merge.mixture.mixture import Expert, Mixture, make_experts
+from lora_merge.mixture.mixture import Mixture
 
 _METEORA = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.(?P<part>moe_gate|lora_A|lora_B)"

@@ -13,8 +13,8 @@ from lora_merge.adapters.writer import AdapterWriter, plan_output
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory, check_target
 from lora_merge.linalg.factors import thin_svd
-from lora_merge.mixture.formats.directory import write_expert
-from lora_merge.mixture.mixture import Expert, Mixture, slug
+from lora_merge.mixture.expert import Expert, slug, write_expert
+from lora_merge.mixture.mixture import Mixture
 
 
 def export_experts(mixture: Mixture, folder: Path, *, force: bool = False) -> list[Path]:

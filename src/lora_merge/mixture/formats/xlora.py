@@ -24,9 +24,9 @@ from torch import Tensor
 from lora_merge.errors import AdapterError, MethodError
 from lora_merge.files.atomic import atomic_directory, check_target
 from lora_merge.files.tensor_file import SafetensorsFile, load_pickle
-from lora_merge.mixture.formats.directory import write_expert
+from lora_merge.mixture.expert import make_experts, write_expert
 from lora_merge.mixture.gates.gate import gate_spec
-from lora_merge.mixture.mixture import Mixture, make_experts
+from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.training.base_model import layer_order
 
 _LAYER = re.compile(r"internal_xlora_classifier\.layers\.(\d+)\.(weight|bias)$")

@@ -14,11 +14,12 @@ from torch import Tensor
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
+from lora_merge.mixture.expert import Expert
 from lora_merge.mixture.formats.experts_in_memory import plain_adapter
 from lora_merge.mixture.formats.plain import cut
 from lora_merge.mixture.gates.initial import initial_gate
 from lora_merge.mixture.insight.usage import Usage
-from lora_merge.mixture.mixture import Expert, Mixture
+from lora_merge.mixture.mixture import Mixture
 
 
 @dataclass(frozen=True, eq=False)
