@@ -21,8 +21,10 @@ FLOORS = [
     ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-# Arrows between neighbours for one module, each with its reason.
-EXCEPTIONS = {("reshape", "adapters.measured.spectra"): "what a resize cuts"}
+# The ground floor is there to be used, for one name too; an arrow higher up wants more reason.
+GROUND = {"errors", "_version", "machine", "files", "linalg"}
+# Two files that are one until the pass of a model is decided in one place.
+CIRCLES = {("mixture.runtime.by_kernel", "mixture.runtime.group")}
 # Library → rooms that may import it at all.
 ALLOWED = {
     "click": {"cli"},
@@ -37,7 +39,7 @@ ALLOWED = {
 # Libraries that may be imported only inside functions.
 LAZY = {"matplotlib", "peft", "transformers", "triton", "sklearn", "accelerate", "pydantic"}
 # What a reader can hold in mind; `cli/commands` is a list.
-MOST_FILES, MOST_LINES = 16, 420
+MOST_FILES, MOST_LINES = 14, 420
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -71,9 +73,9 @@ def imports(tree: ast.AST) -> list[tuple[str, bool]]:
     return found
 
 
-def house_imports(path: Path, *, lazy: bool = True) -> set[str]:
-    """Modules of ours that a file imports, by their dotted name below `lora_merge`."""
-    found = {m for m, at_top in imports(ast.parse(path.read_text())) if at_top or lazy}
+def house_imports(path: Path) -> set[str]:
+    """Modules of ours that a file imports, inside functions and for types too."""
+    found = {module for module, _ in imports(ast.parse(path.read_text()))}
     return {m.removeprefix("lora_merge.") for m in found if m.startswith("lora_merge.")}
 
 
@@ -84,7 +86,7 @@ def test_arrows_point_down(path: Path) -> None:
         return
     for other in sorted(house_imports(path)):
         there = other.split(".")[0]
-        if there != room and (room, other) not in EXCEPTIONS:
+        if there != room:
             assert LEVEL[there] < LEVEL[room], f"{room} imports {other}"
 
 
@@ -99,10 +101,27 @@ def test_heavy_libraries_stay_where_they_belong(path: Path) -> None:
             assert not at_top, f"{module} is imported at the top"
 
 
-def test_no_circle_of_files() -> None:
-    arrows = {
-        name: house_imports(path, lazy=False) - {name} for name, path in MODULES.items() if name
+def test_no_arrow_up_the_house_for_one_name() -> None:
+    names: dict[tuple[str, str], set[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = getattr(node, "module", None) or ""
+            if isinstance(node, ast.ImportFrom) and module.startswith("lora_merge."):
+                arrow = name.split(".")[0], module.split(".")[1]
+                names.setdefault(arrow, set()).update(alias.name for alias in node.names)
+    thin = {
+        (here, there): found
+        for (here, there), found in names.items()
+        if len(found) == 1 and here not in ("", "__main__", there) and there not in GROUND
     }
+    assert not thin
+
+
+def test_no_circle_of_files() -> None:
+    arrows = {name: house_imports(path) - {name} for name, path in MODULES.items() if name}
+    for one, other in CIRCLES:
+        assert other in arrows[one] and one in arrows[other], "no circle any more: take it out"
+        arrows[one].remove(other)
     try:
         TopologicalSorter(arrows).prepare()
     except CycleError as error:
