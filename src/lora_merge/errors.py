@@ -1,4 +1,4 @@
-"""Errors a user can act on. Every message says what and where; `remedy` says what to do."""
+"""Errors a user can act on: `message` says what and where, `remedy` what to do; `str()` both."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,20 @@ class LoraMergeError(Exception):
     Args:
         message: What is wrong and where (adapter, module, shapes).
         remedy: What the user can do about it.
+
+    Example:
+        >>> print(LoraMergeError("math: no such file or directory", "check the path"))
+        math: no such file or directory
+          try: check the path
     """
 
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message)
+        self.message = message
         self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  try: {self.remedy}" if self.remedy else self.message
 
 
 class SourceError(LoraMergeError):

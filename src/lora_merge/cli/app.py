@@ -90,8 +90,6 @@ def run(arguments: list[str]) -> int:
         if os.environ.get("LORA_MERGE_DEBUG"):
             raise
         _complain(f"error: {error}")
-        if error.remedy:
-            _complain(f"  try: {error.remedy}")
         return 1
     except OSError as error:  # what nobody foresaw of a disk or a network
         if os.environ.get("LORA_MERGE_DEBUG"):

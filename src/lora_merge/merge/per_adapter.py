@@ -70,4 +70,4 @@ def check_own(
             try:
                 method.parse({**parameters, **dict(case)})
             except MethodError as error:
-                raise MethodError(f"{adapter.name}: {error}", error.remedy) from error
+                raise MethodError(f"{adapter.name}: {error.message}", error.remedy) from error

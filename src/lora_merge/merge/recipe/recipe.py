@@ -154,7 +154,7 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
         try:
             parse_rule(recipe.rank)
         except MethodError as error:
-            raise RecipeError(f"{where}: rank: {error}", error.remedy) from error
+            raise RecipeError(f"{where}: rank: {error.message}", error.remedy) from error
     if not recipe.adapters:
         raise RecipeError(f"{where}: adapters is empty", "name at least one adapter")
     return recipe
