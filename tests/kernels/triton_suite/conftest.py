@@ -1,4 +1,7 @@
-"""The Triton kernels, on a GPU or, with TRITON_INTERPRET=1 set before Python starts, on the CPU."""
+"""The Triton kernels, on a GPU or, with TRITON_INTERPRET=1 set before Python starts, on the CPU.
+
+Triton chooses its interpreter when it is imported, so `.ci/run` runs them apart.
+"""
 
 import os
 from importlib.util import find_spec
@@ -9,7 +12,7 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not find_spec("triton") or not (INTERPRETED or torch.cuda.is_available()):
-    collect_ignore_glob = ["test_*.py"]  # tests/kernels/test_interpreter.py runs them apart
+    collect_ignore_glob = ["test_*.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,12 +1,6 @@
-"""The Triton kernels on the CPU, in Triton's interpreter, and compiled for GPUs nobody has here.
-
-The interpreter is chosen when Triton is imported, so its tests run in a process of their own:
-`TRITON_INTERPRET=1 pytest tests/kernels/triton_suite`.
-"""
+"""The Triton kernels compiled for GPUs nobody has here; `triton_suite` runs them."""
 
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,22 +8,7 @@ import pytest
 
 from lora_merge.kernels.gated_stack.gate import Rule
 
-HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="is the interpreted process")
-def test_kernels_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", HERE / "triton_suite"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=HERE.parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
 
 
 @pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="compiles nothing")
