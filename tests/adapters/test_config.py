@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
+from builders import adapter_parts
+from lora_merge.adapters.adapter import build_adapter
 from lora_merge.adapters.config import parse_config, read_config
 from lora_merge.errors import AdapterError
+from lora_merge.files.tensor_file import TensorDict
 
 PATTERNS = ["q_proj", r"layers\.0\.q_proj", "^model.layers.1.q_proj", "self_attn.*", "up", "proj"]
 MODULES = [
@@ -61,8 +64,9 @@ def test_rslora_divides_by_the_root() -> None:
     ],
 )
 def test_what_is_not_plain_lora_is_refused(fields: dict[str, Any], word: str) -> None:
+    _, tensors = adapter_parts()
     with pytest.raises(AdapterError, match=word) as caught:
-        config(**fields)
+        build_adapter("mine", config(**fields), TensorDict(tensors))
     assert "mine" in str(caught.value)
     assert caught.value.remedy
 

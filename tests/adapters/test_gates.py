@@ -90,11 +90,11 @@ def test_sora_is_what_its_layer_computes(tmp_path, ending, kind):
 
 
 def test_a_routers_gate_is_no_gate_of_units():
-    config, tensors = adapter_parts()
+    config, tensors = adapter_parts(modules_to_save=["gate"])
     tensors["base_model.model.model.layers.0.mlp.gate.weight"] = torch.zeros(4, 16)
     adapter = build_adapter("a", parse_config(config, "a"), TensorDict(tensors))
     assert list(adapter.extras) == ["model.layers.0.mlp.gate.weight"]
-    assert not any(spec.key_gate for spec in adapter.modules.values())
+    assert all(spec.recipe.is_stored for spec in adapter.modules.values())
 
 
 def test_gates_that_do_not_fit_are_refused(tmp_path):

@@ -124,7 +124,7 @@ def test_values_that_are_not_finite_are_named(bad: float, tmp_path: Path) -> Non
 
 
 def test_biases_and_whole_tensors_that_are_not_finite_are_named() -> None:
-    config, tensors = adapter_parts(lora_bias=True)
+    config, tensors = adapter_parts(lora_bias=True, modules_to_save=["norm"])
     norm = "base_model.model.model.norm.weight"
     tensors |= {KEY + "B.bias": torch.zeros(24), norm: torch.ones(16)}
     adapter = build_adapter("mine", parse_config(config, "mine"), TensorDict(tensors))

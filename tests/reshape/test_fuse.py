@@ -194,7 +194,9 @@ def test_prefixes_of_bare_and_task_models_are_bridged_both_ways(tmp_path):
 
 
 def test_a_head_that_the_base_lacks_joins_it_under_the_task_models_names(tmp_path):
-    config, tensors = adapter_parts(shapes={"roberta.layer.0.query": (6, 4)})
+    config, tensors = adapter_parts(
+        modules_to_save=["classifier"], shapes={"roberta.layer.0.query": (6, 4)}
+    )
     tensors["base_model.model.classifier.weight"] = torch.randn(2, 6)
     adapter = Adapter.from_pretrained(save_parts(tmp_path / "a", config, tensors))
     extra = {"layer.0.query.weight": torch.zeros(6, 4), "layer.0.position_ids": torch.arange(9)}

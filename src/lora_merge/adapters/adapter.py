@@ -2,20 +2,25 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lora_merge.adapters.aligned_module import AlignedModule
-from lora_merge.adapters.config import AdapterConfig, read_config
-from lora_merge.adapters.forms import ModuleSpec, to_matrix
-from lora_merge.adapters.opening import ExtraSpec, read_contents
+from lora_merge.adapters.config import AdapterConfig, check_alphas, read_config
+from lora_merge.adapters.dialects.dialect import Header
+from lora_merge.adapters.dialects.table import understand
+from lora_merge.adapters.forms import ExtraSpec, ModuleSpec, to_matrix
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.references import Source, resolve
+from lora_merge.adapters.units import BaseWeight, Units
 from lora_merge.adapters.writer import AdapterWriter, plan_output
+from lora_merge.errors import AdapterError
 from lora_merge.files.atomic import atomic_directory, check_target
 from lora_merge.files.hub import upload
 from lora_merge.files.tensor_file import (
@@ -40,6 +45,8 @@ class Adapter:
         source: Its files, None for an adapter made in memory.
         notes: Oddities of the files that were understood, in words.
         texts: Text files that belong beside it when it is saved (model card, recipe), by name.
+        dialect: Name of the dialect in which it is written.
+        base: Gives a module's base weight, for recipes that need it.
     """
 
     name: str
@@ -50,6 +57,8 @@ class Adapter:
     source: Source | None = None
     notes: tuple[str, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
+    dialect: str = "peft-lora"
+    base: Callable[[str], BaseWeight] | None = None
 
     @classmethod
     def from_pretrained(cls, ref: str | Path, *, allow_pickle: bool = False) -> "Adapter":
@@ -93,19 +102,13 @@ class Adapter:
         """How many modules have each rank."""
         return Counter(spec.rank for spec in self.modules.values())
 
-    def read(self, module: str) -> tuple[Tensor, Tensor]:
-        """Stored A and B of a module, as they are in the file.
+    def read(self, module: str) -> Units:
+        """A and B of a module in the layout of its form, without its scaling.
 
-        A gate (AdaLoRA, SoRA) is folded into A, in float32 at least: the product of two 16-bit
-        numbers is exact there.
+        A LoRA's are as stored; a gate (AdaLoRA, SoRA) is folded into A.
         """
-        spec = self.modules[module]
-        a, b = self.tensors.read(spec.key_a), self.tensors.read(spec.key_b)
-        if spec.key_gate is not None:
-            gate = self.tensors.read(spec.key_gate).reshape(-1, *[1] * (a.ndim - 1))
-            precise = torch.promote_types(a.dtype, torch.float32)
-            a = a.to(precise) * gate.to(precise)
-        return a, b
+        base = None if self.base is None else partial(self.base, module)
+        return self.modules[module].recipe.build(self.tensors.read, base)
 
     def read_bias(self, module: str) -> Tensor | None:
         """What a module's `lora_bias` adds to its output: scaling * bias, float64, shape (d_out,).
@@ -173,13 +176,36 @@ def build_adapter(
     *,
     source: Source | None = None,
 ) -> Adapter:
-    """Make an adapter from tensors and their config; checks every shape against every other.
+    """Make an adapter from tensors and their config: the file's dialect claims every tensor.
 
     Raises:
-        AdapterError: If it is no plain LoRA adapter; the message names file, module and remedy.
+        AdapterError: If a tensor or a field is not understood; names file, module and remedy.
     """
-    found = read_contents(name, config, tensors.entries())
-    return Adapter(name, found.config, found.modules, found.extras, tensors, source, found.notes)
+    if config is not None:
+        check_alphas(config, name)
+    entries = tensors.entries()
+
+    def scalar(key: str) -> float:
+        if prod(entries[key][1]) != 1:
+            raise AdapterError(f"{name}: {key} is no single number", "save the adapter again")
+        return float(tensors.read(key).item())
+
+    dialect, claims = understand(Header(name, entries, config, tensors.metadata(), scalar))
+    return Adapter(
+        name=name,
+        config=claims.config,
+        modules=dict(sorted(claims.modules.items())),
+        extras=dict(sorted(claims.extras.items())),
+        tensors=tensors,
+        source=source,
+        notes=(*claims.notes, *_ignored(claims.ignored.values())),
+        dialect=dialect.name,
+    )
+
+
+def _ignored(reasons: Iterable[str]) -> list[str]:
+    """One note for each reason for which tensors change nothing."""
+    return [f"{n} tensors are {why}; ignored" for why, n in Counter(reasons).items() if why]
 
 
 def save_adapter(adapter: Adapter, out: Path, *, force: bool = False) -> None:

@@ -9,21 +9,8 @@ from typing import Any
 
 from lora_merge.errors import AdapterError
 
-# LoRA variants whose delta is not scaling * B @ A: merging them as if it were is silently wrong.
-_VARIANTS: dict[str, str] = {
-    "use_dora": "DoRA rescales the base weight",
-    "use_qalora": "QA-LoRA pools its input",
-    "use_bdlora": "BD-LoRA keeps block-diagonal factors",
-    "alora_invocation_tokens": "aLoRA is active on part of the sequence only",
-    "kasa_config": "KaSA adds a diagonal between A and B",
-    "monteclora_config": "MonteCLoRA samples its factors",
-    "velora_config": "VeLoRA changes the factors' layout",
-    "arrow_config": "Arrow is a router over adapters, not one adapter",
-    "layer_replication": "replicated layers do not exist in the base model's files",
-    "trainable_token_indices": "trained token rows are stored beside the factors",
-}
-# Initialisations that subtract B @ A from the base weight before training.
-_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# The types whose `r` is the rank of every module.
+_LOW_RANK = ("LORA", "ADALORA", "SORA")
 
 # Squares of a delta scaled by more would leave the range of float32.
 _LARGEST_ALPHA = 1e15
@@ -52,6 +39,8 @@ class AdapterConfig:
         partial: Whether layers are selected in a way that names alone do not tell.
         init_r: AdaLoRA: the rank that training started from. It sets the scaling of whatever rank
             pruning left; None for a LoRA.
+        peft_type: "LORA", or what else the file says, in capitals.
+        raw: The JSON object as stored.
     """
 
     base_model: str | None = None
@@ -71,6 +60,8 @@ class AdapterConfig:
     init: str | bool | None = True
     partial: bool = False
     init_r: int | None = None
+    peft_type: str = "LORA"
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def rank_of(self, module: str) -> int | None:
         """Configured rank of a module (PEFT's matching rules), None if there is none."""
@@ -97,7 +88,7 @@ def read_config(path: Path, adapter: str) -> AdapterConfig:
         adapter: The adapter's name, for messages.
 
     Raises:
-        AdapterError: If the file is no valid config, or is not plain LoRA.
+        AdapterError: If the file is no valid config.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -116,10 +107,10 @@ def parse_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
     """Turn a config's JSON object into an `AdapterConfig`.
 
     Raises:
-        AdapterError: If a field is wrong, or the delta is not scaling * B @ diag(gate) @ A.
+        AdapterError: If a field is wrong.
     """
-    _refuse_variants(raw, adapter)
-    adaptive = _kind(raw) == "ADALORA"
+    kind = str(raw.get("peft_type", "missing")).upper()
+    adaptive = kind == "ADALORA"
     try:
         config = AdapterConfig(
             base_model=_text(raw.get("base_model_name_or_path")),
@@ -144,13 +135,16 @@ def parse_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
                 raw.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules")
             ),
             init_r=int(raw.get("init_r", 12)) if adaptive else None,
+            peft_type=kind,
+            raw=raw,
         )
     except (TypeError, ValueError, AttributeError) as error:
         raise AdapterError(
             f"{adapter}: adapter_config.json has a field of the wrong type: {error}", "repair it"
         ) from error
     check_alphas(config, adapter)
-    _check_ranks(config, adapter)
+    if kind in _LOW_RANK:
+        _check_ranks(config, adapter)
     _check_patterns(config, adapter)
     return config
 
@@ -189,37 +183,6 @@ def _check_patterns(config: AdapterConfig, adapter: str) -> None:
                     f"regular expression: {error}",
                     "repair it",
                 ) from error
-
-
-def _refuse_variants(raw: Mapping[str, Any], adapter: str) -> None:
-    if _kind(raw) not in ("LORA", "ADALORA", "SORA"):
-        raise AdapterError(
-            f"{adapter}: peft_type is {raw.get('peft_type')!r}, not LORA",
-            "convert it to LoRA first (peft: convert_to_lora), then merge the converted adapter",
-        )
-    if raw.get("enable_lora") is not None:
-        raise AdapterError(
-            f"{adapter}: a MergedLinear adapter of PEFT < 0.3 (enable_lora is set): its B is the "
-            "kernel of a grouped convolution, not a matrix",
-            "retrain it, or convert each enabled block to a LoRA of its own",
-        )
-    for key, why in _VARIANTS.items():
-        if raw.get(key):
-            raise AdapterError(
-                f"{adapter}: {key} is set: {why}, so it is not scaling * B @ A",
-                "convert it to plain LoRA first (peft: convert_to_lora)",
-            )
-    init = str(raw.get("init_lora_weights", True)).lower()
-    if init.startswith(_MUTATING_INITS):
-        raise AdapterError(
-            f"{adapter}: init_lora_weights is {init!r}: the adapter belongs to a base model that "
-            "this initialisation changed",
-            "save it again in PEFT with path_initial_model_for_weight_conversion",
-        )
-
-
-def _kind(raw: Mapping[str, Any]) -> str:
-    return str(raw.get("peft_type", "missing")).upper()
 
 
 def _matching(pattern: Iterable[str], module: str) -> str | None:

@@ -15,6 +15,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from lora_merge.adapters.units import Recipe
+
 Form = Literal["linear", "conv", "embedding", "experts"]
 
 
@@ -23,19 +25,17 @@ class ModuleSpec:
     """One adapted module of one adapter, from the file's header and the config.
 
     Attributes:
-        name: Full module path in the base model; for experts the wrapped path of PEFT.
+        name: Full path in the base model: of the module, or of a parameter of stacked experts.
         form: How the factors are stored.
         d_out: Rows of the factor product.
         d_in: Columns of the factor product (kernel positions included).
         rank: r.
         scaling: What multiplies B @ A.
-        dtype: safetensors dtype code of the factors.
+        dtype: safetensors dtype code that holds the factors as stored.
+        recipe: How the stored tensors become A and B.
         kernel: Kernel shape of a convolution, otherwise ().
         num_experts: E of a 3-D expert parameter, otherwise 1.
-        key_a: Tensor name of A in the file.
-        key_b: Tensor name of B in the file.
         key_bias: Tensor name of B's bias (`lora_bias`), or None.
-        key_gate: Tensor name of the units' gate (AdaLoRA, SoRA), or None.
     """
 
     name: str
@@ -45,12 +45,10 @@ class ModuleSpec:
     rank: int
     scaling: float
     dtype: str
-    key_a: str
-    key_b: str
+    recipe: Recipe
     kernel: tuple[int, ...] = ()
     num_experts: int = 1
     key_bias: str | None = None
-    key_gate: str | None = None
 
     @property
     def geometry(self) -> tuple[Form, int, int, tuple[int, ...], int]:
@@ -58,9 +56,31 @@ class ModuleSpec:
         return (self.form, self.d_out, self.d_in, self.kernel, self.num_experts)
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of all stored tensors that this module is made of."""
+        return self.recipe.keys if self.key_bias is None else (*self.recipe.keys, self.key_bias)
+
+    @property
     def num_parameters(self) -> int:
         """Entries of A and B together."""
         return self.num_experts * self.rank * (self.d_in + self.d_out)
+
+
+@dataclass(frozen=True)
+class ExtraSpec:
+    """A tensor that is not a low-rank factor: a bias, or a tensor of a module saved whole.
+
+    Attributes:
+        name: Name in the base model.
+        key: Name in the file.
+        dtype: safetensors dtype code.
+        shape: Its shape.
+    """
+
+    name: str
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def stored_shapes(spec: ModuleSpec, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

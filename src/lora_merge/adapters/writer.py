@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.config import AdapterConfig
+from lora_merge.adapters.dialects.spelling import PREFIX
 from lora_merge.adapters.forms import ModuleSpec, stored_shapes, to_stored
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.references import CONFIG_NAME, WEIGHTS_NAME
-from lora_merge.adapters.tensor_names import PREFIX
 from lora_merge.errors import AdapterError
 from lora_merge.files.tensor_file import DTYPES
 from lora_merge.files.tensor_stream import SafetensorsStream, header_of

@@ -194,7 +194,7 @@ def compare(
     samples = min(max(_SAMPLES // len(alignment.modules), 256), 8192)
 
     specs = [spec for module in alignment.modules for spec in module.specs.values()]
-    sixteen_bit = all(spec.dtype == "BF16" and spec.key_gate is None for spec in specs)
+    sixteen_bit = all(spec.dtype == "BF16" and spec.recipe.is_stored for spec in specs)
     dtype = torch.bfloat16 if sixteen_bit else torch.float32  # half the memory traffic
 
     def one(index: int) -> list[tuple[str, PairTables]]:

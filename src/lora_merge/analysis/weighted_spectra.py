@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.dialects.spelling import PREFIX
 from lora_merge.adapters.forms import to_matrix
 from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum
-from lora_merge.adapters.tensor_names import PREFIX
 from lora_merge.errors import AdapterError
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.tensor_file import SafetensorsFile

@@ -29,6 +29,10 @@ class TensorSource(Protocol):
         """Name → (safetensors dtype code, shape) of every tensor; reads headers only."""
         ...
 
+    def metadata(self) -> Mapping[str, str]:
+        """What the file says beside its tensors."""
+        ...
+
     def read(self, name: str) -> Tensor:
         """One tensor, as stored, on the CPU."""
         ...
@@ -62,6 +66,10 @@ class SafetensorsFile:
         """Name → (dtype code, shape), from the header."""
         return self._entries
 
+    def metadata(self) -> Mapping[str, str]:
+        """The header's `__metadata__`."""
+        return self._file.metadata() or {}
+
     def read(self, name: str) -> Tensor:
         """One tensor, as stored, on the CPU."""
         try:
@@ -86,6 +94,10 @@ class TensorDict:
             name: (DTYPE_CODES.get(t.dtype, str(t.dtype)), tuple(t.shape))
             for name, t in self._tensors.items()
         }
+
+    def metadata(self) -> Mapping[str, str]:
+        """None: tensors alone say nothing."""
+        return {}
 
     def read(self, name: str) -> Tensor:
         """One tensor, as stored."""

@@ -19,6 +19,7 @@ from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.adapters.units import Recipe
 from lora_merge.adapters.writer import AdapterWriter, OutputPlan, RankLayout, plan_output
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory, check_target
@@ -234,8 +235,7 @@ def _difference(
         rank=len(leading.s),
         scaling=1.0,
         dtype=tuned.tensors[name].dtype,
-        key_a="",
-        key_b="",
+        recipe=Recipe(()),
     )
     return Difference(
         spec=spec,

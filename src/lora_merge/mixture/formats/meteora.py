@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter, build_adapter
-from lora_merge.adapters.tensor_names import PREFIX
+from lora_merge.adapters.dialects.spelling import PREFIX
 from lora_merge.errors import AdapterError, MethodError
 from lora_merge.files.tensor_file import SafetensorsFile, TensorDict
 from lora_merge.mixture.expert import Expert, make_experts

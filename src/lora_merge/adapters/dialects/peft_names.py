@@ -4,21 +4,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from lora_merge.adapters.dialects.spelling import canonical, count_wraps
 from lora_merge.errors import AdapterError
 
-PREFIX = "base_model.model."
 # `<module>.lora_A.weight`, `.lora_A.default.weight` (saved from a state dict with the adapter's
 # name left in), `.lora_embedding_A` (a bare parameter) and `.lora_E` (AdaLoRA's gate).
 _FACTOR = re.compile(
     r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[ABE])"
     r"(?:\.(?P<adapter>[^.]+))??(?:\.(?P<leaf>weight|bias))?$"
 )
-_FOREIGN = (
-    (re.compile(r"\.lora_(down|up)\.weight$|\.alpha$"), "kohya (lora_down / lora_up / alpha)"),
-    (re.compile(r"\.hada_w|\.lokr_w|\.oft_"), "LyCORIS (LoHa, LoKr or OFT)"),
-    (re.compile(r"lora_magnitude_vector"), "DoRA (lora_magnitude_vector)"),
-    (re.compile(r"_lora\.(down|up)\.weight$"), "an old diffusers attention processor"),
-)
+_COPIES = "copies left by PEFT's wrappers"
 _SLOTS = {"A": "a", "B": "b", "E": "gate"}
 # SoRA's trainer (OpenDelta) puts the factors into a child of the module, named "lora".
 _SORA_CHILD = ".lora"
@@ -43,6 +38,10 @@ class FactorKeys:
     bias: str | None = None
     gate: str | None = None
 
+    def all(self) -> tuple[str, ...]:
+        """Names of all tensors that are there."""
+        return tuple(key for key in (self.a, self.b, self.bias, self.gate) if key is not None)
+
 
 @dataclass
 class KeyTable:
@@ -51,11 +50,13 @@ class KeyTable:
     Attributes:
         factors: By module name.
         extras: Name without prefix → name in the file, of tensors that are not factors.
+        ignored: Name in the file → why the tensor changes nothing.
         rewrapped: Whether the prefix stood more than once (a PEFT model wrapped again).
     """
 
     factors: dict[str, FactorKeys] = field(default_factory=dict)
     extras: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
     rewrapped: bool = False
 
 
@@ -63,38 +64,28 @@ def sort_keys(names: Iterable[str], adapter: str) -> KeyTable:
     """Sort tensor names into factors and extras.
 
     Raises:
-        AdapterError: If the names are another tool's format, two names mean the same tensor, or
-            A stands without B.
+        AdapterError: If two names mean the same tensor, or A stands without B.
     """
     table = KeyTable()
-    adapter_names: set[str] = set()
+    adapter_names: dict[str, str] = {}
     for name in sorted(names):
-        _refuse_foreign(name, adapter)
-        bare, wraps = _strip_prefix(name)
-        table.rewrapped |= wraps > 1
+        bare = canonical(name)
+        table.rewrapped |= count_wraps(name) > 1
         match = _FACTOR.match(bare)
         if match is None:
             _put_extra(table, bare, name, adapter)
             continue
-        if match["adapter"]:
-            adapter_names.add(match["adapter"])
+        adapter_names.setdefault(match["adapter"] or "without a name", name)
         _put_factor(table, match, name, adapter)
     if len(adapter_names) > 1:
         raise AdapterError(
-            f"{adapter}: the file holds several adapters ({', '.join(sorted(adapter_names))})",
+            f"{adapter}: the file holds several adapters "
+            f"({', '.join(f'{one}: {key}' for one, key in sorted(adapter_names.items()))})",
             "save each with peft's save_pretrained(selected_adapters=[...])",
         )
     _take_gates(table)
     _check_pairs(table, adapter)
     return table
-
-
-def _strip_prefix(name: str) -> tuple[str, int]:
-    wraps = 0
-    while name.startswith(PREFIX):
-        name = name.removeprefix(PREFIX)
-        wraps += 1
-    return name, wraps
 
 
 def _put_factor(table: KeyTable, match: re.Match[str], name: str, adapter: str) -> None:
@@ -119,14 +110,18 @@ def _put_factor(table: KeyTable, match: re.Match[str], name: str, adapter: str) 
 def _put_extra(table: KeyTable, bare: str, name: str, adapter: str) -> None:
     """Everything else; the copies that a saved wrapper leaves behind are folded away."""
     if ".original_module." in bare:
-        return  # the base model's own weights, kept by ModulesToSaveWrapper
+        table.ignored[name] = _COPIES  # the base model's own weights, kept by ModulesToSaveWrapper
+        return
     if bare.endswith(".ranknum"):
-        return  # AdaLoRA's initial rank, which the config says too
-    canonical = re.sub(r"\.modules_to_save(\.default)?\.", ".", bare)
-    if canonical in table.extras and canonical != bare:
-        return  # stored a second time under the wrapper's name
-    table.extras[canonical] = name
-    if not _LEGAL.match(canonical):
+        table.ignored[name] = _COPIES  # AdaLoRA's initial rank, which the config says too
+        return
+    whole = re.sub(r"\.modules_to_save(\.default)?\.", ".", bare)
+    if whole in table.extras:  # stored a second time under the wrapper's name
+        table.ignored[name if whole != bare else table.extras[whole]] = _COPIES
+        if whole != bare:
+            return
+    table.extras[whole] = name
+    if not _LEGAL.match(whole):
         raise AdapterError(f"{adapter}: illegal tensor name {name!r}", "do not trust this file")
 
 
@@ -148,19 +143,4 @@ def _check_pairs(table: KeyTable, adapter: str) -> None:
             raise AdapterError(
                 f"{adapter}: {module} has lora_{there} but no lora_{missing}",
                 "the file is incomplete; save or download it again",
-            )
-    if not table.factors:
-        names = ", ".join(list(table.extras)[:3]) or "none"
-        raise AdapterError(
-            f"{adapter}: no LoRA module found (its tensors: {names})",
-            "expected names like base_model.model.<module>.lora_A.weight",
-        )
-
-
-def _refuse_foreign(name: str, adapter: str) -> None:
-    for pattern, tool in _FOREIGN:
-        if pattern.search(name):
-            raise AdapterError(
-                f"{adapter}: {name} is in the format of {tool}, not plain PEFT LoRA",
-                "convert it to a PEFT LoRA first",
             )

@@ -1,104 +1,76 @@
-"""From a file's header to what an adapter holds: every shape is checked against every other."""
+"""PEFT LoRA, and AdaLoRA and SoRA, which are LoRA with a gate on every unit."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 
-from lora_merge.adapters.config import AdapterConfig, check_alphas
-from lora_merge.adapters.forms import Form, ModuleSpec
-from lora_merge.adapters.tensor_names import FactorKeys, sort_keys
+from lora_merge.adapters.config import AdapterConfig
+from lora_merge.adapters.dialects.dialect import Claims, Dialect, Entries, Header
+from lora_merge.adapters.dialects.looks_like import refuse_unclaimed
+from lora_merge.adapters.dialects.peft_names import FactorKeys, sort_keys
+from lora_merge.adapters.dialects.peft_variants import refuse_variants
+from lora_merge.adapters.dialects.peft_whole import whole_parameters
+from lora_merge.adapters.dialects.recipes import gated
+from lora_merge.adapters.forms import ExtraSpec, Form, ModuleSpec
+from lora_merge.adapters.units import Recipe
 from lora_merge.errors import AdapterError
-from lora_merge.files.tensor_file import DTYPES
+from lora_merge.files.tensor_file import DTYPES, widest_dtype
+
+_TYPES = ("LORA", "ADALORA", "SORA")
 
 
-@dataclass(frozen=True)
-class ExtraSpec:
-    """A tensor that is not a low-rank factor: a bias, or a tensor of a module saved whole.
-
-    Attributes:
-        name: Name in the base model.
-        key: Name in the file.
-        dtype: safetensors dtype code.
-        shape: Its shape.
-    """
-
-    name: str
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
+def _recognises(header: Header) -> bool:
+    """Factors named as PEFT names them, or a config that says so."""
+    said = header.config is not None and header.config.peft_type in _TYPES
+    return said or any(".lora_A" in key or ".lora_embedding_A" in key for key in header.entries)
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What a file of tensors holds, as its header and the config tell.
-
-    Attributes:
-        config: What the tensors mean.
-        modules: Adapted modules by name, in name order.
-        extras: Tensors that are not factors, by name.
-        notes: Oddities that were understood, in words.
-    """
-
-    config: AdapterConfig
-    modules: Mapping[str, ModuleSpec]
-    extras: Mapping[str, ExtraSpec]
-    notes: tuple[str, ...]
-
-
-def read_contents(
-    name: str,
-    config: AdapterConfig | None,
-    entries: Mapping[str, tuple[str, tuple[int, ...]]],
-) -> Contents:
-    """Tell what tensors are, by their names, dtypes and shapes; every shape is checked.
-
-    Args:
-        name: What messages call the adapter.
-        config: Its config, None where there is none.
-        entries: Tensor name → (dtype code, shape).
-
-    Raises:
-        AdapterError: If it is no plain LoRA adapter; the message names file, module and remedy.
-    """
+def _claim(header: Header) -> Claims:
+    name, entries = header.adapter, header.entries
+    if header.config is not None:
+        _refuse_other_types(header.config, name)
+        refuse_variants(header.config, name)
     table = sort_keys(entries, name)
-    if config is None:
-        raise AdapterError(
-            f"{name}: no adapter_config.json, so the scaling is unknown",
-            "put the config beside the file, or give --alpha (and --rslora)",
-        )
-    check_alphas(config, name)
-    notes = []
+    if not table.factors:
+        refuse_unclaimed(header, list(table.extras), whole=True)
+    config = header.said()
     emptied = [m for m, keys in table.factors.items() if keys.gate and 0 in entries[keys.gate][1]]
-    if emptied:
-        notes.append(f"{len(emptied)} modules have no rank left ({emptied[0]}); they add nothing")
     modules = {
         module: _module_spec(module, keys, config, entries, name)
         for module, keys in sorted(table.factors.items())
         if module not in emptied
     }
+    ignored = dict(table.ignored)
+    notes = []
+    if emptied:
+        notes.append(f"{len(emptied)} modules have no rank left ({emptied[0]}); they add nothing")
+        ignored |= {key: "" for m in emptied for key in table.factors[m].all()}
     if not modules:
         raise AdapterError(
             f"{name}: no module has any rank left", "it changes nothing: leave it out"
         )
-    extras = {
-        extra: ExtraSpec(extra, key, *entries[key]) for extra, key in sorted(table.extras.items())
-    }
     if table.rewrapped:
         notes.append("keys are wrapped by PEFT more than once; unwrapped")
-    used = sum(
-        key is not None for k in table.factors.values() for key in (k.a, k.b, k.bias, k.gate)
-    )
-    copies = len(entries) - len(extras) - used
-    if copies:
-        notes.append(f"{copies} tensors are copies left by PEFT's wrappers; ignored")
-    return Contents(config, modules, extras, tuple(notes))
+    is_whole = whole_parameters(config, modules)
+    extras = {
+        extra: ExtraSpec(extra, key, *entries[key])
+        for extra, key in sorted(table.extras.items())
+        if is_whole(extra, key)
+    }
+    return Claims(config, modules, extras, ignored, tuple(notes))
+
+
+def _refuse_other_types(config: AdapterConfig, adapter: str) -> None:
+    if config.peft_type not in _TYPES:
+        raise AdapterError(
+            f"{adapter}: peft_type is {config.raw.get('peft_type')!r}, not LORA",
+            "leave this adapter out",
+        )
 
 
 def _module_spec(
     module: str,
     keys: FactorKeys,
     config: AdapterConfig,
-    entries: Mapping[str, tuple[str, tuple[int, ...]]],
+    entries: Entries,
     adapter: str,
 ) -> ModuleSpec:
     key_a, key_b = keys.a or "", keys.b or ""
@@ -141,20 +113,20 @@ def _module_spec(
         d_in=prod(shape_a[1:]),
         rank=rank,
         scaling=config.scaling_of(module, rank),
-        dtype=dtype,
-        key_a=key_a,
-        key_b=key_b,
+        dtype=widest_dtype((dtype, dtype_b)),
+        recipe=Recipe((key_a, key_b))
+        if keys.gate is None
+        else Recipe((key_a, key_b, keys.gate), gated),
         kernel=kernel,
         num_experts=experts,
         key_bias=keys.bias,
-        key_gate=keys.gate,
     )
 
 
 def _check_gate(
     keys: FactorKeys,
     config: AdapterConfig,
-    entries: Mapping[str, tuple[str, tuple[int, ...]]],
+    entries: Entries,
     rows: int,
     where: str,
 ) -> None:
@@ -203,3 +175,6 @@ def _rank_of(
         f"{where}: the tensors have rank {rows}, adapter_config.json says {rank}",
         "correct r or rank_pattern in adapter_config.json",
     )
+
+
+PEFT_LORA = Dialect("peft-lora", "PEFT LoRA", _recognises, _claim)

@@ -1,0 +1,1 @@
+"""Dialects: what the tensors of each family of files mean."""

@@ -1,0 +1,73 @@
+"""What PEFT's LoRA config can ask for that is not scaling * B @ A, and what to do about it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lora_merge.adapters.config import AdapterConfig
+from lora_merge.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One field of a LoRA config that changes what the tensors mean.
+
+    Attributes:
+        why: What it changes, in words.
+        remedy: What the user can do; only what a test has tried.
+        present: Whether a value of the field asks for it.
+    """
+
+    why: str
+    remedy: str
+    present: Callable[[Any], bool] = bool
+
+
+_NONE_YET = "leave this adapter out"
+
+VARIANTS: dict[str, Variant] = {
+    "use_dora": Variant("DoRA rescales the base weight", _NONE_YET),
+    "use_qalora": Variant("QA-LoRA pools its input", _NONE_YET),
+    "use_bdlora": Variant("BD-LoRA keeps block-diagonal factors", _NONE_YET),
+    "alora_invocation_tokens": Variant("aLoRA is active on part of the sequence only", _NONE_YET),
+    "kasa_config": Variant("KaSA adds a diagonal between A and B", _NONE_YET),
+    "monteclora_config": Variant("MonteCLoRA samples its factors", _NONE_YET),
+    "velora_config": Variant("VeLoRA changes the factors' layout", _NONE_YET),
+    "arrow_config": Variant("Arrow is a router over adapters, not one adapter", _NONE_YET),
+    "layer_replication": Variant(
+        "replicated layers do not exist in the base model's files", _NONE_YET
+    ),
+    "trainable_token_indices": Variant(
+        "trained token rows are stored beside the factors", _NONE_YET
+    ),
+}
+
+# Initialisations that subtract B @ A from the base weight before training.
+_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def refuse_variants(config: AdapterConfig, adapter: str) -> None:
+    """Refuse what is not scaling * B @ diag(gate) @ A.
+
+    Raises:
+        AdapterError: Naming the field, why it matters, and a remedy.
+    """
+    if config.raw.get("enable_lora") is not None:
+        raise AdapterError(
+            f"{adapter}: a MergedLinear adapter of PEFT < 0.3 (enable_lora is set): its B is the "
+            "kernel of a grouped convolution, not a matrix",
+            "retrain it, or convert each enabled block to a LoRA of its own",
+        )
+    for key, variant in VARIANTS.items():
+        if variant.present(config.raw.get(key)):
+            raise AdapterError(
+                f"{adapter}: {key} is set: {variant.why}, so it is not scaling * B @ A",
+                variant.remedy,
+            )
+    init = str(config.init).lower()
+    if init.startswith(_MUTATING_INITS):
+        raise AdapterError(
+            f"{adapter}: init_lora_weights is {init!r}: the adapter belongs to a base model that "
+            "this initialisation changed",
+            "save it again in PEFT with path_initial_model_for_weight_conversion",
+        )

@@ -1,0 +1,59 @@
+"""Whole parameters in a PEFT file: which tensors are biases or modules saved whole, by what rule.
+
+A tensor that none of these rules names is no part of the adapter: PEFT would not load it.
+"""
+
+from collections.abc import Callable, Container
+
+from lora_merge.adapters.config import AdapterConfig
+
+# What PEFT saves where the vocabulary was resized, without a word in the config.
+_VOCABULARY = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out")
+# What its task models save by themselves.
+_HEADS = {
+    "SEQ_CLS": ("score", "classifier"),
+    "TOKEN_CLS": ("score", "classifier"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def whole_parameters(
+    config: AdapterConfig | None, modules: Container[str]
+) -> Callable[[str, str], bool]:
+    """The test for whole parameters: (canonical name, name in the file) → whether it is one.
+
+    Args:
+        config: The adapter's config; None knows only what the names say.
+        modules: Names of the adapted modules.
+    """
+    saved = () if config is None else config.modules_to_save
+    task = "" if config is None else (config.task_type or "")
+    bias = "none" if config is None else config.bias
+    named = (*saved, *_HEADS.get(task, ()), *_VOCABULARY)
+
+    def is_whole(name: str, key: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        if module.endswith(".base_layer"):  # the adapted module itself, below PEFT's wrapper
+            module = module.removesuffix(".base_layer")
+            if leaf != "bias":
+                return _is_below(module, named)
+        if leaf == "bias" and (bias == "all" or (bias == "lora_only" and module in modules)):
+            return True
+        if ".modules_to_save." in key:
+            return True
+        if module in modules:
+            return False
+        return _is_below(module, named)
+
+    return is_whole
+
+
+def _is_below(module: str, names: tuple[str, ...]) -> bool:
+    """Whether a module is one of the named ones or stands below one.
+
+    PEFT compares ends of names as text, so "classifier" finds "pre_classifier" too.
+    """
+    parts = module.split(".")
+    return any(part.endswith(names) for part in parts) or any(
+        f".{name}." in f".{module}." for name in names
+    )

@@ -1,0 +1,42 @@
+"""All dialects. The first that recognises a file reads it."""
+
+from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
+from lora_merge.adapters.dialects.looks_like import refuse_unclaimed
+from lora_merge.adapters.dialects.peft_lora import PEFT_LORA
+from lora_merge.errors import AdapterError
+
+# PEFT's own names are also those of its many variants, so its row stands last.
+DIALECTS: tuple[Dialect, ...] = (PEFT_LORA,)
+
+
+def understand(header: Header) -> tuple[Dialect, Claims]:
+    """Find a file's dialect and have it claim every tensor.
+
+    Raises:
+        AdapterError: If no dialect recognises the file, or a tensor is left that none of its rules
+            claims; names the tensor and says what it looks like.
+    """
+    dialect = next((d for d in DIALECTS if d.recognises(header)), None)
+    if dialect is None:
+        refuse_unclaimed(header, sorted(header.entries), whole=True)
+    claims = dialect.claim(header)
+    _check_base(header, claims)
+    used = {key for spec in claims.modules.values() for key in spec.keys}
+    used |= {extra.key for extra in claims.extras.values()} | claims.ignored.keys()
+    left = sorted(header.entries.keys() - used)
+    if left:
+        refuse_unclaimed(header, left, modules=claims.modules)
+    return dialect, claims
+
+
+def _check_base(header: Header, claims: Claims) -> None:
+    """Recipes that read base weights need them, and whoever opens the adapter has to know."""
+    if header.has_base:
+        return
+    for name, spec in claims.modules.items():
+        if spec.recipe.needs_base:
+            raise AdapterError(
+                f"{header.adapter}: {name} changes its weight by an amount that depends on the "
+                "base weight",
+                "name the base model: --base DIR",
+            )
