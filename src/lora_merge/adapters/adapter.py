@@ -7,33 +7,37 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora_merge.adapters.access.live_peft import put_live, read_live
 from lora_merge.adapters.aligned_module import AlignedModule
-from lora_merge.adapters.config import AdapterConfig, check_alphas, read_config
+from lora_merge.adapters.config import AdapterConfig, check_alphas, parse_config, read_config
 from lora_merge.adapters.dialects.dialect import Header
 from lora_merge.adapters.dialects.table import understand
 from lora_merge.adapters.forms import ExtraSpec, ModuleSpec, to_matrix
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.references import Source, resolve
 from lora_merge.adapters.units import BaseWeight, Units
-from lora_merge.adapters.writer import AdapterWriter, plan_output
+from lora_merge.adapters.writer import AdapterWriter, OutputPlan, TensorWriter, Writer, plan_output
 from lora_merge.errors import AdapterError
 from lora_merge.files.atomic import atomic_directory, check_target
 from lora_merge.files.hub import upload
 from lora_merge.files.tensor_file import (
     SafetensorsFile,
+    TensorDict,
     TensorSource,
     load_pickle,
     refuse_non_finite,
     widest_dtype,
 )
+from lora_merge.printing import Printed, Summary, notes, span
 
 
-@dataclass(frozen=True, eq=False)
-class Adapter:
+@dataclass(frozen=True, eq=False, repr=False)
+class Adapter(Printed):
     """A LoRA adapter whose tensors stay on disk until a module is read.
 
     Attributes:
@@ -73,6 +77,50 @@ class Adapter:
         from lora_merge.adapters.adapter import open_adapter
 
         return open_adapter(resolve(str(ref), allow_pickle=allow_pickle))
+
+    @classmethod
+    def from_peft(cls, model: nn.Module, name: str = "default") -> "Adapter":
+        """Copy one adapter out of a live `PeftModel`; nothing touches the disk.
+
+        Raises:
+            MethodError: If the model has no adapter of that name.
+            AdapterError: If it is no plain LoRA adapter.
+        """
+        config, tensors = read_live(model, name)
+        return build_adapter(name, parse_config(config, name), TensorDict(tensors))
+
+    def to_peft(self, model: nn.Module, name: str = "default") -> Any:
+        """Put it into a live model; nothing touches the disk.
+
+        It arrives as `save_pretrained` would write it, frozen. In a `PeftModel` it stands beside
+        the other adapters and `model.set_adapter(name)` makes it active; a plain model gets PEFT
+        around it, with this adapter active.
+
+        Returns:
+            The `PeftModel`.
+
+        Raises:
+            MethodError: If the model has an adapter of that name.
+            AlignmentError: If a tensor has no place in the model, which stays as it was.
+            LoraMergeError: If PEFT is not installed.
+        """
+        plan = _portable(self)
+        writer = TensorWriter(plan)
+        _fill(writer, self)
+        return put_live(model, name, plan.config, writer.tensors, self.name)
+
+    def summary(self) -> Summary:
+        """Base model, modules, ranks, parameters, and what is odd about it."""
+        dtypes = ", ".join(sorted({spec.dtype for spec in self.modules.values()}))
+        ranks = span([spec.rank for spec in self.modules.values()])
+        facts = [
+            ("base model", self.config.base_model or "not said"),
+            ("modules", f"{len(self.modules)}, rank {ranks}"),
+            ("parameters", f"{self.num_parameters:,}, {dtypes}"),
+        ]
+        if self.extras:
+            facts.append(("extras", f"{len(self.extras)} tensors that are not factors"))
+        return Summary(f"Adapter {self.name}", (*facts, *notes(self.notes)))
 
     def save_pretrained(self, out: str | Path, *, force: bool = False) -> None:
         """Write it as a PEFT directory in the portable layout; `force` replaces one.
@@ -219,21 +267,30 @@ def save_adapter(adapter: Adapter, out: Path, *, force: bool = False) -> None:
     Raises:
         OutputError: If it cannot be written; nothing is left behind.
     """
-    plan = plan_output(
+    plan = _portable(adapter)
+    source = adapter.source
+    inputs = [path for path in (source.weights, source.config) if path] if source else []
+    check_target(out, force=force, inputs=inputs, needed=plan.num_bytes)
+    with atomic_directory(out) as folder:
+        with AdapterWriter(folder, plan) as writer:
+            _fill(writer, adapter)
+        for name, text in adapter.texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def _portable(adapter: Adapter) -> OutputPlan:
+    """The portable layout of an adapter, at its own ranks."""
+    return plan_output(
         [adapter],
         [AlignedModule(name, {0: spec}) for name, spec in adapter.modules.items()],
         {name: spec.rank for name, spec in adapter.modules.items()},
         dtype=widest_dtype(spec.dtype for spec in adapter.modules.values()),
         extras={name: (extra.dtype, extra.shape) for name, extra in adapter.extras.items()},
     )
-    source = adapter.source
-    inputs = [path for path in (source.weights, source.config) if path] if source else []
-    check_target(out, force=force, inputs=inputs, needed=plan.num_bytes)
-    with atomic_directory(out) as folder:
-        with AdapterWriter(folder, plan) as writer:
-            for name in adapter.modules:
-                writer.add(name, adapter.stacks(name), adapter.read_bias(name))
-            for name in adapter.extras:
-                writer.add_extra(name, adapter.read_extra(name))
-        for name, text in adapter.texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+
+
+def _fill(writer: Writer, adapter: Adapter) -> None:
+    for name in adapter.modules:
+        writer.add(name, adapter.stacks(name), adapter.read_bias(name))
+    for name in adapter.extras:
+        writer.add_extra(name, adapter.read_extra(name))

@@ -1,30 +1,46 @@
-"""An adapter that is collected in memory instead of written to files."""
+"""Adapters that are made in memory instead of written to files."""
 
-from torch import Tensor
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, TypeVar
 
 from lora_merge.adapters.adapter import Adapter, build_adapter
 from lora_merge.adapters.config import parse_config
-from lora_merge.adapters.writer import OutputPlan, Writer
+from lora_merge.adapters.writer import TensorWriter
 from lora_merge.files.tensor_file import TensorDict
-from lora_merge.files.tensor_stream import cast_to
+from lora_merge.printing import Printed, Summary
+
+R = TypeVar("R", bound=Printed)
 
 
-class MemoryWriter(Writer):
+class MemoryWriter(TensorWriter):
     """Collects an adapter in memory.
 
     Args:
         plan: What will be collected.
     """
 
-    def __init__(self, plan: OutputPlan) -> None:
-        super().__init__(plan)
-        self._tensors: dict[str, Tensor] = {}
-        self._entries = plan.entries()
-
-    def _write(self, name: str, tensor: Tensor) -> None:
-        code, _ = self._entries[name]
-        self._tensors[name] = cast_to(tensor.detach().cpu(), code, name).contiguous()
-
     def adapter(self, name: str) -> Adapter:
         """What was collected, once every module is there."""
-        return build_adapter(name, parse_config(self.plan.config, name), TensorDict(self._tensors))
+        return build_adapter(name, parse_config(self.plan.config, name), TensorDict(self.tensors))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MadeAdapter(Adapter, Generic[R]):
+    """An adapter that was made, with the report of how.
+
+    Attributes:
+        report: What was done, module by module.
+    """
+
+    report: R = field(kw_only=True)
+
+    @classmethod
+    def of(cls, adapter: Adapter, report: R, **changes: Any) -> "MadeAdapter[R]":
+        """An adapter and its report together; `changes` replace fields of the adapter."""
+        given = {spec.name: getattr(adapter, spec.name) for spec in fields(Adapter)}
+        return cls(**{**given, **changes}, report=report)
+
+    def summary(self) -> Summary:
+        """The adapter's, and its report's below."""
+        mine, made = super().summary(), self.report.summary()
+        return Summary(mine.title, tuple(dict.fromkeys((*mine.facts, *made.facts))))

@@ -23,7 +23,7 @@ from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.references import CONFIG_NAME, WEIGHTS_NAME
 from lora_merge.errors import AdapterError
 from lora_merge.files.tensor_file import DTYPES
-from lora_merge.files.tensor_stream import SafetensorsStream, header_of
+from lora_merge.files.tensor_stream import SafetensorsStream, cast_to, header_of
 
 RankLayout = Literal["uniform", "per-module"]
 
@@ -209,6 +209,26 @@ class AdapterWriter(Writer):
         trace: TracebackType | None,
     ) -> None:
         self._stream.__exit__(kind, error, trace)
+
+
+class TensorWriter(Writer):
+    """Collects the tensors of an adapter in memory, named as in its file.
+
+    Args:
+        plan: What will be collected.
+
+    Attributes:
+        tensors: What has come so far.
+    """
+
+    def __init__(self, plan: OutputPlan) -> None:
+        super().__init__(plan)
+        self.tensors: dict[str, Tensor] = {}
+        self._entries = plan.entries()
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        code, _ = self._entries[name]
+        self.tensors[name] = cast_to(tensor.detach().cpu(), code, name).contiguous()
 
 
 def _factor_keys(spec: ModuleSpec) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_merge._version import __version__
+from lora_merge.adapters.access.coerce import AdaptersLike, open_adapters
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.in_memory import MemoryWriter
 from lora_merge.errors import MethodError
@@ -22,7 +23,7 @@ from lora_merge.merge.save import card_of, finish_report
 
 
 def merge(
-    adapters: Sequence[Adapter | str | Path],
+    adapters: AdaptersLike,
     *,
     method: str = "auto",
     rank: int | str | None = None,
@@ -55,7 +56,7 @@ def merge(
     Raises:
         LoraMergeError: If the adapters or the request do not fit.
     """
-    opened = [a if isinstance(a, Adapter) else Adapter.from_pretrained(a) for a in adapters]
+    opened = open_adapters(adapters)
     values = [1.0] * len(opened) if weights is None else list(weights)
     own = [{}] * len(opened) if own_parameters is None else list(own_parameters)
     for what, given in (("weights", values), ("mappings in own_parameters", own)):

@@ -21,17 +21,9 @@ def open_all(
     refs: Sequence[str], *, alpha: float | None, rslora: bool, allow_pickle: bool
 ) -> "list[Adapter]":
     """Open every reference, with `open_options`; patterns stand for what they match."""
-    from lora_merge.adapters.adapter import open_adapter
-    from lora_merge.adapters.config import AdapterConfig
-    from lora_merge.adapters.references import expand, resolve
+    from lora_merge.adapters.access.coerce import open_adapters
 
-    fallback = None
-    if alpha is not None:
-        fallback = AdapterConfig(r=None, lora_alpha=alpha, use_rslora=rslora)
-    return [
-        open_adapter(resolve(ref, allow_pickle=allow_pickle), fallback=fallback)
-        for ref in expand(refs)
-    ]
+    return open_adapters(refs, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
 
 
 def open_single(ref: str, **options: Any) -> "Adapter":

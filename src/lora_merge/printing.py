@@ -1,0 +1,87 @@
+"""How results print: a few lines that say what matters, a table in a notebook, a data frame."""
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_merge.errors import LoraMergeError
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What matters of a result.
+
+    Attributes:
+        title: What it is.
+        facts: Label and text, one line each.
+    """
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        width = max((len(label) for label, _ in self.facts), default=0)
+        return "\n".join(
+            [self.title, *(f"  {label:<{width}}  {text}" for label, text in self.facts)]
+        )
+
+    def to_html(self) -> str:
+        """As a table; names from files are text, never markup."""
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
+            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
+            for label, text in self.facts
+        )
+        return f"<table><caption>{html.escape(self.title)}</caption>{rows}</table>"
+
+
+class Printed:
+    """Something whose repr is its summary."""
+
+    def summary(self) -> Summary:
+        """What matters of it."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html()
+
+
+class Report(Printed):
+    """A result of which `to_dict` gives everything, and `to_frame` the table."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        raise NotImplementedError
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table: one mapping per row."""
+        raise NotImplementedError
+
+    def to_frame(self) -> Any:
+        """The table as a `pandas.DataFrame`.
+
+        Raises:
+            LoraMergeError: If pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ModuleNotFoundError as error:
+            raise LoraMergeError(
+                "a data frame needs pandas", "pip install pandas, or take rows()"
+            ) from error
+        return DataFrame(self.rows())
+
+
+def span(values: Sequence[int]) -> str:
+    """A range of whole numbers, or the one number it is."""
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def notes(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Facts of what else a user should know."""
+    yield from (("note", line) for line in lines)
