@@ -3,7 +3,7 @@
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_merge.adapters.access.live_peft import put_live, read_live
 from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.base_weights import BaseModel, CheckpointBase
 from lora_merge.adapters.config import AdapterConfig, check_alphas, parse_config, read_config
 from lora_merge.adapters.dialects.dialect import Header
 from lora_merge.adapters.dialects.table import understand
@@ -24,6 +25,7 @@ from lora_merge.adapters.units import BaseWeight, Units
 from lora_merge.adapters.writer import AdapterWriter, OutputPlan, TensorWriter, Writer, plan_output
 from lora_merge.errors import AdapterError
 from lora_merge.files.atomic import atomic_directory, check_target
+from lora_merge.files.checkpoint import open_checkpoint
 from lora_merge.files.hub import upload
 from lora_merge.files.tensor_file import (
     SafetensorsFile,
@@ -65,10 +67,23 @@ class Adapter(Printed):
     base: Callable[[str], BaseWeight] | None = None
 
     @classmethod
-    def from_pretrained(cls, ref: str | Path, *, allow_pickle: bool = False) -> "Adapter":
+    def from_pretrained(
+        cls,
+        ref: str | Path,
+        *,
+        allow_pickle: bool = False,
+        base: str | Path | None = None,
+        rank: int | None = None,
+    ) -> "Adapter":
         """Open one adapter: a directory, a `.safetensors` file or a Hub reference.
 
         Reads the header and the config only.
+
+        Args:
+            ref: What to open.
+            allow_pickle: Accept a pickle, loaded with `weights_only=True`.
+            base: The base model's directory, for forms whose delta depends on its weights.
+            rank: Where to cut deltas of full rank; without it, adapters that have one are refused.
 
         Raises:
             SourceError: If nothing is found.
@@ -76,7 +91,8 @@ class Adapter(Printed):
         """
         from lora_merge.adapters.adapter import open_adapter
 
-        return open_adapter(resolve(str(ref), allow_pickle=allow_pickle))
+        model = None if base is None else CheckpointBase(open_checkpoint(Path(base)))
+        return open_adapter(resolve(str(ref), allow_pickle=allow_pickle), base=model, rank=rank)
 
     @classmethod
     def from_peft(cls, model: nn.Module, name: str = "default") -> "Adapter":
@@ -197,15 +213,23 @@ class Adapter(Printed):
         return [RankStack.of([(a.float(), b.float(), spec.scaling)]) for a, b in pairs]
 
 
-def open_adapter(source: Source, *, fallback: AdapterConfig | None = None) -> Adapter:
+def open_adapter(
+    source: Source,
+    *,
+    fallback: AdapterConfig | None = None,
+    base: BaseModel | None = None,
+    rank: int | None = None,
+) -> Adapter:
     """Open an adapter from its files; reads headers only (a pickle is loaded whole).
 
     Args:
         source: Its files.
         fallback: Config to use where the files hold none.
+        base: The base model, for forms whose delta depends on its weights.
+        rank: Where to cut deltas of full rank; None refuses them.
 
     Raises:
-        AdapterError: If it is no plain LoRA adapter; the message names file, module and remedy.
+        AdapterError: If a tensor or a field is not understood; names file, module and remedy.
     """
     name = source.ref
     config = fallback if source.config is None else read_config(source.config, name)
@@ -214,7 +238,7 @@ def open_adapter(source: Source, *, fallback: AdapterConfig | None = None) -> Ad
         tensors = load_pickle(source.weights, name)
     else:
         tensors = SafetensorsFile(source.weights, name)
-    return build_adapter(name, config, tensors, source=source)
+    return build_adapter(name, config, tensors, source=source, base=base, rank=rank)
 
 
 def build_adapter(
@@ -223,8 +247,12 @@ def build_adapter(
     tensors: TensorSource,
     *,
     source: Source | None = None,
+    base: BaseModel | None = None,
+    rank: int | None = None,
 ) -> Adapter:
     """Make an adapter from tensors and their config: the file's dialect claims every tensor.
+
+    The arguments are those of `open_adapter`.
 
     Raises:
         AdapterError: If a tensor or a field is not understood; names file, module and remedy.
@@ -238,7 +266,13 @@ def build_adapter(
             raise AdapterError(f"{name}: {key} is no single number", "save the adapter again")
         return float(tensors.read(key).item())
 
-    dialect, claims = understand(Header(name, entries, config, tensors.metadata(), scalar))
+    header = Header(name, entries, config, tensors.metadata(), scalar, rank)
+    if base is not None:
+        header = replace(header, has_base=True, base_shape=base.shape)
+    dialect, claims = understand(header)
+    weight = None
+    if base is not None:
+        weight = partial(base.weight, transposed=claims.config.fan_in_fan_out)
     return Adapter(
         name=name,
         config=claims.config,
@@ -248,6 +282,7 @@ def build_adapter(
         source=source,
         notes=(*claims.notes, *_ignored(claims.ignored.values())),
         dialect=dialect.name,
+        base=weight,
     )
 
 

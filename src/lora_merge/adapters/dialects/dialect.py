@@ -22,6 +22,7 @@ class Header:
         scalar: Value of a tensor with one entry.
         rank: The rank at which deltas of full rank are cut; None refuses them.
         has_base: Whether base weights are at hand.
+        base_shape: Shape of a module's base weight as it is stored, None where it is not known.
     """
 
     adapter: str
@@ -31,6 +32,7 @@ class Header:
     scalar: Callable[[str], float]
     rank: int | None = None
     has_base: bool = False
+    base_shape: Callable[[str], tuple[int, ...] | None] = lambda module: None
 
     def said(self) -> AdapterConfig:
         """The config.

@@ -8,7 +8,7 @@ from lora_merge.adapters.dialects.looks_like import refuse_unclaimed
 from lora_merge.adapters.dialects.peft_names import FactorKeys, sort_keys
 from lora_merge.adapters.dialects.peft_variants import refuse_variants
 from lora_merge.adapters.dialects.peft_whole import whole_parameters
-from lora_merge.adapters.dialects.recipes import gated
+from lora_merge.adapters.dialects.recipes.gates import gated
 from lora_merge.adapters.forms import ExtraSpec, Form, ModuleSpec
 from lora_merge.adapters.units import Recipe
 from lora_merge.errors import AdapterError

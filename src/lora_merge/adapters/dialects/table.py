@@ -3,10 +3,11 @@
 from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
 from lora_merge.adapters.dialects.looks_like import refuse_unclaimed
 from lora_merge.adapters.dialects.peft_lora import PEFT_LORA
+from lora_merge.adapters.dialects.tuners.dialect import PEFT_TUNERS
 from lora_merge.errors import AdapterError
 
 # PEFT's own names are also those of its many variants, so its row stands last.
-DIALECTS: tuple[Dialect, ...] = (PEFT_LORA,)
+DIALECTS: tuple[Dialect, ...] = (PEFT_TUNERS, PEFT_LORA)
 
 
 def understand(header: Header) -> tuple[Dialect, Claims]:
@@ -38,5 +39,5 @@ def _check_base(header: Header, claims: Claims) -> None:
             raise AdapterError(
                 f"{header.adapter}: {name} changes its weight by an amount that depends on the "
                 "base weight",
-                "name the base model: --base DIR",
+                "name the base model: lora-merge convert --base DIR",
             )

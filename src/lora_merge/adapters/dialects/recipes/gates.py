@@ -1,4 +1,4 @@
-"""The functions that recipes are made of: stored tensors in, factors A and B out."""
+"""Factors with a gate on every unit."""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,1 @@
+"""Adapters of image and video models: kohya, LyCORIS, diffusers, ComfyUI."""

@@ -1,0 +1,1 @@
+"""Pure functions from stored tensors to rank-one units, one per way of storing a low-rank delta."""

@@ -1,0 +1,111 @@
+"""The dialect of PEFT's other tuners: `peft_type` in the config says which."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from lora_merge.adapters.config import AdapterConfig
+from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
+from lora_merge.adapters.dialects.grouping import Group
+from lora_merge.adapters.dialects.peft_whole import whole_parameters
+from lora_merge.adapters.dialects.spelling import canonical
+from lora_merge.adapters.dialects.tuners import low_rank, with_base
+from lora_merge.adapters.dialects.tuners.settings import Settings
+from lora_merge.adapters.forms import ExtraSpec, ModuleSpec
+from lora_merge.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """One tuner.
+
+    Attributes:
+        title: Its name.
+        prefix: What the names of its tensors begin with.
+        module: Reads one module.
+    """
+
+    title: str
+    prefix: str
+    module: Callable[[Group, Settings], ModuleSpec]
+
+
+# By `peft_type`.
+TUNERS: dict[str, Tuner] = {
+    "LOHA": Tuner("LoHa", "hada_", low_rank.loha),
+    "LOKR": Tuner("LoKr", "lokr_", low_rank.lokr),
+    "VERA": Tuner("VeRA", "vera_", low_rank.vera),
+    "PVERA": Tuner("PVeRA", "pvera_", low_rank.vera),
+    "VBLORA": Tuner("VB-LoRA", "vblora_", low_rank.vblora),
+    "UNILORA": Tuner("UniLoRA", "unilora_", low_rank.unilora),
+    "TINYLORA": Tuner("TinyLoRA", "tinylora_", low_rank.tinylora),
+    "DELORA": Tuner("DeLoRA", "delora_", low_rank.delora),
+    "MISS": Tuner("MiSS", "miss_", low_rank.miss),
+    "GRALORA": Tuner("GraLoRA", "gralora_", low_rank.gralora),
+    "HRA": Tuner("HRA", "hra_", with_base.hra),
+    "DEFT": Tuner("DEFT", "deft_", with_base.deft),
+    "PSOFT": Tuner("PSOFT", "psoft_", with_base.psoft),
+    "PEANUT": Tuner("PEANuT", "peanut_", with_base.peanut),
+    "GLORA": Tuner("GLoRA", "glora_", with_base.glora),
+}
+
+
+def _recognises(header: Header) -> bool:
+    return header.config is not None and header.config.peft_type in TUNERS
+
+
+def _claim(header: Header) -> Claims:
+    config = header.said()
+    tuner = TUNERS[config.peft_type]
+    keys, shared, rest = _sort(header, tuner.prefix)
+    settings = Settings(header, config, shared, len(keys))
+    if config.peft_type == "UNILORA" and not keys:
+        low_rank.unilora_without_indices(settings)
+    if not keys:
+        settings.refuse("no module has a tensor of this kind", "the file does not fit its config")
+    modules = {
+        module: tuner.module(Group(header, module, parts), settings)
+        for module, parts in sorted(keys.items())
+    }
+    plain = _as_lora(config)
+    is_whole = whole_parameters(plain, modules)
+    extras = {
+        name: ExtraSpec(name, key, *header.entries[key])
+        for name, key in sorted(rest.items())
+        if is_whole(name, key)
+    }
+    return Claims(plain, modules, extras)
+
+
+def _sort(
+    header: Header, prefix: str
+) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:
+    """(module → part → key, shared part → key, other canonical names → key)."""
+    pattern = re.compile(rf"^(?P<module>.+?)\.(?P<part>{prefix}\w+(?:\..+)?)$")
+    keys: dict[str, dict[str, str]] = {}
+    shared: dict[str, str] = {}
+    rest: dict[str, str] = {}
+    for key in sorted(header.entries):
+        name = canonical(key)
+        match = pattern.match(name)
+        if match is None:
+            rest[name] = key
+            continue
+        parts = shared if match["module"] == "base_model" else keys.setdefault(match["module"], {})
+        if match["part"] in parts:
+            raise AdapterError(
+                f"{header.adapter}: {key} and {parts[match['part']]} are both {match['part']} of "
+                f"{match['module']}",
+                "take one of the two out of the file",
+            )
+        parts[match["part"]] = key
+    return keys, shared, rest
+
+
+def _as_lora(config: AdapterConfig) -> AdapterConfig:
+    """The config of the LoRA that these deltas are: scaling and ranks stand in the modules."""
+    bias = "lora_only" if config.bias.endswith("_only") else config.bias.lower()
+    return replace(config, peft_type="LORA", r=None, rank_pattern={}, alpha_pattern={}, bias=bias)
+
+
+PEFT_TUNERS = Dialect("peft-tuners", "a tuner of PEFT", _recognises, _claim)

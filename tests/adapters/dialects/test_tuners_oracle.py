@@ -1,0 +1,201 @@
+"""Our delta of every PEFT tuner is what PEFT's own layers do to an input."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora_merge.adapters.adapter import Adapter, build_adapter
+from lora_merge.adapters.alignment import align, read_stacks
+from lora_merge.adapters.base_weights import CheckpointBase
+from lora_merge.adapters.config import read_config
+from lora_merge.errors import AdapterError
+from lora_merge.files.checkpoint import open_checkpoint
+from lora_merge.files.tensor_file import SafetensorsFile, TensorDict
+
+WIDTH, HEIGHT = 24, 36
+
+
+class Model(nn.Module):
+    """Two layers of different shapes, so that shared tensors have to be sliced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(WIDTH, HEIGHT)
+        self.second = nn.Linear(16, WIDTH, bias=False)
+        self.config = {"model_type": "none"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(self.second(x))
+
+
+# name → (config class, its fields, whether the delta needs the base weight)
+TUNERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "loha": ("LoHaConfig", {"r": 3, "alpha": 2}),
+    "loha-patterns": (
+        "LoHaConfig",
+        {"r": 3, "alpha": 2, "rank_pattern": {"first": 2}, "alpha_pattern": {"second": 9}},
+    ),
+    "lokr": ("LoKrConfig", {"r": 2, "alpha": 3}),
+    "lokr-both": ("LoKrConfig", {"r": 1, "alpha": 3, "decompose_both": True}),
+    "lokr-whole": ("LoKrConfig", {"r": 16, "alpha": 3}),
+    "vera": ("VeraConfig", {"r": 5}),
+    "pvera": ("PveraConfig", {"r": 5}),
+    "vblora": ("VBLoRAConfig", {"r": 3, "num_vectors": 10, "vector_length": 4, "topk": 3}),
+    "vblora-topk": (
+        "VBLoRAConfig",
+        {
+            "r": 3,
+            "num_vectors": 10,
+            "vector_length": 4,
+            "topk": 3,
+            "save_only_topk_weights": True,
+        },
+    ),
+    "unilora": ("UniLoraConfig", {"r": 3, "theta_d_length": 40, "save_indices": True}),
+    "tinylora": ("TinyLoraConfig", {"r": 2, "u": 4, "save_projection": True}),
+    "tinylora-tied": (
+        "TinyLoraConfig",
+        {"r": 2, "u": 4, "save_projection": True, "weight_tying": 1.0},
+    ),
+    "delora": ("DeloraConfig", {"r": 3}),
+    "miss": ("MissConfig", {"r": 5}),
+    "miss-mini": ("MissConfig", {"r": 5, "mini_r": 4, "init_weights": "mini"}),
+    "gralora": ("GraloraConfig", {"r": 4, "alpha": 3, "gralora_k": 2}),
+    "gralora-hybrid": ("GraloraConfig", {"r": 4, "alpha": 3, "gralora_k": 4, "hybrid_r": 2}),
+    "hra": ("HRAConfig", {"r": 4}),
+    "hra-gs": ("HRAConfig", {"r": 4, "apply_GS": True}),
+    "deft": ("DeftConfig", {"r": 3}),
+    "deft-qr": ("DeftConfig", {"r": 3, "decomposition_method": "qr", "alpha": 2}),
+    "para": ("DeftConfig", {"r": 3, "para": True}),
+    "psoft": ("PsoftConfig", {"r": 4}),
+    "psoft-plain": ("PsoftConfig", {"r": 4, "psoft_orth": False, "psoft_mag_a": False}),
+    "psoft-neumann": (
+        "PsoftConfig",
+        {"r": 4, "use_cayley_neumann": True, "cayley_neumann_eps": 0.5, "psoft_alpha": 9},
+    ),
+    "peanut": ("PeanutConfig", {"r": 3, "depth": 2, "scaling": 0.5}),
+}
+TRAINED = ("delora_w_norm", "tinylora_P", "tinylora_A", "tinylora_B", "bias", "_scales_")
+
+
+def train(name: str, folder: Path) -> peft.PeftModel:
+    """A PEFT model with random trained tensors, saved beside its base."""
+    kind, fields = TUNERS[name]
+    base = Model()
+    (folder / "base").mkdir(parents=True, exist_ok=True)
+    save_file(base.state_dict(), folder / "base" / "model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = getattr(peft, kind)(target_modules=["first", "second"], **fields)
+        model = peft.get_peft_model(base, config)
+        torch.manual_seed(1)
+        for key, parameter in model.named_parameters():
+            if "base_layer" not in key and not any(part in key for part in TRAINED):
+                nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    return model.eval()
+
+
+def their_deltas(model: peft.PeftModel) -> dict[str, Tensor]:
+    """What each layer adds to an input: identity and zero through it, the base's part taken off."""
+    deltas = {}
+    for name, layer in model.base_model.model.named_children():
+        base = layer.get_base_layer()
+        probe = torch.cat([torch.eye(base.in_features), torch.zeros(1, base.in_features)])
+        with torch.no_grad():
+            change = layer(probe) - base(probe)
+        assert change[-1].abs().max() < 1e-6
+        deltas[name] = change[:-1].mT
+    return deltas
+
+
+def opened(folder: Path, *, base: bool = True, rank: int | None = None) -> Adapter:
+    path = folder / "adapter" / "adapter_model.safetensors"
+    return build_adapter(
+        "adapter",
+        read_config(folder / "adapter" / "adapter_config.json", "adapter"),
+        SafetensorsFile(path, "adapter"),
+        base=CheckpointBase(open_checkpoint(folder / "base")) if base else None,
+        rank=rank,
+    )
+
+
+def our_deltas(adapter: Adapter) -> dict[str, Tensor]:
+    alignment = align([adapter])
+    return {m.name: next(read_stacks(alignment, m)).delta() for m in alignment.modules}
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_our_delta_is_what_pefts_layer_does(name: str, tmp_path: Path) -> None:
+    theirs = their_deltas(train(name, tmp_path))
+    ours = our_deltas(opened(tmp_path))
+    assert ours.keys() == theirs.keys()
+    for module, delta in theirs.items():
+        assert delta.abs().max() > 1e-3, "nothing was trained"
+        torch.testing.assert_close(ours[module], delta, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["vera", "miss", "hra", "deft", "psoft", "peanut"])
+def test_what_needs_the_base_says_so(name: str, tmp_path: Path) -> None:
+    train(name, tmp_path)
+    with pytest.raises(AdapterError) as refusal:
+        opened(tmp_path, base=False)
+    assert "--base" in refusal.value.remedy
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_every_tensor_is_claimed_or_named(name: str, tmp_path: Path) -> None:
+    """Each tensor renamed, lost or added: refused, unless a whole module is simply not there."""
+    train(name, tmp_path)
+    whole = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    config = read_config(tmp_path / "adapter" / "adapter_config.json", "adapter")
+    base = CheckpointBase(open_checkpoint(tmp_path / "base"))
+
+    def modules(tensors: dict[str, Tensor]) -> set[str]:
+        return set(build_adapter("adapter", config, TensorDict(tensors), base=base).modules)
+
+    for key in whole:
+        stem = ".".join(key.split(".")[:3])
+        lost = {k: t for k, t in whole.items() if k != key}
+        shared = not key.startswith("base_model.model.")
+        if shared or any(k.startswith(stem + ".") for k in lost):
+            with pytest.raises(AdapterError):
+                modules(lost)
+        else:
+            assert modules(lost) == {"first", "second"} - {stem.rpartition(".")[2]}
+        for other in (key + "_more", key.replace("base_model.", "base_model.x.", 1)):
+            with pytest.raises(AdapterError):
+                modules({**lost, other: whole[key]})
+        with pytest.raises(AdapterError):
+            modules({**whole, key + "_more": whole[key]})
+
+
+def test_remedies_name_what_to_save(tmp_path: Path) -> None:
+    for name, field in (("vera", "save_projection"), ("tinylora", "save_projection")):
+        kind, fields = TUNERS[name]
+        TUNERS["x"] = (kind, {**fields, "save_projection": False})
+        train("x", tmp_path / name)
+        del TUNERS["x"]
+        with pytest.raises(AdapterError) as refusal:
+            opened(tmp_path / name)
+        assert field in refusal.value.remedy
+
+
+@pytest.mark.parametrize("name", ["loha", "lokr", "vblora", "gralora-hybrid", "hra", "miss"])
+def test_saved_as_a_lora_it_is_the_same_in_peft(name: str, tmp_path: Path) -> None:
+    theirs = their_deltas(train(name, tmp_path))
+    opened(tmp_path).save_pretrained(tmp_path / "lora")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+        again = peft.PeftModel.from_pretrained(Model(), tmp_path / "lora")
+    assert again.peft_config["default"].peft_type == "LORA"
+    for module, delta in their_deltas(again).items():
+        torch.testing.assert_close(delta, theirs[module], rtol=1e-4, atol=2e-6)
