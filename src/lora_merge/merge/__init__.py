@@ -4,6 +4,7 @@
 `lora_merge.merge.api.merge`, whichever of its submodules was imported first.
 """
 
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,12 @@ class _CallableModule(ModuleType):
         from lora_merge.merge.api import merge
 
         return merge(*arguments, **keywords)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        from lora_merge.merge.api import merge
+
+        return inspect.signature(merge)
 
 
 sys.modules[__name__].__class__ = _CallableModule

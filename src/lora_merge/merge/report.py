@@ -6,6 +6,7 @@ from math import sqrt
 from typing import Any
 
 from lora_merge.adapters.module_names import place_of
+from lora_merge.printing import Report, Summary, notes, span
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ class GroupReport:
         )
 
 
-@dataclass(frozen=True)
-class MergeReport:
+@dataclass(frozen=True, repr=False)
+class MergeReport(Report):
     """What a merge did.
 
     Attributes:
@@ -119,6 +120,27 @@ class MergeReport:
         for module in self.modules:
             kinds.setdefault(place_of(module.name).part, []).append(module)
         return [GroupReport.of(kind, members) for kind, members in kinds.items()]
+
+    def summary(self) -> Summary:
+        """Ranks, error and norm of the whole, and what to know."""
+        total = self.total()
+        error, norm = total.relative_error, total.norm_ratio
+        facts = [
+            (
+                "merged",
+                f"{total.modules} modules, {span(total.num_units)} units to rank "
+                f"{span(total.rank)}",
+            ),
+            ("error", "-" if error is None else f"{100 * error:.1f} % of the exact sum"),
+            ("norm", "-" if norm is None else f"{norm:.2f} of the exact sum's"),
+        ]
+        if self.out:
+            facts.append(("written to", self.out))
+        return Summary("Merge report", (*facts, *notes(self.notes)))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per module."""
+        return [module.to_dict() for module in self.modules]
 
     def total(self) -> GroupReport:
         """All modules together."""

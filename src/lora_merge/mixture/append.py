@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.access.coerce import AdaptersLike
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.alignment import align
 from lora_merge.errors import MethodError
@@ -18,7 +17,7 @@ from lora_merge.mixture.mixture import Mixture
 
 def append_experts(
     mixture: Mixture,
-    adapters: Sequence[Adapter | str | Path],
+    adapters: AdaptersLike,
     *,
     names: Sequence[str] | None = None,
     seed: int = 0,

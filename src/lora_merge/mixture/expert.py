@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_merge.adapters.access.coerce import AdaptersLike, open_adapters
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.references import CONFIG_NAME, WEIGHTS_NAME, sha256
@@ -33,7 +34,7 @@ class Expert:
 
 
 def make_experts(
-    refs: Sequence[Adapter | str | Path],
+    refs: AdaptersLike,
     *,
     names: Sequence[str] | None = None,
     taken: Sequence[str] = (),
@@ -47,7 +48,7 @@ def make_experts(
         taken: Names that are in use.
         general: Whether they are general knowledge.
     """
-    adapters = [r if isinstance(r, Adapter) else Adapter.from_pretrained(r) for r in refs]
+    adapters = open_adapters(refs)
     if names is not None:
         apart = len({*names, *taken}) == len(names) + len(taken)
         if len(names) != len(adapters) or not apart or not all(map(str.strip, names)):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.access.coerce import AdaptersLike
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.alignment import Alignment, align
 from lora_merge.errors import AdapterError, AlignmentError, MethodError
@@ -18,18 +18,19 @@ from lora_merge.mixture.formats.directory import Contents, load, push, save
 from lora_merge.mixture.gates.gate import GateSpec, gate_spec
 from lora_merge.mixture.gates.initial import initial_gate
 from lora_merge.mixture.insight.descriptors import Descriptors
+from lora_merge.printing import Printed, Summary, span
+from lora_merge.printing import notes as noted
 
 DEFAULT_PRESET = "arrow"
 
 
-class Mixture:
+class Mixture(Printed):
     """Experts and a gate: y = W x + sum_e g_e(x) s_e B_e A_e x, a mixture of outputs.
 
     Factors are never averaged: averaging A's and B's apart is another function.
 
     Args:
-        experts: Adapters, or references to them (directory, file, Hub id); ranks and target modules
-            may differ.
+        experts: What `open_adapters` takes; ranks and target modules may differ.
         preset: A gate of `PRESETS`.
         names: One per expert; default: from the references.
         general: Adapters whose mean is subtracted from every expert (Arrow's GenKnowSub).
@@ -54,11 +55,11 @@ class Mixture:
 
     def __init__(
         self,
-        experts: Sequence[Adapter | str | Path],
+        experts: AdaptersLike,
         preset: str = DEFAULT_PRESET,
         *,
         names: Sequence[str] | None = None,
-        general: Sequence[Adapter | str | Path] = (),
+        general: AdaptersLike = (),
         seed: int = 0,
         hidden_size: int | None = None,
         accept_base_models: bool = False,
@@ -97,6 +98,22 @@ class Mixture:
         )
         self.spec = _fit_weights(spec, self.num_experts)
         _refuse_unmixable(self)
+
+    def summary(self) -> Summary:
+        """Gate, experts, and what to know."""
+        spec = self.spec
+        kept = f", top {spec.top_k}" if spec.top_k else ""
+        trained = "" if spec.trained else ", untrained"
+        facts = [
+            ("base model", self.alignment.base_model or "not said"),
+            ("gate", f"{spec.signal}, per {spec.granularity}, {spec.value}{kept}{trained}"),
+            ("modules", f"{len(self.gated_modules)}"),
+        ]
+        for expert in self.experts:
+            what = "subtracted" if expert.general else "expert"
+            facts.append((what, f"{expert.name}, rank {span(list(expert.adapter.ranks()))}"))
+        title = f"Mixture of {self.num_experts} experts behind {spec.preset}"
+        return Summary(title, (*facts, *noted(self.notes)))
 
     @property
     def num_experts(self) -> int:

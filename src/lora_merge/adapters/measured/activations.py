@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.access.coerce import AdaptersLike, open_adapters
 from lora_merge.adapters.alignment import Alignment, align, read_stacks
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import LoraMergeError
@@ -97,7 +97,7 @@ class Statistics:
 
 def collect_statistics(
     model: nn.Module,
-    adapters: Sequence[Adapter | str | Path],
+    adapters: AdaptersLike,
     batches: Mapping[str, Iterable[Any]] | Sequence[Iterable[Any]],
     out: str | Path,
     *,
@@ -116,7 +116,7 @@ def collect_statistics(
     Raises:
         StatisticsError: If a module is not in the model, or an adapter has no batches.
     """
-    opened = [a if isinstance(a, Adapter) else Adapter.from_pretrained(a) for a in adapters]
+    opened = open_adapters(adapters)
     alignment = align(opened)
     stacks = {m.name: next(read_stacks(alignment, m)) for m in alignment.modules}
     targets = _targets(model, alignment)

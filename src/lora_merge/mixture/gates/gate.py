@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lora_merge.arguments import nearest
 from lora_merge.errors import MethodError
 from lora_merge.kernels import gated_stack
 from lora_merge.kernels.gated_stack.gate import Rule, Value
@@ -231,11 +232,11 @@ def gate_spec(preset: str, **settings: Any) -> GateSpec:
         MethodError: If there is no such preset or setting.
     """
     if preset not in PRESETS:
-        raise MethodError(f"no gate preset is called {preset!r}", f"one of {', '.join(PRESETS)}")
+        raise MethodError(f"no gate preset is called {preset!r}", nearest(preset, PRESETS))
     known = {field.name for field in fields(GateSpec)}
     for name in settings:
         if name not in known:
-            raise MethodError(f"gate {preset}: no setting {name!r}", f"one of {sorted(known)}")
+            raise MethodError(f"gate {preset}: no setting {name!r}", nearest(name, known))
     row, given = PRESETS[preset][1], {k: v for k, v in settings.items() if v is not None}
     for name, signal in (("depth", "hidden"), ("width", "hidden"), ("weights", "constant")):
         if given.get(name) and row.signal != signal:
