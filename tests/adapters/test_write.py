@@ -1,12 +1,7 @@
-"""Writing: the safetensors stream, atomic directories, and what they refuse."""
+"""Writing: the safetensors stream, adapters, and the Hub."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from builders import adapter_parts, make_adapter, save_adapter, save_parts
+from builders import adapter_parts, make_adapter, save_parts
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align
 from lora_merge.adapters.forms import ModuleSpec
@@ -28,7 +23,6 @@ from lora_merge.adapters.in_memory import MemoryWriter
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.writer import AdapterWriter, OutputPlan, plan_output
 from lora_merge.errors import AdapterError, OutputError
-from lora_merge.files.atomic import atomic_directory, atomic_file, check_target
 from lora_merge.files.tensor_stream import SafetensorsStream
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -128,126 +122,6 @@ def test_the_planned_size_is_the_files_size() -> None:
     ranks = {m.name: 3 for m in alignment.modules}
     plan = plan_output(adapters, alignment.modules, ranks, dtype="BF16")
     assert plan.num_bytes > 2 * 3 * sum(m.first.d_in + m.first.d_out for m in alignment.modules)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-@pytest.mark.parametrize("there", [None, "empty", "adapter"])
-def test_a_directory_appears_whole(there: str | None, tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "out"
-    if there:
-        target.mkdir(parents=True)
-    if there == "adapter":
-        save_adapter(target)
-        (target / "stale.txt").write_text("old")
-    with atomic_directory(target) as folder:
-        (folder / "new").write_text("x")
-    assert files(target) == {"new": b"x"}
-    assert [p.name for p in target.parent.iterdir()] == ["out"]
-    assert target.stat().st_mode & 0o777 == 0o777 & ~current_umask()
-
-
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_error_leaves_what_was_there(error: type[BaseException], tmp_path: Path) -> None:
-    target = save_adapter(tmp_path / "out")
-    before = files(target)
-    with pytest.raises(error), atomic_directory(target) as folder:
-        (folder / "half").write_text("x")
-        raise error
-    assert files(target) == before
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_file_appears_whole_or_not_at_all(error: type[BaseException], tmp_path: Path) -> None:
-    target = tmp_path / "numbers.csv"
-    with atomic_file(target) as path:
-        path.write_text("old")
-        assert not target.exists() and path.suffix == ".csv"
-    assert target.stat().st_mode & 0o777 == 0o666 & ~current_umask()
-    with pytest.raises(error), atomic_file(target) as path:
-        path.write_text("half")
-        raise error
-    assert files(tmp_path) == {"numbers.csv": b"old"}
-    link = tmp_path / "link.csv"
-    link.symlink_to(target)
-    with atomic_file(link) as path:
-        path.write_text("new")
-    assert link.is_symlink() and target.read_text() == "new"
-    with atomic_file(Path("/dev/null")) as path:
-        assert path == Path("/dev/null")
-    with pytest.raises(OutputError, match=r"missing.*No such"), atomic_file(tmp_path / "missing/x"):
-        pass
-
-
-def test_a_kill_loses_nothing(tmp_path: Path) -> None:
-    target = save_adapter(tmp_path / "out")
-    before = files(target)
-    program = (
-        "import sys, time; from pathlib import Path\n"
-        "from lora_merge.files.atomic import atomic_directory\n"
-        f"with atomic_directory(Path({str(target)!r})) as folder:\n"
-        "    (folder / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    with process.stdout:
-        assert process.stdout.readline() == b"ready\n"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    time.sleep(0.05)
-    assert files(target) == before
-
-
-def test_leftovers_are_swept_and_living_runs_are_not(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    (tmp_path / ".out.dead.tmp").mkdir()
-    (tmp_path / ".out.dead.tmp" / "half").write_text("x")
-    (tmp_path / ".other.dead.tmp").mkdir()
-    with atomic_directory(target) as first:
-        (first / "file").write_text("first")
-        with atomic_directory(target) as second:
-            assert first.is_dir() and not (tmp_path / ".out.dead.tmp").exists()
-            (second / "file").write_text("second")
-        assert (target / "file").read_text() == "second"
-    assert (target / "file").read_text() == "first"
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.dead.tmp", "out"]
-
-
-def test_targets_are_refused_before_work(tmp_path: Path) -> None:
-    source = save_adapter(tmp_path / "in")
-    foreign = tmp_path / "home"
-    foreign.mkdir()
-    (foreign / "thesis.tex").write_text("precious")
-    file = tmp_path / "file"
-    file.write_text("x")
-    link = tmp_path / "link"
-    link.symlink_to(foreign)
-    weights = source / "adapter_model.safetensors"
-    for target, force, word in [
-        (source, True, "holds an input"),
-        (tmp_path, True, "holds an input"),
-        (save_adapter(tmp_path / "old"), False, "not empty"),
-        (foreign, False, "not empty"),
-        (foreign, True, "holds no adapter"),
-        (file, True, "no directory"),
-        (file / "below", True, "no directory"),
-        (link, True, "no directory"),
-    ]:
-        with pytest.raises(OutputError, match=word):
-            check_target(target, force=force, inputs=[weights])
-    with pytest.raises(OutputError, match="no space"):
-        check_target(tmp_path / "new", force=False, needed=10**18)
-    check_target(tmp_path / "old", force=True, inputs=[weights])
-    check_target(tmp_path / "new" / "deep", force=False, inputs=[weights], needed=10)
 
 
 def test_exact_patterns_name_one_module_each() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from builders import adapter_parts, save_adapter, save_parts
 from lora_merge.cli.app import _COMMANDS, run
+from lora_merge.files.stamp import finish_stamp
 
 
 @pytest.fixture(autouse=True)
@@ -286,6 +287,7 @@ def test_interruption_loses_nothing(
     number: int, code: int, three: list[str], tmp_path: Path
 ) -> None:
     out = save_adapter(tmp_path / "out", seed=9)
+    finish_stamp(out)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     process = start(["cluster", *three, "--rank", "4", "-o", str(out), "--force", "--jobs", "1"])
     assert process.stdout is not None

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from builders import save_adapter
+from lora_merge.files.stamp import finish_stamp
 
 # Forks a process per moment, so that torch is imported once. A moment is the n-th thing that a run
 # asks of the system; 0 lets it end, and prints how many there are.
@@ -45,6 +46,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_merge_killed_at_any_moment_loses_nothing(tmp_path: Path) -> None:
     three = [str(save_adapter(tmp_path / n, seed=i)) for i, n in enumerate("abc")]
     out = save_adapter(tmp_path / "out", seed=9)
+    finish_stamp(out)
     arguments = ["merge", *three, "-M", "svd", "--rank", "energy:0.9", "--jobs", "1", "--json"]
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *arguments, "--force", "-o", str(out)],

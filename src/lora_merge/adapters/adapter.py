@@ -24,7 +24,7 @@ from lora_merge.adapters.references import Source, resolve
 from lora_merge.adapters.units import BaseWeight, Units
 from lora_merge.adapters.writer import AdapterWriter, OutputPlan, TensorWriter, Writer, plan_output
 from lora_merge.errors import AdapterError
-from lora_merge.files.atomic import atomic_directory, check_target
+from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.checkpoint import open_checkpoint
 from lora_merge.files.hub import upload
 from lora_merge.files.tensor_file import (
@@ -305,8 +305,7 @@ def save_adapter(adapter: Adapter, out: Path, *, force: bool = False) -> None:
     plan = _portable(adapter)
     source = adapter.source
     inputs = [path for path in (source.weights, source.config) if path] if source else []
-    check_target(out, force=force, inputs=inputs, needed=plan.num_bytes)
-    with atomic_directory(out) as folder:
+    with atomic_directory(out, force=force, inputs=inputs, needed=plan.num_bytes) as folder:
         with AdapterWriter(folder, plan) as writer:
             _fill(writer, adapter)
         for name, text in adapter.texts.items():

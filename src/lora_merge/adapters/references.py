@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_merge.errors import SourceError
 from lora_merge.files.hub import download
+from lora_merge.files.inputs import note_input
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -109,6 +110,7 @@ def derived_data(name: str) -> Path:
 
 
 def _local(ref: str, path: Path, allow_pickle: bool) -> Source:
+    note_input(path)
     if path.is_dir():
         weights = _weights_in(ref, path, allow_pickle)
     elif path.is_file() and (

@@ -10,6 +10,8 @@ from lora_merge.analysis.advice import advise
 from lora_merge.files.atomic import atomic_file
 from lora_merge.ranks.measures import tail_energy
 
+_COLUMNS = ("adapter", "module", "i", "sigma", "energy")
+CSV_MARK = ",".join(_COLUMNS).encode()  # the first line says that a table is one of these
 _DEFINITIONS = {
     "singular_values": "of scaling * B @ A, descending",
     "energy": "sum of squared singular values",
@@ -38,9 +40,12 @@ def write_csv(spectra: Sequence[AdapterSpectra], path: Path) -> None:
     Raises:
         OutputError: If the file cannot be written.
     """
-    with atomic_file(path) as staging, staging.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_file(path, mark=CSV_MARK) as staging,
+        staging.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
-        writer.writerow(["adapter", "module", "i", "sigma", "energy"])
+        writer.writerow(_COLUMNS)
         for one in spectra:
             for module in one.finite:
                 tail = tail_energy(module.values).tolist()

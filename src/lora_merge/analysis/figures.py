@@ -14,6 +14,7 @@ from lora_merge.adapters.module_names import labels
 from lora_merge.analysis.advice import LOG_METRICS, METRICS, advise, group_modules
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.pictures import figure_class
+from lora_merge.files.targets import MARK
 from lora_merge.ranks.measures import tail_energy
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def write_pictures(
         _write(svg, _svg(figure).encode())
     if png:
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=144, metadata={"Software": MARK})
         _write(png, buffer.getvalue())
     if html_page:
         _write(html_page, _page(spectra, _svg(figure)).encode())
@@ -187,7 +188,7 @@ def _svg(figure: "Figure") -> str:
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "lora-merge"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": MARK})
     return buffer.getvalue()
 
 
@@ -219,7 +220,8 @@ def _page(spectra: Sequence[AdapterSpectra], svg: str) -> str:
         )
     picture = svg[svg.index("<svg") :]
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Spectra</title><style>'
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="generator" content="{MARK}"><title>Spectra</title><style>'
         "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:80em;padding:0 1em}"
         "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;text-align:right;"
         "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
@@ -229,5 +231,5 @@ def _page(spectra: Sequence[AdapterSpectra], svg: str) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with atomic_file(path) as staging:
+    with atomic_file(path, mark=MARK.encode()) as staging:
         staging.write_bytes(data)

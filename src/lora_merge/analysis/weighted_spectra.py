@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
@@ -22,7 +21,9 @@ from lora_merge.adapters.forms import to_matrix
 from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.errors import AdapterError
 from lora_merge.files.atomic import atomic_file
+from lora_merge.files.targets import MARK
 from lora_merge.files.tensor_file import SafetensorsFile
+from lora_merge.files.tensor_stream import write_tensors
 from lora_merge.linalg.core_svd import CoreSVD
 
 _MOMENT, _FISHER = ".bottleneck_moment", ".output_fisher"
@@ -96,8 +97,9 @@ def collect_moments(model: Any, path: Path, *, adapter_name: str = "default") ->
     finally:
         for hook in hooks:
             hook.remove()
-    with atomic_file(path) as staging:
-        save_file({key: value / counts[key] for key, value in sums.items()}, staging)
+    means = {key: value / counts[key] for key, value in sums.items()}
+    with atomic_file(path, mark=MARK.encode()) as staging:
+        write_tensors(staging, means, {"format": "pt", "comment": MARK})
 
 
 def read_moments(path: Path) -> Moments:

@@ -12,6 +12,7 @@ import click
 
 from lora_merge._version import __version__
 from lora_merge.errors import LoraMergeError
+from lora_merge.files.inputs import noting_inputs
 
 # Name → module with a click command `command`. Modules are imported when their command is needed,
 # and none of them imports torch at its top.
@@ -77,7 +78,8 @@ def cli() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code, as `__main__.main` explains them."""
     try:
-        cli.main(arguments, prog_name="lora-merge", standalone_mode=False)
+        with noting_inputs():
+            cli.main(arguments, prog_name="lora-merge", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:

@@ -2,179 +2,250 @@
 
 import contextlib
 import ctypes
-import glob
+import errno
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lora_merge.errors import OutputError
+from lora_merge.files.stamp import (
+    begin_stamp,
+    finish_stamp,
+    foreign_entry,
+    is_unfinished,
+    remove_listed,
+)
+from lora_merge.files.targets import check_file, check_target
 
-# One of these in a directory says that it is something this library (or PEFT) wrote.
-_MARKERS = ("adapter_config.json", "lora_merge.yaml", "lora_merge_mixture.json", "config.json")
+try:
+    import fcntl
+except ImportError:  # Windows: no locks, so nothing is swept and no second run is seen
+    fcntl = None  # type: ignore[assignment]
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-
-
-def check_target(
-    target: Path, *, force: bool, inputs: Sequence[Path] = (), needed: int = 0
-) -> None:
-    """Refuse a target directory before any work is done.
-
-    Args:
-        target: The directory that is to be created.
-        force: Replace an existing adapter directory.
-        inputs: Files that are read; the target may not contain one of them.
-        needed: Bytes that will be written.
-
-    Raises:
-        OutputError: If the target cannot or must not be written.
-    """
-    resolved = target.resolve()
-    for path in inputs:
-        if path.resolve().is_relative_to(resolved):
-            raise OutputError(f"{target} holds an input ({path})", "choose another -o")
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise OutputError(f"{target} exists and is no directory", "choose another -o")
-    if target.is_dir() and any(target.iterdir()):
-        if not force:
-            raise OutputError(
-                f"{target} exists and is not empty", "choose another -o, or --force to replace it"
-            )
-        if not any((target / marker).is_file() for marker in _MARKERS):
-            raise OutputError(
-                f"{target} is not empty and holds no adapter, so it is not replaced",
-                "choose another -o, or empty it yourself",
-            )
-    parent = check_parent(resolved)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OutputError(
-            f"no space for the result: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free "
-            f"on {parent}",
-            "free space or choose another -o",
-        )
-
-
-def check_parent(path: Path, remedy: str = "choose another -o") -> Path:
-    """Refuse a path whose directory cannot be written, before any work is done.
-
-    Args:
-        path: What is to be created; directories above it may be missing.
-        remedy: What the user can do about it.
-
-    Returns:
-        The nearest directory above it that exists.
-
-    Raises:
-        OutputError: If nothing can be created there.
-    """
-    parent = path.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise OutputError(f"{parent} is no directory", remedy)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent} is not writable", remedy)
-    return parent
-
-
-def check_file(path: Path) -> None:
-    """Refuse a file that cannot be written, before any work is done for it.
-
-    Raises:
-        OutputError: If its directory does not exist or cannot be written, or a directory has its
-            name.
-    """
-    if check_parent(path, "choose another file") != path.resolve().parent:
-        raise OutputError(f"{path.parent} does not exist", "choose another file")
-    if path.is_dir():
-        raise OutputError(f"{path} is a directory", "choose another file")
+_WAIT = 2.0  # seconds for another run beside this one to make or find its temporary directory
 
 
 @contextlib.contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(
+    target: Path, *, force: bool = False, inputs: Sequence[Path] = (), needed: int = 0
+) -> Iterator[Path]:
     """A fresh directory that takes the target's name when the block ends without an error.
 
-    The files are flushed to disk first. An existing target is exchanged for the new directory in
-    one step where the system can (Linux), and deleted afterwards; on an error or a kill it is still
-    what it was. What runs that were killed left beside the target is deleted first.
+    The one way to write a directory. The target is checked before the block and once more after
+    it. The files are flushed to disk, and listed in the directory's stamp. A target that is
+    replaced is exchanged for the new directory in one step where the system can (Linux), and
+    deleted afterwards, entry by entry of its stamp; on an error or a kill it is still what it was.
+    What runs that were killed left beside the target is deleted first.
+
+    Args:
+        target: The directory to make.
+        force: Replace a directory of which lora-merge wrote every entry.
+        inputs: Files and directories that are read, beside those noted.
+        needed: Bytes that will be written.
+
+    Raises:
+        OutputError: If the target cannot or must not be written, or another run is writing it;
+            nothing is left behind, and nothing that was there has changed.
     """
+    check_target(target, force=force, inputs=inputs, needed=needed)
     target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
     try:
-        staging = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        )
-    except OSError as error:
-        raise OutputError(
-            f"cannot write beside {target}: {error.strerror}", "choose another -o"
-        ) from error
-    lock = None
-    try:
-        lock = _lock(staging)
-        yield staging
-        staging.chmod(0o777 & ~_umask())
-        for path in staging.rglob("*"):
-            if path.is_file():
-                _flush(path)
-        _put_in_place(staging, target)
-        _flush(target.parent)
+        with _parents_of(target), _staging(target) as staging:
+            yield staging
+            staging.chmod(0o777 & ~_umask())
+            finish_stamp(staging)
+            for path in staging.rglob("*"):
+                if path.is_file():
+                    _flush(path)
+            check_target(target, force=force, inputs=inputs)
+            _put_in_place(staging, target)
+            _flush(target.parent)
     except OSError as error:
         raise OutputError(
             f"cannot write {target}: {error}", "free space or choose another -o"
         ) from error
+
+
+@contextlib.contextmanager
+def _parents_of(target: Path) -> Iterator[None]:
+    """Directories above a target that are missing: made, and removed again after an error."""
+    missing = [path for path in target.parents if not path.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # refuses one that holds anything
+        raise
+
+
+@contextlib.contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A locked temporary directory beside a target, removed at the end if it is still there."""
+    with _alone_in(target.parent):
+        _sweep(target)
+        name = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        staging = Path(name)
+        lock = None
+        try:
+            lock = _lock(staging)
+            begin_stamp(staging)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    try:
+        yield staging
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging.exists() and is_unfinished(staging):
+            shutil.rmtree(staging, ignore_errors=True)
+        elif staging.exists():
+            _put_away(staging, target)
         if lock is not None:
             os.close(lock)
 
 
 def _sweep(target: Path) -> None:
-    """Delete directories that nobody is writing any more."""
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
+    """Delete what killed runs left beside a target.
+
+    Raises:
+        OutputError: If a run that lives is writing it.
+    """
+    ours = re.compile(rf"\.{re.escape(target.name)}\.\w{{8}}\.tmp")
+    for left in sorted(target.parent.glob(".*.tmp")):
+        if not ours.fullmatch(left.name) or left.is_symlink() or not left.is_dir():
+            continue
+        unfinished = is_unfinished(left)
+        if not unfinished and foreign_entry(left):
+            continue
+        try:
             lock = _lock(left)
-            if lock is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(lock)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another run is writing {target}", "wait until it has ended, or choose another -o"
+            ) from error
+        if lock is None:
+            continue
+        if unfinished:
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            remove_listed(left)
+        os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:
     """Lock a directory until its descriptor is closed or the process ends, however it ends.
 
     Returns:
-        The descriptor; None if another process has the lock, or the system has no such locks.
+        The descriptor; None where the system has no such locks.
+
+    Raises:
+        BlockingIOError: If another run has the lock.
     """
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise BlockingIOError(error.errno, error.strerror) from error
         return None
     return descriptor
 
 
 @contextlib.contextmanager
-def atomic_file(target: Path, remedy: str = "choose another file") -> Iterator[Path]:
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let no other run look for temporary directories while this one makes its own."""
+    lock, end = None, time.monotonic() + _WAIT
+    while time.monotonic() < end:
+        try:
+            lock = _lock(folder)
+            break
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:  # a directory that can be written but not read
+            break
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    """Give the new directory its name; an old one, which has been checked, is exchanged for it.
+
+    What was put into the old one since then is seen afterwards, when nobody finds it by its name
+    any more: then it gets its name back.
+    """
+    if not target.exists() or not any(target.iterdir()):
+        staging.rename(target)  # POSIX replaces an empty directory, and refuses anything else
+        return
+    _exchange(staging, target)
+    reason = foreign_entry(staging)
+    if reason:
+        _exchange(staging, target)
+        begin_stamp(staging)
+        raise OutputError(f"{target} is not replaced: {reason}", "choose another -o")
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two directories, atomically where the system can."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        paths = os.fsencode(first), os.fsencode(second)
+        if int(rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)) == 0:
+            return
+    except (OSError, AttributeError):
+        pass
+    aside = first.with_suffix(".old")
+    second.rename(aside)
+    first.rename(second)
+    aside.rename(first)
+
+
+def _put_away(old: Path, target: Path) -> None:
+    """Delete what was replaced, or was finished in vain; what is not ours gets a name instead."""
+    if not remove_listed(old):
+        number = next(n for n in range(1, 1 << 20) if not _kept(target, n).exists())
+        old.rename(_kept(target, number))
+
+
+def _kept(target: Path, number: int) -> Path:
+    return target.with_name(f"{target.name}.kept-{number}")
+
+
+@contextlib.contextmanager
+def atomic_file(
+    target: Path, remedy: str = "choose another file", *, mark: bytes = b""
+) -> Iterator[Path]:
     """A path to write to that takes the target's name when the block ends without an error.
 
     What is no plain file (a pipe, /dev/stdout) is written to as it is.
 
+    Args:
+        target: The file to make.
+        remedy: What the user can do where it cannot be made.
+        mark: Bytes at the start of every file of this kind; see `check_file`.
+
     Raises:
-        OutputError: If the system refuses; a file that was there is still what it was.
+        OutputError: If the system refuses, or the file that is there must not be replaced; it is
+            still what it was.
     """
     staging = None
     try:
         if target.exists() and not target.is_file():
             yield target
             return
+        check_file(target, mark)
         target = target.resolve()
         descriptor, name = tempfile.mkstemp(
             prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent
@@ -184,32 +255,13 @@ def atomic_file(target: Path, remedy: str = "choose another file") -> Iterator[P
         yield staging
         staging.chmod(0o666 & ~_umask())
         _flush(staging)
+        check_file(target, mark)
         staging.replace(target)
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}", remedy) from error
     finally:
         if staging is not None:
             staging.unlink(missing_ok=True)
-
-
-def _put_in_place(staging: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        staging.rename(target)  # POSIX replaces an empty directory
-    elif not _exchange(staging, target):  # if it did, the caller deletes the old one
-        aside = staging.with_suffix(".old")
-        target.rename(aside)
-        staging.rename(target)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two directories atomically; False where the system cannot."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    paths = os.fsencode(first), os.fsencode(second)
-    return int(rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)) == 0
 
 
 def _flush(path: Path) -> None:

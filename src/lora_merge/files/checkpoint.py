@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from lora_merge.errors import AdapterError, SourceError
+from lora_merge.files.inputs import note_input
+from lora_merge.files.names import check_link, place_below
 from lora_merge.files.tensor_file import DTYPES
 
 # Models whose projections are GPT-2's Conv1D, which stores weights as (in, out).
@@ -102,7 +104,11 @@ class Checkpoint:
         return found[1] if found else None
 
     def other_files(self) -> list[Path]:
-        """Relative paths of everything that is not weights: tokenizer, configs, code, licence."""
+        """Relative paths of everything that is not weights: tokenizer, configs, code, licence.
+
+        Raises:
+            SourceError: If one of them is a link that leads out of the directory.
+        """
         weights = {*self.shards, self.index}
         found = []
         for path in sorted(self.folder.rglob("*")):
@@ -111,6 +117,7 @@ class Checkpoint:
             stale = name.suffix in _OTHER_WEIGHTS or name.suffix == ".safetensors"
             stale |= name.name.endswith(".index.json")
             if path.is_file() and not hidden and not stale and str(name) not in weights:
+                check_link(self.folder, path, str(self.folder))
                 found.append(name)
         return found
 
@@ -165,6 +172,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         SourceError: If it holds no complete safetensors checkpoint, or several.
     """
+    note_input(path)
     if path.is_file():
         return Checkpoint(path.parent, (path.name,), None, read_places(path))
     if not path.is_dir():
@@ -227,10 +235,12 @@ def _indexed(folder: Path, index: str) -> list[str]:
     """The shards that an index names, all of which are there."""
     try:
         table = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(table.values()))
+        names = set(table.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{folder / index} is no index of shards", "get it again") from error
-    missing = [name for name in files if not (folder / name).is_file()]
+    places = {name: place_below(folder, name, str(folder / index)) for name in names}
+    files = sorted(places)
+    missing = [name for name in files if not places[name].is_file()]
     if missing:
         raise SourceError(
             f"{folder}: {len(missing)} of {len(files)} shards are missing ({missing[0]}, ...)",

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge.errors import LoraMergeError
-from lora_merge.files.atomic import check_file
+from lora_merge.files.targets import MARK, check_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ def check_pictures(*files: Path | None) -> None:
     for file in files:
         if file is not None:
             figure_class()
-            check_file(file)
+            check_file(file, MARK.encode())
 
 
 def figure_class() -> "type[Figure]":

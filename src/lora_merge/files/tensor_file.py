@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_merge.errors import AdapterError
+from lora_merge.files.inputs import note_input
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -50,6 +51,7 @@ class SafetensorsFile:
         self.path = path
         self.adapter = adapter
         _refuse_pointer(path, adapter)
+        note_input(path)
         try:
             self._file = safe_open(str(path), framework="pt", backend="pread")
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
@@ -107,6 +109,7 @@ class TensorDict:
 def load_pickle(path: Path, adapter: str) -> TensorDict:
     """Load a pickled checkpoint with `weights_only=True`; only after the user allowed pickles."""
     _refuse_pointer(path, adapter)
+    note_input(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here, and all mean the same to the user

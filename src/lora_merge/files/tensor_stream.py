@@ -16,6 +16,8 @@ from lora_merge.errors import OutputError
 from lora_merge.files.tensor_file import DTYPES
 
 _ALIGNMENT = 8
+_STORED = {**DTYPES, "I64": torch.int64}
+_CODES = {dtype: code for code, dtype in _STORED.items()}
 
 
 def header_of(
@@ -45,21 +47,27 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def cast_to(tensor: Tensor, code: str, name: str) -> Tensor:
-    """A tensor in the dtype it is stored in.
+    """A tensor in the dtype it is stored in; the last gate before a file, so it lets no NaN pass.
 
     Args:
-        tensor: Finite entries.
+        tensor: What was computed.
         code: safetensors dtype code.
         name: What it is called, for the message.
 
     Raises:
-        OutputError: If the dtype's range is too small for an entry.
+        OutputError: If an entry is NaN or infinite, or beyond the dtype's range.
     """
-    cast = tensor.to(DTYPES[code])
-    narrower = torch.finfo(cast.dtype).max < torch.finfo(tensor.dtype).max
+    cast = tensor.to(_STORED[code])
     # A finite sum proves in one quick pass that every entry is finite; only if not, look at each.
-    suspect = narrower and not bool(torch.isfinite(cast.sum(dtype=torch.float32)))
-    if suspect and not bool(torch.isfinite(cast).all()):
+    if not cast.is_floating_point() or bool(torch.isfinite(cast.sum(dtype=torch.float32))):
+        return cast
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise OutputError(
+            f"{name}: {bad} of {tensor.numel()} entries are NaN or infinite",
+            "weights, scales and the adapters' alphas multiply: lower them",
+        )
+    if not bool(torch.isfinite(cast).all()):
         dtype = str(cast.dtype).removeprefix("torch.")
         raise OutputError(
             f"{name}: its largest entry, {float(tensor.abs().max()):.3g}, is beyond {dtype}",
@@ -144,5 +152,26 @@ class SafetensorsStream:
             raise ValueError(f"never written: {sorted(self._missing)[:3]}")
 
 
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors that are in memory, each in its own dtype.
+
+    Args:
+        path: The file to create.
+        tensors: Float tensors, or int64.
+        metadata: Text metadata for the header.
+
+    Raises:
+        OutputError: If an entry is NaN or infinite, or the system refuses.
+    """
+    entries = {
+        name: (_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()
+    }
+    with SafetensorsStream(path, entries, metadata) as stream:
+        for name, tensor in tensors.items():
+            stream.write(name, tensor)
+
+
 def _itemsize(code: str) -> int:
-    return DTYPES[code].itemsize
+    return _STORED[code].itemsize

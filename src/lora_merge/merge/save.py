@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_merge._version import __version__
 from lora_merge.adapters.writer import AdapterWriter
 from lora_merge.errors import MethodError
-from lora_merge.files.atomic import atomic_directory, check_target
+from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.cards import model_card
 from lora_merge.merge.executor import execute, settle
 from lora_merge.merge.plan import MergePlan
@@ -51,8 +51,9 @@ def save_merge(
     """
     sources = [a.source for a in plan.alignment.adapters if a.source]
     inputs = [path for s in sources for path in (s.weights, s.config) if path]
-    check_target(out, force=force, inputs=inputs, needed=plan.output.num_bytes)
-    with atomic_directory(out) as folder:
+    inputs += [plan.statistics.path] if plan.statistics else []
+    needed = plan.output.num_bytes
+    with atomic_directory(out, force=force, inputs=inputs, needed=needed) as folder:
         with ThreadPoolExecutor(1) as beside:
             resolved = beside.submit(recipe)
             if plan.measured:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.files.tensor_stream import write_tensors
 from lora_merge.merge.pipeline import Decomposed, Finished
 
 
@@ -55,7 +56,7 @@ class Spool:
             tensors[f"{expert}.up"] = whole.stack.up.mT.cpu().contiguous()
             tensors[f"{expert}.scale"] = whole.stack.scale.cpu()
         self.pieces[module] = pieces
-        save_file(tensors, self._file(module))
+        write_tensors(self._file(module), tensors)
 
     def take(self, module: str, rank: int) -> list[Finished]:
         """A module's results at a rank; frees its file."""

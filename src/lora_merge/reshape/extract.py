@@ -22,9 +22,10 @@ from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.units import Recipe
 from lora_merge.adapters.writer import AdapterWriter, OutputPlan, RankLayout, plan_output
 from lora_merge.errors import MethodError
-from lora_merge.files.atomic import atomic_directory, check_target
+from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.cards import short_card
 from lora_merge.files.checkpoint import Checkpoint
+from lora_merge.files.targets import check_target
 from lora_merge.files.tensor_file import TensorDict, commonest_dtype
 from lora_merge.linalg.factors import frobenius
 from lora_merge.linalg.range_finder import leading_svd
@@ -171,8 +172,9 @@ def extract(
         dtype=dtype or commonest_dtype(spec.dtype for spec in specs.values()),
         layout=layout,
     )
-    check_target(out, force=force, inputs=inputs, needed=output.num_bytes)
-    _write(parts, plan, output, out)
+    needed = output.num_bytes
+    with atomic_directory(out, force=force, inputs=inputs, needed=needed) as folder:
+        _write(parts, plan, output, folder)
     ordered = tuple(sorted(coverage, key=lambda c: c.name))
     return ExtractReport(plan, ordered, capped, str(out), output.num_bytes)
 
@@ -249,18 +251,19 @@ def _difference(
     )
 
 
-def _write(parts: Mapping[str, Difference], plan: RankPlan, output: OutputPlan, out: Path) -> None:
-    with atomic_directory(out) as folder:
-        with AdapterWriter(folder, output) as writer:
-            for name, part in parts.items():
-                rank = plan.ranks[name]
-                root = part.values[:rank].sqrt().float()
-                up, down = part.u[:, :rank] * root, root[:, None] * part.vh[:rank]
-                writer.add(name, [RankStack.single(up, down)])
-        text = short_card(
-            "An extracted LoRA adapter",
-            output.config["base_model_name_or_path"],
-            f"The leading part of the difference between two checkpoints: rule `{plan.rule}`, "
-            f"{100 * plan.energy:.2f} % of the squared difference of {len(parts)} weights.",
-        )
-        (folder / "README.md").write_text(text, encoding="utf-8")
+def _write(
+    parts: Mapping[str, Difference], plan: RankPlan, output: OutputPlan, folder: Path
+) -> None:
+    with AdapterWriter(folder, output) as writer:
+        for name, part in parts.items():
+            rank = plan.ranks[name]
+            root = part.values[:rank].sqrt().float()
+            up, down = part.u[:, :rank] * root, root[:, None] * part.vh[:rank]
+            writer.add(name, [RankStack.single(up, down)])
+    text = short_card(
+        "An extracted LoRA adapter",
+        output.config["base_model_name_or_path"],
+        f"The leading part of the difference between two checkpoints: rule `{plan.rule}`, "
+        f"{100 * plan.energy:.2f} % of the squared difference of {len(parts)} weights.",
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")

@@ -22,7 +22,7 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import AdapterError, MethodError
-from lora_merge.files.atomic import atomic_directory, check_target
+from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.cards import fused_card
 from lora_merge.files.checkpoint import Checkpoint, TensorPlace, open_checkpoint
 from lora_merge.files.shards import ShardEditor, copy_shard
@@ -105,9 +105,9 @@ def fuse(
     checkpoint = open_checkpoint(base)
     match = match_adapter(adapter, checkpoint)
     new_bytes = sum(prod(shape) * DTYPES[code].itemsize for code, shape in match.new.values())
-    inputs = [*checkpoint.paths, *([adapter.source.weights] if adapter.source else [])]
-    check_target(out, force=force, inputs=inputs, needed=checkpoint.num_bytes + new_bytes)
-    with atomic_directory(out) as folder:
+    inputs = [base, *checkpoint.paths, *([adapter.source.weights] if adapter.source else [])]
+    needed = checkpoint.num_bytes + new_bytes
+    with atomic_directory(out, force=force, inputs=inputs, needed=needed) as folder:
         for name in checkpoint.other_files():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.folder / name, folder / name)

@@ -20,7 +20,7 @@ from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum,
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.writer import AdapterWriter, OutputPlan, RankLayout, plan_output
 from lora_merge.errors import MethodError
-from lora_merge.files.atomic import atomic_directory, check_target
+from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.cards import short_card
 from lora_merge.files.tensor_file import DTYPES, commonest_dtype
 from lora_merge.linalg.factors import gram, pivot_sign
@@ -167,7 +167,6 @@ def resize(
     """
     source = adapter.source
     inputs = [path for path in (source.weights, source.config) if path] if source else []
-    check_target(out, force=force, inputs=inputs, needed=output.num_bytes)
     cores: dict[str, list[ModuleSpectrum]] = {}
     for module in spectra.modules:
         cores.setdefault(module.module, []).append(module)
@@ -176,7 +175,8 @@ def resize(
     def one(name: str) -> ResizedModule:
         return _resize_module(adapter, cores[name], plan, output, writer)
 
-    with atomic_directory(out) as folder:
+    needed = output.num_bytes
+    with atomic_directory(out, force=force, inputs=inputs, needed=needed) as folder:
         with AdapterWriter(folder, output) as writer:
             for result in in_order(one, list(plan.ranks), jobs=jobs):
                 done.append(result)

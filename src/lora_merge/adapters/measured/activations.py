@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_merge.adapters.access.coerce import AdaptersLike, open_adapters
@@ -23,6 +22,9 @@ from lora_merge.adapters.alignment import Alignment, align, read_stacks
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import LoraMergeError
 from lora_merge.files.atomic import atomic_file
+from lora_merge.files.inputs import note_input
+from lora_merge.files.targets import MARK
+from lora_merge.files.tensor_stream import write_tensors
 
 
 class StatisticsError(LoraMergeError):
@@ -48,6 +50,7 @@ class Statistics:
         Raises:
             StatisticsError: If it is no such file.
         """
+        note_input(path)
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -133,9 +136,9 @@ def collect_statistics(
         for key, total in totals.items():
             module = key.rpartition(".")[0]
             tensors[f"{key}.{index}"] = (total / counts[module]).to(torch.float32).cpu()
-    metadata = {"adapters": json.dumps([a.name for a in opened])}
-    with atomic_file(Path(out)) as staging:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, staging, metadata=metadata)
+    metadata = {"comment": MARK, "adapters": json.dumps([a.name for a in opened])}
+    with atomic_file(Path(out), mark=MARK.encode()) as staging:
+        write_tensors(staging, tensors, metadata)
     return Statistics.open(out)
 
 

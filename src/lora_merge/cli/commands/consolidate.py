@@ -52,7 +52,7 @@ def command(
     from lora_merge.mixture.training.base_model import watch_rows
 
     output = Output(as_json)
-    check_out(out, force=force)
+    check_out(out, mixture, base, data, force=force)
     opened, model, rows = load_texts(
         output, mixture, base=base, data=data, max_length=max_length, device=device
     )

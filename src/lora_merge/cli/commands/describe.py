@@ -45,7 +45,7 @@ def command(
     from lora_merge.mixture.insight.novelty import describe
 
     output = Output(as_json)
-    check_out(out, force=force)
+    check_out(out, mixture, base, data, force=force)
     opened, model, rows = load_texts(
         output, mixture, base=base, data=data, max_length=max_length, device=device
     )

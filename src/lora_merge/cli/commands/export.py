@@ -53,7 +53,7 @@ def command(
         raise click.UsageError("--weight and --rank belong to --to static")
     if (base is not None) != (kind == "xlora"):
         raise click.UsageError("--to xlora needs --base, and nothing else does")
-    check_out(out, force=force)
+    check_out(out, mixture, base, force=force)
     opened = Mixture.from_pretrained(mixture)
     error = 0.0
     lines = [f"{out}: {kind}"]

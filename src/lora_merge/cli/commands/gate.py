@@ -148,7 +148,7 @@ def command(
         raise click.UsageError("name at least one ADAPTER")
     _check_together(into, checkpoint, general, settings)
     if not dry_run:
-        check_out(out, *adapters, *general, force=force)
+        check_out(out, *adapters, *general, into, checkpoint, base, force=force)
     if checkpoint is not None:
         mixture = import_checkpoint(
             checkpoint,

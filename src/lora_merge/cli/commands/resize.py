@@ -132,7 +132,7 @@ def _run(
 
     output = Output(as_json, width=width)
     if out is not None and not dry_run:
-        check_out(out, ref, force=force)
+        check_out(out, ref, bottleneck, fisher, limits["base"], force=force)
     adapter = open_single(ref, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
     with output.progress("measuring", len(adapter.modules)) as advance:
         spectra = adapter_spectra(adapter, keep_cores=True, on_module=advance)

@@ -84,15 +84,15 @@ def command(
     if intruders and base is None:
         raise click.UsageError("--intruders needs --base")
     from lora_merge.adapters.measured.spectra import adapter_spectra
-    from lora_merge.analysis.export import spectra_document, write_csv
+    from lora_merge.analysis.export import CSV_MARK, spectra_document, write_csv
     from lora_merge.analysis.figures import write_pictures
     from lora_merge.cli.shared.output import Output
-    from lora_merge.files.atomic import check_file
     from lora_merge.files.pictures import check_pictures
+    from lora_merge.files.targets import check_file
 
     output = Output(as_json, width=width)
     if csv:
-        check_file(csv)
+        check_file(csv, CSV_MARK)
     check_pictures(svg, png, html)
     opened = open_all(adapters, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
     with output.progress("reading", sum(len(a.modules) for a in opened)) as advance:

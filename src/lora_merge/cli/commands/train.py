@@ -119,7 +119,7 @@ def command(
     chosen = TrainSettings(**settings)
     if sharded and not is_launched():
         raise click.UsageError("--shard spreads the base over processes; start several")
-    check_out(out, force=force)
+    check_out(out, mixture, base, data, evaluation, force=force)
     start = Mixture.from_pretrained(mixture)
     if is_launched():
         device = str(join(cpu=device == "cpu"))

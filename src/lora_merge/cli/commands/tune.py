@@ -57,7 +57,7 @@ def command(
     import torch
 
     from lora_merge.cli.shared.output import Output
-    from lora_merge.files.atomic import check_parent
+    from lora_merge.files.targets import check_parent
     from lora_merge.kernels.gated_stack.dispatch import device_name, table_path
     from lora_merge.kernels.gated_stack.tune import store, tune
     from lora_merge.kernels.gated_stack.tune_cases import llama_shapes

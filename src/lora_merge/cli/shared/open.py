@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from lora_merge.adapters.adapter import Adapter
 
 
-def check_out(out: Path, *inputs: str | Path, force: bool) -> None:
+def check_out(out: Path, *inputs: str | Path | None, force: bool) -> None:
     """Refuse an output directory before anything is read, measured or downloaded."""
-    from lora_merge.files.atomic import check_target
+    from lora_merge.adapters.references import expand
+    from lora_merge.files.targets import check_target
 
-    check_target(out, force=force, inputs=[Path(i) for i in inputs if Path(i).exists()])
+    named = [Path(ref).expanduser() for ref in expand([str(i) for i in inputs if i is not None])]
+    check_target(out, force=force, inputs=[path for path in named if path.exists()])
 
 
 def open_all(

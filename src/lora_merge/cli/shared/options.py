@@ -23,7 +23,7 @@ bases_option = click.option(
 
 def force_option(what: str) -> Callable[[F], F]:
     """`--force`, which replaces an output that is there and does nothing else."""
-    return click.option("--force", is_flag=True, help=f"Replace {what} that is there.")
+    return click.option("--force", is_flag=True, help=f"Replace {what} that lora-merge wrote.")
 
 
 class WeightType(click.ParamType):  # type: ignore[type-arg]
@@ -146,7 +146,8 @@ def run_merge(
     output = Output(as_json)
     pick_device(device)
     if not dry_run:
-        check_out(out, *(item.adapter for item in recipe.adapters), force=force)
+        named = (item.adapter for item in recipe.adapters)
+        check_out(out, *named, recipe.statistics, force=force)
     recipe, adapters = open_recipe(recipe, allow_pickle=allow_pickle)
     plan = plan_recipe(recipe, adapters)
     for note in plan.notes:

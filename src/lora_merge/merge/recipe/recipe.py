@@ -13,6 +13,7 @@ from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.references import expand, pin, resolve, sha256
 from lora_merge.adapters.writer import RankLayout
 from lora_merge.errors import LoraMergeError, MethodError
+from lora_merge.files.inputs import note_input
 from lora_merge.merge.calibrate import RestoreNorm
 from lora_merge.merge.extras import ExtrasPolicy
 from lora_merge.merge.methods.method import Normalize, Space
@@ -128,6 +129,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: If it is no valid recipe; an unknown key gets the nearest known one.
     """
+    note_input(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -16,16 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_merge._version import __version__
 from lora_merge.adapters.adapter import open_adapter
 from lora_merge.adapters.references import CONFIG_NAME, WEIGHTS_NAME, Source, sha256
 from lora_merge.errors import AdapterError, SourceError
-from lora_merge.files.atomic import atomic_directory, check_target
+from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.hub import download, upload
+from lora_merge.files.inputs import note_input
+from lora_merge.files.names import check_link, place_below
 from lora_merge.files.tensor_file import SafetensorsFile
+from lora_merge.files.tensor_stream import write_tensors
 from lora_merge.mixture.expert import Expert, slug, write_expert
 from lora_merge.mixture.gates.gate import PRESETS, GateSpec
 from lora_merge.mixture.insight.descriptors import PARTS, Descriptors
@@ -65,9 +67,7 @@ def save(mixture: Contents, folder: Path, *, force: bool = False) -> Path:
     """
     inputs = [e.adapter.source.weights for e in mixture.experts if e.adapter.source]
     needed = sum(path.stat().st_size for path in inputs)
-    inside = any(path.resolve().is_relative_to(folder.resolve()) for path in inputs)
-    check_target(folder, force=force, inputs=() if inside and force else inputs, needed=needed)
-    with atomic_directory(folder) as staging:
+    with atomic_directory(folder, force=force, inputs=inputs, needed=needed) as staging:
         write(mixture, staging)
     return folder
 
@@ -80,8 +80,7 @@ def write(mixture: Contents, folder: Path) -> None:
         (folder / path).mkdir(parents=True)
         digest = write_expert(expert, folder / path)
         entries.append(_entry(expert, path, digest))
-    gate = {name: tensor.detach().cpu().contiguous() for name, tensor in mixture.gate.items()}
-    save_file(gate, str(folder / GATE), metadata={"format": "pt"})
+    write_tensors(folder / GATE, mixture.gate)
     base = mixture.base_model
     config: dict[str, Any] = {
         "schema_version": SCHEMA,
@@ -95,7 +94,7 @@ def write(mixture: Contents, folder: Path) -> None:
     }
     if mixture.descriptors is not None:
         file = folder / DESCRIPTORS
-        save_file(mixture.descriptors.tensors, str(file), metadata={"format": "pt"})
+        write_tensors(file, mixture.descriptors.tensors)
         described = list(mixture.descriptors.experts)
         config["descriptors"] = {"experts": described, "sha256": sha256(file)}
     _write_json(folder / CONFIG, config)
@@ -119,6 +118,7 @@ def load(ref: str | Path, *, verify: bool = True) -> Contents:
         AdapterError: If its files are damaged or changed.
     """
     folder = _folder_of(ref)
+    note_input(folder)
     raw = _read_config(folder, str(ref))
     spec = GateSpec.from_json(raw["gate"])
     experts = [_read_expert(folder, entry, str(ref), verify) for entry in raw["experts"]]
@@ -192,19 +192,19 @@ def _read_config(folder: Path, ref: str) -> dict[str, Any]:
 
 def _read_expert(folder: Path, entry: Mapping[str, Any], ref: str, verify: bool) -> Expert:
     try:
-        name, relative = str(entry["name"]), Path(str(entry["path"]))
+        name, relative = str(entry["name"]), entry["path"]
     except (KeyError, TypeError) as error:
         raise AdapterError(f"{ref}: an expert without name or path", "repair it") from error
-    if relative.is_absolute() or ".." in relative.parts:
-        raise AdapterError(f"{ref}: expert {name} lies outside the directory", "do not trust it")
-    weights = folder / relative / WEIGHTS_NAME
-    config = folder / relative / CONFIG_NAME
+    place = place_below(folder, relative, f"{ref}: expert {name}")
+    weights, config = place / WEIGHTS_NAME, place / CONFIG_NAME
+    for path in (weights, config):
+        check_link(folder, path, f"{ref}: expert {name}")
     if not weights.is_file() or not config.is_file():
         raise AdapterError(f"{ref}: expert {name} is missing at {relative}", "get it again")
     digest = str(entry.get("sha256", ""))
     if verify:
         _verify(weights, digest, f"{ref}: expert {name}")
-    adapter = open_adapter(Source(str(folder / relative), weights, config))
+    adapter = open_adapter(Source(str(place), weights, config))
     return Expert(
         name, adapter, bool(entry.get("general", False)), str(entry.get("source", "")), digest
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from lora_merge.adapters.adapter import Adapter, build_adapter
 from lora_merge.adapters.dialects.spelling import PREFIX
 from lora_merge.errors import AdapterError, MethodError
+from lora_merge.files.inputs import note_input
 from lora_merge.files.tensor_file import SafetensorsFile, TensorDict
 from lora_merge.mixture.expert import Expert, make_experts
 from lora_merge.mixture.formats.xlora import import_xlora
@@ -43,6 +44,7 @@ def import_checkpoint(
     Raises:
         AdapterError: If it is neither.
     """
+    note_input(path)
     if path.is_file():
         return import_meteora(path, experts, top_k=top_k or 2, temperature=temperature or 1.0)
     if not path.is_dir():

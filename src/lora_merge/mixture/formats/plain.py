@@ -11,7 +11,7 @@ from lora_merge.adapters.alignment import read_stacks
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.writer import AdapterWriter, plan_output
 from lora_merge.errors import MethodError
-from lora_merge.files.atomic import atomic_directory, check_target
+from lora_merge.files.atomic import atomic_directory
 from lora_merge.linalg.factors import thin_svd
 from lora_merge.mixture.expert import Expert, slug, write_expert
 from lora_merge.mixture.mixture import Mixture
@@ -26,7 +26,6 @@ def export_experts(mixture: Mixture, folder: Path, *, force: bool = False) -> li
     Raises:
         MethodError: If two experts' names would make the same folder.
     """
-    check_target(folder, force=force, inputs=mixture.files)
     places: dict[str, Expert] = {}
     for expert in mixture.experts[: mixture.num_experts]:
         other = places.setdefault(slug(expert.name), expert)
@@ -35,7 +34,7 @@ def export_experts(mixture: Mixture, folder: Path, *, force: bool = False) -> li
                 f"the experts {other.name!r} and {expert.name!r} would share a folder",
                 "make the mixture again with names that differ in letters or digits",
             )
-    with atomic_directory(folder) as staging:
+    with atomic_directory(folder, force=force, inputs=mixture.files) as staging:
         for place, expert in places.items():
             (staging / place).mkdir()
             write_expert(expert, staging / place)
@@ -64,14 +63,14 @@ def export_static(
     Returns:
         Relative Frobenius error of the cut, over all modules; 0 where all ranks are kept.
     """
-    check_target(folder, force=force, inputs=mixture.files)
     table = _weight_table(mixture, weights)
     modules = mixture.gated_modules
     ranks = {m.name: min(m.num_units, rank or m.num_units) for m in modules}
     adapters = [e.adapter for e in mixture.experts]
     plan = plan_output(adapters, modules, ranks, dtype="F32", layout="uniform")
     lost = total = 0.0
-    with atomic_directory(folder) as staging, AdapterWriter(staging, plan) as writer:
+    place = atomic_directory(folder, force=force, inputs=mixture.files, needed=plan.num_bytes)
+    with place as staging, AdapterWriter(staging, plan) as writer:
         for module in modules:
             results = []
             for stack in read_stacks(mixture.alignment, module):

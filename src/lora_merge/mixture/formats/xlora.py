@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_merge.errors import AdapterError, MethodError
-from lora_merge.files.atomic import atomic_directory, check_target
+from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.tensor_file import SafetensorsFile, load_pickle
+from lora_merge.files.tensor_stream import write_tensors
 from lora_merge.mixture.expert import make_experts, write_expert
 from lora_merge.mixture.gates.gate import gate_spec
 from lora_merge.mixture.mixture import Mixture
@@ -109,7 +109,6 @@ def export_xlora(
     spec = mixture.spec
     if spec.signal != "hidden" or spec.null_expert or spec.value == "sigmoid":
         raise MethodError(f"the {spec.preset} gate is no X-LoRA gate", "export xlora mixtures")
-    check_target(folder, force=force, inputs=mixture.files)
     count, depth = mixture.num_experts, spec.depth
     tensors: dict[str, Tensor] = {}
     for index in range(depth):
@@ -139,13 +138,13 @@ def export_xlora(
         "global_scaling_weight": spec.factor(count),
         "use_trainable_adapters": False,
     }
-    with atomic_directory(folder) as staging:
+    with atomic_directory(folder, force=force, inputs=mixture.files) as staging:
         for index, expert in enumerate(mixture.experts):
             (staging / str(index)).mkdir()
             write_expert(expert, staging / str(index))
         (staging / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         path = staging / "adapter_model.safetensors"
-        save_file(tensors, str(path), metadata={"format": "pt"})
+        write_tensors(path, tensors)
 
 
 def _settings(raw: Mapping[str, Any], count: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from lora_merge.adapters.module_names import natural
 from lora_merge.errors import OutputError
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.pictures import check_pictures, figure_class
+from lora_merge.files.targets import MARK
 from lora_merge.mixture.insight.usage import Usage
 
 FORMATS = ("png", "svg", "pdf")
@@ -47,5 +48,6 @@ def draw_usage(usage: Usage, path: Path, key: Callable[[str], str]) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_title("mean weight of each expert", fontsize=10)
     figure.colorbar(image)
-    with atomic_file(path) as staging:
-        figure.savefig(staging, dpi=150)
+    said = {"png": "Software"}.get(path.suffix.lower()[1:], "Creator")
+    with atomic_file(path, mark=MARK.encode()) as staging:
+        figure.savefig(staging, dpi=150, metadata={said: MARK})

@@ -10,6 +10,7 @@ import torch
 
 from lora_merge.errors import LoraMergeError, SourceError
 from lora_merge.files.hub import download
+from lora_merge.files.inputs import note_input
 from lora_merge.machine.device import pick_device
 from lora_merge.mixture.insight.usage import Usage
 from lora_merge.mixture.runtime.attach import AttachedMixture
@@ -28,6 +29,8 @@ def load_base(base: str, device: str = "auto") -> tuple[Any, Any]:
         SourceError: If there is no such model.
     """
     place = pick_device(device)
+    if Path(base).is_dir():
+        note_input(base)
     with _told(base):
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging

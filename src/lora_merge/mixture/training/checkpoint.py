@@ -13,19 +13,21 @@ from torch import Tensor
 
 from lora_merge.errors import MethodError, OutputError
 from lora_merge.files.atomic import atomic_directory, atomic_file
+from lora_merge.files.targets import check_target
 from lora_merge.mixture.training.settings import TrainSettings
 
 _STATE, _METRICS = "state.pt", "metrics.jsonl"
 _FREE = ("save_every", "eval_every")  # settings that a resumed run may have otherwise
 
 
-def check_work(work: Path) -> None:
+def check_work(work: Path, inputs: Sequence[Path] = ()) -> None:
     """Refuse a directory that holds something else: a checkpoint replaces it as a whole.
 
     Raises:
         OutputError: If it is not empty and no checkpoint.
     """
-    if work.exists() and not (work / _STATE).is_file() and (work.is_file() or any(work.iterdir())):
+    check_target(work, force=True, inputs=inputs)
+    if work.exists() and not (work / _STATE).is_file() and any(work.iterdir()):
         raise OutputError(
             f"{work} exists and is no training checkpoint, so it is not replaced",
             "name a directory for the checkpoint alone",
@@ -46,11 +48,11 @@ def save_state(
         "tensors": [t.detach().cpu() for t in tensors],
         "optimizer": None if optimizer is None else optimizer.state_dict(),
     }
-    with atomic_directory(work) as folder:
+    with atomic_directory(work, force=True) as folder:
         buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
         torch.save(state, buffer)
         (folder / _STATE).write_bytes(buffer.getbuffer())
-        # Says to `check_target` and to people what this directory is.
+        # Says to people what this directory is.
         (folder / "config.json").write_text(json.dumps({"lora_merge": "training checkpoint"}))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.errors import LoraMergeError
+from lora_merge.files.inputs import note_input
 
 IGNORED = -100  # what transformers' losses skip
 
@@ -105,6 +106,7 @@ def read_examples(
     Raises:
         DataError: If the file cannot be read, has no usable row, or `strict` and a bad one.
     """
+    note_input(path)
     try:
         # Not splitlines, which also breaks at characters that JSON strings may hold.
         lines = path.read_text(encoding="utf-8").split("\n")
