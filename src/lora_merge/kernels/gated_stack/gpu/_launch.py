@@ -66,8 +66,14 @@ def expand_tiles(tokens: int, width: int) -> Tiles:
 @lru_cache
 def gate_expand_tiles(tokens: int, width: int) -> Tiles:
     """How to gate and expand at once; `width` is that of all members together."""
-    n = 32 if width <= 8192 else 64
-    return Tiles(1, n, 256, stages=1) if tokens == 1 else Tiles(16, n, 128, warps=8, stages=1)
+    if tokens > 1:
+        return Tiles(16, 32 if width <= 8192 else 64, 128, warps=8, stages=1)
+    # 16 kB of `up` asked for at once per 4 warps, in at most 64 registers: all programs fit at once.
+    return (
+        Tiles(1, 32, 256, warps=4, stages=1)
+        if width <= 8192
+        else Tiles(1, 64, 256, warps=8, stages=1)
+    )
 
 
 def shrink(
@@ -247,6 +253,7 @@ def gate_expand(
     count = scores.shape[2] // members
     out = torch.empty(tokens * sum(widths), dtype=dtype, device=up.device)
     programs = sum(_cdiv(width, tiles.n) for width in widths)
+    chunk = min(tiles.k, max(16, _power(units)))
     with _on(up.device):
         _triton_gate_expand.gate_expand_kernel[(programs, _cdiv(tokens, tiles.m))](
             y, parts, scores, columns, parts if bias is None else bias, up, out,
@@ -254,8 +261,7 @@ def gate_expand(
             parts.stride(0), scores.stride(0), units, count, *_numbers(rule), widths,
             MEMBERS=members, SPLIT=parts.shape[0], SCORE_SPLIT=scores.shape[0],
             **_rule(rule, count), BIAS=bias is not None, SKIP=rule is None or rule.is_sparse,
-            BT=tiles.m, BN=tiles.n, BR=min(tiles.k, max(16, _power(units))),
-            **_arithmetic(up.dtype),
+            BT=tiles.m, BN=tiles.n, BR=chunk, ONE_CHUNK=units <= chunk, **_arithmetic(up.dtype),
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -163,14 +163,22 @@ def score_kernel(
 
 
 @triton.jit
-def weights_of(
+def sum_of_pieces(row, step, at, inside, SPLIT: tl.constexpr):
+    """Pieces of some entries of each row added in their order, float32, in the shape of `at`."""
+    total = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
+    for piece in tl.static_range(1, SPLIT):
+        total += tl.load(row + piece * step + at, mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def gate_facts(
     row,
     step,
     bias_row,
     here,
     scores,
     temperature,
-    factor,
     null_score,
     SPLIT: tl.constexpr,
     KIND: tl.constexpr,
@@ -181,18 +189,26 @@ def weights_of(
     BT: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Weights of some tokens, shape (BT, BS), from given ones or from the pieces of their scores.
+    """What a token's scores say together; with it `weight_at` makes any weight from its own score.
 
-    Exactly zero outside the kept; of equal scores the first are kept.
+    So a unit's weight needs its score alone, from memory, and no exchange between threads, which
+    `tl.gather` is: Triton 3.6 to 3.8 cannot compile it for a single row.
+
+    Returns:
+        Each (BT, 1): NaN if a score is, else 0; value and place of the last score that is kept; the
+        largest and the sum of all for a softmax over all; the same for one over the kept.
     """
-    e = tl.arange(0, BS)[None, :]
-    s = tl.zeros((BT, BS), tl.float32)
-    for piece in tl.static_range(SPLIT):
-        s += tl.load(row + piece * step + e, mask=here & (e < scores), other=0.0).to(tl.float32)
-    if KIND == _GIVEN:
-        g = s
-    else:
-        poisoned = tl.max(tl.where(s == s, 0, 1), 1)[:, None] > 0
+    flaw = tl.zeros((BT, 1), tl.float32)
+    least = tl.full((BT, 1), float("inf"), tl.float32)
+    last = tl.full((BT, 1), -1, tl.int32)
+    top_all = tl.zeros((BT, 1), tl.float32)
+    sum_all = tl.zeros((BT, 1), tl.float32)
+    top = tl.zeros((BT, 1), tl.float32)
+    total = tl.zeros((BT, 1), tl.float32)
+    if KIND != _GIVEN:
+        e = tl.arange(0, BS)[None, :]
+        s = sum_of_pieces(row, step, e, here & (e < scores), SPLIT)
+        flaw = tl.where(tl.max(tl.where(s == s, 0, 1), 1)[:, None] > 0, float("nan"), 0.0)
         valid = e < scores + NULL
         if ABSOLUTE:
             s = tl.abs(s)
@@ -200,36 +216,76 @@ def weights_of(
             s = tl.where(e == scores, null_score, s)
         g = s
         if KIND == _SOFTMAX_ALL or KIND == _SOFTMAX_TWICE:
-            g = _softmax(s / temperature, valid)
+            s = s / temperature
+            top_all = tl.max(tl.where(valid, s, float("-inf")), 1)[:, None]
+            each = tl.exp(s - top_all)
+            sum_all = tl.sum(tl.where(valid, each, 0.0), 1)[:, None]
+            g = each / sum_all
         kept = valid
         if TOP_K > 0:
             judged = g
             if BIAS:
                 judged += tl.load(bias_row + e, mask=e < scores, other=0.0).to(tl.float32)
-            kept = here & (e < 0)
+            kept = here & (
+                e < 0
+            )  # lanes, not a number for each token: 3.6 copies all lanes for that
             for _ in range(TOP_K):
                 left = tl.where(valid & (kept == 0), judged, float("-inf"))
                 most = left == tl.max(left, 1)[:, None]
                 first = tl.min(tl.where(most & valid & (kept == 0), e, BS), 1)[:, None]
                 kept = kept | (e == first)
-        if KIND == _SOFTMAX:
-            g = _softmax(s / temperature, kept)
-        elif KIND == _SOFTMAX_TWICE:
-            g = _softmax(g, kept)
-        elif KIND == _SIGMOID:
-            g = 1.0 / (1.0 + tl.exp(-s / temperature))
-        elif KIND == _BINARY:
-            g = tl.full((BT, BS), 1.0, tl.float32)
-        g = tl.where(poisoned, float("nan"), tl.where(kept, g * factor, 0.0))
-    return g
+            least = tl.min(tl.where(kept, judged, float("inf")), 1)[:, None]
+            last = tl.max(tl.where(kept & (judged == least), e, -1), 1)[:, None]
+        if KIND == _SOFTMAX or KIND == _SOFTMAX_TWICE:
+            if KIND == _SOFTMAX:
+                g = s / temperature
+            top = tl.max(tl.where(kept, g, float("-inf")), 1)[:, None]
+            total = tl.sum(tl.where(kept, tl.exp(g - top), 0.0), 1)[:, None]
+    return flaw, least, last, top_all, sum_all, top, total
 
 
 @triton.jit
-def _softmax(s, kept):
-    """Over the kept entries of each row; the others mean nothing."""
-    top = tl.max(tl.where(kept, s, float("-inf")), 1)[:, None]
-    each = tl.exp(s - top)
-    return each / tl.sum(tl.where(kept, each, 0.0), 1)[:, None]
+def weight_at(
+    s,
+    at,
+    bias_row,
+    inside,
+    temperature,
+    factor,
+    facts,
+    KIND: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """Weights of the experts `at`, of their scores `s`, from the facts of `gate_facts`.
+
+    Exactly zero outside the kept; of equal scores the first are kept.
+    """
+    g = s
+    if KIND != _GIVEN:
+        flaw, least, last, top_all, sum_all, top, total = facts
+        if ABSOLUTE:
+            s = tl.abs(s)
+        g = s
+        if KIND == _SOFTMAX_ALL or KIND == _SOFTMAX_TWICE:
+            g = tl.exp(s / temperature - top_all) / sum_all
+        kept = s == s
+        if TOP_K > 0:
+            judged = g
+            if BIAS:
+                judged += tl.load(bias_row + at, mask=inside, other=0.0).to(tl.float32)
+            kept = (judged > least) | ((judged == least) & (at <= last))
+        if KIND == _SOFTMAX:
+            g = tl.exp(s / temperature - top) / total
+        elif KIND == _SOFTMAX_TWICE:
+            g = tl.exp(g - top) / total
+        elif KIND == _SIGMOID:
+            g = 1.0 / (1.0 + tl.exp(-s / temperature))
+        elif KIND == _BINARY:
+            g = tl.full(s.shape, 1.0, tl.float32)
+        g = tl.where(kept, g * factor, 0.0) + flaw
+    return g
 
 
 @triton.jit(do_not_specialize=["tokens", "share"])
@@ -272,18 +328,19 @@ def gate_kernel(
     here = (t < tokens)[:, None]
     unit_row = parts + (t * stride_parts)[:, None] + m * units
     score_row = score_parts + (t // share * stride_scores)[:, None] + m * scores
-    g = weights_of(
-        score_row, score_step, bias + m * scores, here, scores, temperature, factor, null_score,
+    facts = gate_facts(
+        score_row, score_step, bias + m * scores, here, scores, temperature, null_score,
         SCORE_SPLIT, KIND, TOP_K, ABSOLUTE, NULL, BIAS, BT, BS,
     )  # fmt: skip
     for start in range(0, units, BR):
         r = start + tl.arange(0, BR)[None, :]
         inside = here & (r < units)
-        u = tl.zeros((BT, BR), tl.float32)
-        for piece in tl.static_range(SPLIT):
-            u += tl.load(unit_row + piece * part_step + r, mask=inside, other=0.0).to(tl.float32)
+        u = sum_of_pieces(unit_row, part_step, r, inside, SPLIT)
         column = tl.load(columns + r, mask=r < units, other=0).to(tl.int32)
-        own = tl.gather(g, tl.broadcast_to(column, (BT, BR)), 1)
+        own = weight_at(
+            sum_of_pieces(score_row, score_step, column, inside, SCORE_SPLIT), column,
+            bias + m * scores, inside, temperature, factor, facts, KIND, TOP_K, ABSOLUTE, BIAS,
+        )  # fmt: skip
         gated = u * own
         at_unit = (t * MEMBERS * units)[:, None] + m * units + r
         tl.store(z + at_unit, gated, mask=inside)

@@ -7,7 +7,7 @@ weights anew, which costs less than one more launch, and asks for its piece of `
 import triton
 import triton.language as tl
 
-from lora_merge.kernels.gated_stack.gpu._triton import weights_of
+from lora_merge.kernels.gated_stack.gpu._triton import gate_facts, sum_of_pieces, weight_at
 
 
 @triton.jit
@@ -52,6 +52,7 @@ def gate_expand_kernel(
     BN: tl.constexpr,
     BR: tl.constexpr,
     BS: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -82,31 +83,32 @@ def gate_expand_kernel(
         b = _rows_of_up(up_columns, lane, width, lane < units, in_n)
     unit_row = parts + (t * stride_parts)[:, None] + m * units
     score_row = score_parts + (t // share * stride_scores)[:, None] + m * scores
-    g = weights_of(
-        score_row, score_step, bias + m * scores, here, scores, temperature, factor, null_score,
+    facts = gate_facts(
+        score_row, score_step, bias + m * scores, here, scores, temperature, null_score,
         SCORE_SPLIT, KIND, TOP_K, ABSOLUTE, NULL, BIAS, BT, BS,
     )  # fmt: skip
     acc = tl.zeros((BT, BN), dtype=tl.float32)
-    for first in range(0, units, BR):
+    for first in range(0, BR if ONE_CHUNK else units, BR):
         r = (first + lane)[None, :]
         inside = here & (r < units)
-        u = tl.zeros((BT, BR), tl.float32)
-        for piece in tl.static_range(SPLIT):
-            u += tl.load(unit_row + piece * part_step + r, mask=inside, other=0.0).to(tl.float32)
+        u = sum_of_pieces(unit_row, part_step, r, inside, SPLIT)
         column = tl.load(columns + r, mask=r < units, other=0).to(tl.int32)
-        own = tl.gather(g, tl.broadcast_to(column, (BT, BR)), 1)
+        own = weight_at(
+            sum_of_pieces(score_row, score_step, column, inside, SCORE_SPLIT), column,
+            bias + m * scores, inside, temperature, factor, facts, KIND, TOP_K, ABSOLUTE, BIAS,
+        )  # fmt: skip
         z = tl.where(inside, u * own, 0.0).to(up.dtype.element_ty)
         if SKIP:
             live = tl.max(tl.where(z != 0.0, 1, 0), 0) > 0
             b = _rows_of_up(up_columns, first + lane, width, live, in_n)
         if BT == 1:
-            each = tl.reshape(z, (BR, 1)).to(tl.float32) * b.to(tl.float32)
+            each = tl.sum(z.to(tl.float32), 0)[:, None] * b.to(tl.float32)
             acc += tl.sum(each, 0)[None, :]
         elif UPCAST:
             acc = tl.dot(z.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
         else:
             acc = tl.dot(z, b, acc, input_precision=PRECISION)
-        if not SKIP:
+        if not SKIP and not ONE_CHUNK:
             ahead = first + BR + lane
             b = _rows_of_up(up_columns, ahead, width, ahead < units, in_n)
     mine = here & in_n

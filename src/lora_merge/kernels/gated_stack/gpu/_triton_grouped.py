@@ -15,7 +15,7 @@ not needed end at once. What becomes of a token does not depend on the tokens be
 import triton
 import triton.language as tl
 
-from lora_merge.kernels.gated_stack.gpu._triton import weights_of
+from lora_merge.kernels.gated_stack.gpu._triton import gate_facts, sum_of_pieces, weight_at
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -51,12 +51,17 @@ def route_kernel(
     m = tl.program_id(1)
     t = tile * BT + tl.arange(0, BT)
     here = t < tokens
-    g = weights_of(
-        parts + (t * stride_parts)[:, None] + m * scores, stride_parts * tokens.to(tl.int64),
-        bias + m * scores, here[:, None], scores, temperature, factor, null_score,
+    row, step = parts + (t * stride_parts)[:, None] + m * scores, stride_parts * tokens.to(tl.int64)
+    e = tl.arange(0, BS)[None, :]
+    facts = gate_facts(
+        row, step, bias + m * scores, here[:, None], scores, temperature, null_score,
         SPLIT, KIND, TOP_K, ABSOLUTE, NULL, BIAS, BT, BS,
     )  # fmt: skip
-    e = tl.arange(0, BS)[None, :]
+    inside = here[:, None] & (e < scores)
+    g = weight_at(
+        sum_of_pieces(row, step, e, inside, SPLIT), e, bias + m * scores, inside, temperature,
+        factor, facts, KIND, TOP_K, ABSOLUTE, BIAS,
+    )  # fmt: skip
     known = (e < num_experts) & (g == g)
     poisoned = tl.max(tl.where(known, 1, 0), 1) == 0
     left = here[:, None] & (e < num_experts) & (g != 0.0) & (poisoned == 0)[:, None]
