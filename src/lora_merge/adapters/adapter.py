@@ -18,6 +18,9 @@ from lora_merge.adapters.base_weights import BaseModel, CheckpointBase
 from lora_merge.adapters.config import AdapterConfig, check_alphas, parse_config, read_config
 from lora_merge.adapters.dialects.dialect import Header
 from lora_merge.adapters.dialects.table import understand
+from lora_merge.adapters.formats.file_format import FileFormat
+from lora_merge.adapters.formats.peft import PEFT
+from lora_merge.adapters.formats.table import format_of
 from lora_merge.adapters.forms import ExtraSpec, ModuleSpec, to_matrix
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.references import Source, resolve
@@ -302,7 +305,7 @@ def save_adapter(adapter: Adapter, out: Path, *, force: bool = False) -> None:
     Raises:
         OutputError: If it cannot be written; nothing is left behind.
     """
-    plan = _portable(adapter)
+    plan = _portable(adapter, format_of([adapter]))
     source = adapter.source
     inputs = [path for path in (source.weights, source.config) if path] if source else []
     with atomic_directory(out, force=force, inputs=inputs, needed=plan.num_bytes) as folder:
@@ -312,7 +315,7 @@ def save_adapter(adapter: Adapter, out: Path, *, force: bool = False) -> None:
             (folder / name).write_text(text, encoding="utf-8")
 
 
-def _portable(adapter: Adapter) -> OutputPlan:
+def _portable(adapter: Adapter, file_format: FileFormat = PEFT) -> OutputPlan:
     """The portable layout of an adapter, at its own ranks."""
     return plan_output(
         [adapter],
@@ -320,6 +323,7 @@ def _portable(adapter: Adapter) -> OutputPlan:
         {name: spec.rank for name, spec in adapter.modules.items()},
         dtype=widest_dtype(spec.dtype for spec in adapter.modules.values()),
         extras={name: (extra.dtype, extra.shape) for name, extra in adapter.extras.items()},
+        file_format=file_format,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.formats.table import check_naming
 from lora_merge.adapters.forms import ModuleSpec, to_matrix
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import AlignmentError
@@ -45,6 +46,7 @@ def align(adapters: Sequence[Adapter], *, accept_base_models: bool = False) -> A
     """
     if not adapters:
         raise AlignmentError(["there are none"], "name at least one adapter")
+    check_naming(adapters)
     mismatches: list[str] = []
     base = _base_models(adapters, mismatches, accept_base_models)
     remedy = "take adapters of one base model"

@@ -21,7 +21,9 @@ class MemoryWriter(TensorWriter):
 
     def adapter(self, name: str) -> Adapter:
         """What was collected, once every module is there."""
-        return build_adapter(name, parse_config(self.plan.config, name), TensorDict(self.tensors))
+        raw = self.format.config(self.plan)
+        config = None if raw is None else parse_config(raw, name)
+        return build_adapter(name, config, TensorDict(self.tensors))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,4 +1,4 @@
-"""Write a LoRA adapter that loads everywhere, one module at a time.
+"""Write a LoRA adapter that loads everywhere, one module at a time, in one of `formats/`.
 
 The portable layout: all scaling folded into the factors, one rank for all modules (zero-padded),
 `lora_alpha = r`, no rsLoRA, no patterns. Every runtime then computes scaling 1, whatever it does
@@ -13,14 +13,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.config import AdapterConfig
-from lora_merge.adapters.dialects.spelling import PREFIX
-from lora_merge.adapters.forms import ModuleSpec, stored_shapes, to_stored
+from lora_merge.adapters.formats.file_format import FileFormat
+from lora_merge.adapters.formats.peft import PEFT
+from lora_merge.adapters.formats.table import naming_of
+from lora_merge.adapters.forms import ModuleSpec, to_stored
 from lora_merge.adapters.rank_stack import RankStack
-from lora_merge.adapters.references import CONFIG_NAME, WEIGHTS_NAME
+from lora_merge.adapters.references import CONFIG_NAME
 from lora_merge.errors import AdapterError
 from lora_merge.files.tensor_file import DTYPES
 from lora_merge.files.tensor_stream import SafetensorsStream, cast_to, header_of
@@ -43,6 +46,10 @@ class Origin(Protocol):
     def modules(self) -> Mapping[str, ModuleSpec]:
         """Its modules."""
 
+    @property
+    def dialect(self) -> str:
+        """Name of the dialect that it was read in."""
+
 
 @dataclass(frozen=True)
 class OutputPlan:
@@ -54,7 +61,8 @@ class OutputPlan:
         dtype: safetensors dtype code of the factors.
         biases: Modules whose B has a bias (`lora_bias`); all linear modules if any has one.
         extras: Tensors that are not factors: name → (dtype code, shape).
-        config: The `adapter_config.json` to write.
+        config: PEFT's `adapter_config.json`.
+        file_format: How it is written.
     """
 
     modules: Mapping[str, ModuleSpec]
@@ -63,25 +71,35 @@ class OutputPlan:
     biases: tuple[str, ...]
     extras: Mapping[str, tuple[str, tuple[int, ...]]]
     config: Mapping[str, Any]
+    file_format: FileFormat = PEFT
 
     def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name → (dtype code, shape) of every tensor in the file."""
+        written = self.file_format
         entries: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, spec in self.modules.items():
-            shape_a, shape_b = stored_shapes(spec, self.ranks[name])
-            key_a, key_b = _factor_keys(spec)
-            entries[key_a] = (self.dtype, shape_a)
-            entries[key_b] = (self.dtype, shape_b)
-        for name in self.biases:
-            entries[_bias_key(name)] = (self.dtype, (self.modules[name].d_out,))
+            shapes = written.shapes(spec, self.ranks[name])
+            entries |= {
+                key: (self.dtype, shape)
+                for key, shape in zip(written.keys(spec), shapes, strict=True)
+            }
+            entries |= dict.fromkeys(written.scalars(spec, self.ranks[name]), (self.dtype, ()))
+        if written.bias is not None:
+            for name in self.biases:
+                entries[written.bias(name)] = (self.dtype, (self.modules[name].d_out,))
         for name, entry in self.extras.items():
-            entries[PREFIX + name] = entry
+            entries[written.extra(name)] = entry
         return entries
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The safetensors header's `__metadata__`."""
+        return dict(self.file_format.metadata(self)) or {"format": "pt"}
 
     @property
     def num_bytes(self) -> int:
         """Size of the safetensors file."""
-        return header_of(self.entries(), {"format": "pt"})[2]
+        return header_of(self.entries(), self.metadata)[2]
 
 
 def plan_output(
@@ -93,6 +111,7 @@ def plan_output(
     layout: RankLayout = "uniform",
     extras: Mapping[str, tuple[str, tuple[int, ...]]] | None = None,
     base_model: str | None = None,
+    file_format: FileFormat = PEFT,
 ) -> OutputPlan:
     """Decide names, shapes and config of an adapter made from others.
 
@@ -105,10 +124,12 @@ def plan_output(
             `rank_pattern` and `alpha_pattern`, which llama.cpp and vLLM do not read.
         extras: Tensors that are not factors and are kept.
         base_model: Base model to name; default: the first one that an adapter names.
+        file_format: How it is written.
 
     Raises:
-        AdapterError: If one of `extras` is no float tensor.
+        AdapterError: If one of `extras` is no float tensor, or the format cannot hold the adapter.
     """
+    _check_naming(adapters, file_format)
     extras = extras or {}
     for name, (code, _) in extras.items():
         if code not in DTYPES:
@@ -150,7 +171,22 @@ def plan_output(
         "use_dora": False,
         "use_rslora": False,
     }
-    return OutputPlan(specs, ranks, dtype, tuple(biases) if has_bias else (), extras, config)
+    plan = OutputPlan(
+        specs, ranks, dtype, tuple(biases) if has_bias else (), extras, config, file_format
+    )
+    file_format.check(plan)
+    return plan
+
+
+def _check_naming(adapters: Sequence[Origin], file_format: FileFormat) -> None:
+    """Refuse names that the format's readers do not know."""
+    for adapter in adapters:
+        if naming_of(adapter) != file_format.naming:
+            raise AdapterError(
+                f"{adapter.name} names its modules as {naming_of(adapter)} does, which readers of "
+                f"{file_format.title} do not know",
+                f"lora-merge convert --to {file_format.name}",
+            )
 
 
 class Writer(ABC):
@@ -162,6 +198,7 @@ class Writer(ABC):
 
     def __init__(self, plan: OutputPlan) -> None:
         self.plan = plan
+        self.format = plan.file_format
 
     @abstractmethod
     def _write(self, name: str, tensor: Tensor) -> None:
@@ -169,17 +206,20 @@ class Writer(ABC):
 
     def add(self, module: str, results: Sequence[RankStack], bias: Tensor | None = None) -> None:
         """Write one module: one result per expert (one, usually), and B's bias where planned."""
-        spec = self.plan.modules[module]
-        a, b = to_stored(spec, [r.balanced() for r in results], self.plan.ranks[module])
-        key_a, key_b = _factor_keys(spec)
-        self._write(key_a, a)
-        self._write(key_b, b)
-        if module in self.plan.biases:
-            self._write(_bias_key(module), b.new_zeros(spec.d_out) if bias is None else bias)
+        spec, rank, written = self.plan.modules[module], self.plan.ranks[module], self.format
+        stored = to_stored(spec, [r.balanced() for r in results], rank)
+        factors = written.arrange(spec, *stored)
+        for key, factor in zip(written.keys(spec), factors, strict=True):
+            self._write(key, factor)
+        for key, value in written.scalars(spec, rank).items():
+            self._write(key, torch.tensor(value))
+        if written.bias is not None and module in self.plan.biases:
+            zeros = stored[1].new_zeros(spec.d_out)
+            self._write(written.bias(module), zeros if bias is None else bias)
 
     def add_extra(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that is not a factor."""
-        self._write(PREFIX + name, tensor)
+        self._write(self.format.extra(name), tensor)
 
 
 class AdapterWriter(Writer):
@@ -192,9 +232,12 @@ class AdapterWriter(Writer):
 
     def __init__(self, folder: Path, plan: OutputPlan) -> None:
         super().__init__(plan)
-        text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
-        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
-        self._stream = SafetensorsStream(folder / WEIGHTS_NAME, plan.entries())
+        config = self.format.config(plan)
+        if config is not None:
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+        self._path = folder / self.format.weights
+        self._stream = SafetensorsStream(self._path, plan.entries(), plan.metadata)
 
     def _write(self, name: str, tensor: Tensor) -> None:
         self._stream.write(name, tensor)
@@ -209,6 +252,8 @@ class AdapterWriter(Writer):
         trace: TracebackType | None,
     ) -> None:
         self._stream.__exit__(kind, error, trace)
+        if kind is None and self.format.finish is not None:
+            self.format.finish(self._path)
 
 
 class TensorWriter(Writer):
@@ -229,17 +274,6 @@ class TensorWriter(Writer):
     def _write(self, name: str, tensor: Tensor) -> None:
         code, _ = self._entries[name]
         self.tensors[name] = cast_to(tensor.detach().cpu(), code, name).contiguous()
-
-
-def _factor_keys(spec: ModuleSpec) -> tuple[str, str]:
-    if spec.form == "embedding":
-        stem = f"{PREFIX}{spec.name}.lora_embedding_"
-        return stem + "A", stem + "B"
-    return f"{PREFIX}{spec.name}.lora_A.weight", f"{PREFIX}{spec.name}.lora_B.weight"
-
-
-def _bias_key(module: str) -> str:
-    return f"{PREFIX}{module}.lora_B.bias"
 
 
 def _targets(adapters: Sequence[Origin], specs: Mapping[str, ModuleSpec]) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.alignment import Alignment, align
+from lora_merge.adapters.formats.table import format_of
 from lora_merge.adapters.measured.activations import Statistics
 from lora_merge.adapters.measured.fingerprints import fingerprints
 from lora_merge.adapters.writer import OutputPlan, RankLayout, plan_output
@@ -110,6 +111,7 @@ class MergePlan:
             layout=self.layout,
             extras=self.output.extras,
             base_model=self.alignment.base_model,
+            file_format=self.output.file_format,
         )
         return replace(self, ranks=ranks, output=output, spool=spool)
 
@@ -206,6 +208,7 @@ def plan_merge(
         layout=layout,
         extras={n: (a[0].extras[n].dtype, a[0].extras[n].shape) for n, a in kept.items()},
         base_model=alignment.base_model,
+        file_format=format_of(alignment.adapters),
     )
     notes = [
         *([reason] if reason else []),

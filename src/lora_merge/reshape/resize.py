@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.formats.table import format_of
 from lora_merge.adapters.forms import to_matrix
 from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum, require_finite
 from lora_merge.adapters.rank_stack import RankStack
@@ -136,6 +137,7 @@ def plan_resize(
         dtype=dtype or commonest_dtype(spec.dtype for spec in adapter.modules.values()),
         layout=layout,
         extras=extras,
+        file_format=format_of([adapter]),
     )
 
 

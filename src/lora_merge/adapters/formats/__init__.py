@@ -1,0 +1,1 @@
+"""How adapters are written: one table of file formats, each a few small functions."""

@@ -1,0 +1,75 @@
+"""Directories for mlx-lm."""
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+from lora_merge.adapters.formats.file_format import FileFormat, Written
+from lora_merge.adapters.forms import ModuleSpec
+from lora_merge.errors import AdapterError
+
+_LAYER = re.compile(r"^(?:.*\.)?layers\.(\d+)\.(.+)$")
+
+
+def _check(plan: Written) -> None:
+    if plan.biases:
+        raise AdapterError(f"{plan.biases[0]} has a bias on B, which mlx-lm has not", "leave it")
+    if len(set(plan.ranks.values())) > 1:
+        raise AdapterError("mlx-lm reads one rank for all modules", "leave out --ranks per-module")
+    for name, spec in plan.modules.items():
+        if spec.form == "conv" or (spec.form == "experts" and ".switch_mlp." not in name):
+            raise AdapterError(
+                f"{name} is an adapter of {spec.form}, which mlx-lm has not in this layout",
+                "write it for PEFT",
+            )
+
+
+def _shapes(spec: ModuleSpec, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if spec.form == "experts":
+        return (spec.num_experts, rank, spec.d_in), (spec.num_experts, spec.d_out, rank)
+    return (spec.d_in, rank), (rank, spec.d_out)
+
+
+def _arrange(spec: ModuleSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if spec.form == "experts":
+        count = spec.num_experts
+        rank = a.shape[0] // count
+        by_expert = b.reshape(spec.d_out, rank, count).permute(2, 0, 1)
+        return a.reshape(count, rank, spec.d_in), by_expert
+    return a.mT, b.mT
+
+
+def _config(plan: Written) -> dict[str, Any]:
+    """mlx-lm puts a LoRA on the named modules of the last `num_layers` layers."""
+    places = [_LAYER.match(name) for name in plan.modules]
+    layers = [int(place[1]) for place in places if place]
+    keys = {place[2] for place in places if place}
+    keys |= {name for name, place in zip(plan.modules, places, strict=True) if not place}
+    return {
+        "fine_tune_type": "lora",
+        "model": plan.config.get("base_model_name_or_path"),
+        # Of a model with more layers than this all are taken; modules that no layer of the file
+        # has get a LoRA whose B is zero.
+        "num_layers": max(layers, default=-1) + 1,
+        "lora_parameters": {
+            "rank": max(plan.ranks.values()),
+            "scale": 1.0,
+            "dropout": 0.0,
+            "keys": sorted(keys),
+        },
+    }
+
+
+MLX = FileFormat(
+    name="mlx",
+    title="mlx-lm",
+    naming="transformers",
+    weights="adapters.safetensors",
+    keys=lambda spec: (f"{spec.name}.lora_a", f"{spec.name}.lora_b"),
+    shapes=_shapes,
+    arrange=_arrange,
+    config=_config,
+    metadata=lambda plan: {"format": "mlx"},
+    check=_check,
+)

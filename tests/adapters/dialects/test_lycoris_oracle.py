@@ -1,0 +1,130 @@
+"""Our delta of a kohya or LyCORIS file is LyCORIS's own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.alignment import align, read_stacks
+from lora_merge.errors import AdapterError
+
+pytest.importorskip("lycoris", reason="pip install 'lora-merge[oracles]'")
+from lycoris.modules.dylora import DyLoraModule
+from lycoris.modules.glora import GLoRAModule
+from lycoris.modules.locon import LoConModule
+from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
+
+LINEAR, CONV = (lambda: nn.Linear(24, 36)), (lambda: nn.Conv2d(8, 12, 3))
+FORMS: dict[str, tuple[type, Any, dict[str, Any]]] = {
+    "lora": (LoConModule, LINEAR, {}),
+    "alpha-0": (LoConModule, LINEAR, {"alpha": 0}),
+    "rs-lora": (LoConModule, LINEAR, {"rs_lora": True}),
+    "scalar": (LoConModule, LINEAR, {"use_scalar": True}),
+    "locon": (LoConModule, CONV, {}),
+    "locon-1x1": (LoConModule, lambda: nn.Conv2d(8, 12, 1), {}),
+    "locon-1d": (LoConModule, lambda: nn.Conv1d(8, 12, 5), {}),
+    "locon-3d": (LoConModule, lambda: nn.Conv3d(4, 6, (1, 2, 2)), {}),
+    "locon-mid": (LoConModule, CONV, {"use_tucker": True}),
+    "loha": (LohaModule, LINEAR, {}),
+    "loha-rs": (LohaModule, LINEAR, {"rs_lora": True}),
+    "loha-conv": (LohaModule, CONV, {}),
+    "loha-tucker": (LohaModule, CONV, {"use_tucker": True}),
+    "lokr": (LokrModule, LINEAR, {"factor": 4, "lora_dim": 2}),
+    "lokr-both": (LokrModule, LINEAR, {"decompose_both": True, "lora_dim": 2}),
+    "lokr-full": (LokrModule, LINEAR, {"full_matrix": True, "alpha": 3}),
+    "lokr-unbalanced": (LokrModule, LINEAR, {"unbalanced_factorization": True, "lora_dim": 1}),
+    "lokr-conv": (LokrModule, CONV, {"lora_dim": 1}),
+    "lokr-conv-full": (LokrModule, CONV, {"full_matrix": True}),
+    "lokr-tucker": (LokrModule, CONV, {"use_tucker": True, "lora_dim": 1}),
+}
+
+
+def trained(form: str) -> Any:
+    """A LyCORIS module with random weights in double precision."""
+    kind, layer, options = FORMS[form]
+    torch.manual_seed(3)
+    module = kind("lora_unet_one", layer().double(), **{"lora_dim": 4, "alpha": 2, **options})
+    module = module.double().eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+def file_of(module: Any, path: Path, metadata: dict[str, str] | None = None) -> Path:
+    state = {f"lora_unet_one.{k}": v.detach().contiguous() for k, v in module.state_dict().items()}
+    save_file(state, path, metadata=metadata)
+    return path
+
+
+def merged_delta(module: Any) -> Tensor:
+    """What LyCORIS's own forward adds: the probe knows nothing of its tensors."""
+    base = module.org_module[0]
+    shape = base.weight.shape
+    if isinstance(base, nn.Linear):
+        eye = torch.eye(shape[1], dtype=torch.float64)
+        return (module(eye) - base(eye)).detach().mT
+    width = shape[2:].numel() * shape[1]
+    unit = torch.eye(width, dtype=torch.float64).reshape(width, *shape[1:])
+    return (module(unit) - base(unit)).detach().flatten(1).mT
+
+
+def our_delta(adapter: Adapter) -> Tensor:
+    (module,) = align([adapter]).modules
+    (stack,) = read_stacks(align([adapter]), module, dtype=torch.float64)
+    return stack.delta()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_our_delta_is_that_of_lycoris(form: str, tmp_path: Path) -> None:
+    module = trained(form)
+    adapter = Adapter.from_pretrained(file_of(module, tmp_path / "a.safetensors"))
+    assert adapter.dialect == "kohya"
+    torch.testing.assert_close(our_delta(adapter), merged_delta(module), rtol=1e-6, atol=1e-8)
+
+
+def test_a_missing_alpha_means_the_rank(tmp_path: Path) -> None:
+    module = trained("lora")
+    state = {f"lora_unet_one.{k}": v.detach() for k, v in module.state_dict().items()}
+    del state["lora_unet_one.alpha"]
+    save_file(state, tmp_path / "a.safetensors")
+    adapter = Adapter.from_pretrained(tmp_path / "a.safetensors")
+    # alpha is 2 and the rank 4
+    torch.testing.assert_close(our_delta(adapter), 2 * merged_delta(module))
+
+
+def test_a_dylora_file_is_read_as_the_lora_that_every_loader_makes_of_it(tmp_path: Path) -> None:
+    """Its own forward draws a rank at random, even when it is evaluated."""
+    module = DyLoraModule("lora_unet_one", LINEAR().double(), lora_dim=4, alpha=2, block_size=2)
+    for parameter in module.double().parameters():
+        nn.init.normal_(parameter, std=0.5)
+    state = module.state_dict()
+    up, down, alpha = state["lora_up.weight"], state["lora_down.weight"], state["alpha"]
+    layer = module.org_module[0]
+    loaded = LoConModule.make_module_from_state_dict("x", layer, up, down, None, alpha, None)
+    adapter = Adapter.from_pretrained(file_of(module, tmp_path / "a.safetensors"))
+    torch.testing.assert_close(our_delta(adapter), merged_delta(loaded.double()))
+
+
+@pytest.mark.parametrize("form", ["lora", "loha", "lokr", "locon-mid"])
+def test_dora_is_refused_by_name(form: str, tmp_path: Path) -> None:
+    kind, layer, options = FORMS[form]
+    module = kind(
+        "lora_unet_one",
+        layer(),
+        lora_dim=2,
+        weight_decompose=True,
+        **{k: v for k, v in options.items() if k != "lora_dim"},
+    )
+    with pytest.raises(AdapterError, match="lora_unet_one: DoRA"):
+        Adapter.from_pretrained(file_of(module, tmp_path / "a.safetensors"))
+
+
+def test_glora_needs_the_base(tmp_path: Path) -> None:
+    module = GLoRAModule("lora_unet_one", nn.Linear(24, 36), lora_dim=3)
+    with pytest.raises(AdapterError, match="--base"):
+        Adapter.from_pretrained(file_of(module, tmp_path / "a.safetensors"))
