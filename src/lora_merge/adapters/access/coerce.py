@@ -94,7 +94,7 @@ def open_adapter(
         >>> import lora_merge
         >>> lora_merge.open_adapter("examples/adapters/upper")
         Adapter examples/adapters/upper
-          base model  tiny-bytes-llama
+          base model  examples/base
           modules     14, rank 8
           parameters  18,944, F16
     """
