@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_merge.errors import MethodError
-from lora_merge.mixture.gates.gate import PRESETS, GateSpec, activate, gate_spec
+from lora_merge.kernels import gated_stack
+from lora_merge.mixture.gates.gate import PRESETS, GateSpec, gate_spec
 
 VALUES = ("softmax", "softmax_all", "softmax_twice", "sigmoid", "raw", "binary")
 
@@ -27,6 +28,10 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, GateSpec]:
         temperature=draw(st.sampled_from([0.5, 1.0, 2.5])),
     )
     return scores, spec
+
+
+def activate(scores: torch.Tensor, spec: GateSpec, bias: torch.Tensor | None = None):
+    return gated_stack.weights_of(scores, spec.rule(scores.shape[-1]), bias)
 
 
 @given(cases())

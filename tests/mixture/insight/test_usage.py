@@ -24,7 +24,7 @@ def test_weights_are_counted_token_by_token(preset: str) -> None:
     with handle.watch() as usage:
         model(ids, attention_mask=mask)
         model(ids, attention_mask=mask)
-    assert handle.usage() is usage and handle.context.observe is None
+    assert handle.usage() is usage and handle.switch.now().observe is None
     assert set(usage.modules) == set(mixture.modules)
     name = "model.layers.1.mlp.down_proj"
     entry = usage.modules[name]

@@ -7,6 +7,7 @@ from tiny import experts_for, llama, shapes_of, tokens
 from lora_merge.errors import MethodError
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.attach import load_mixture
+from lora_merge.mixture.runtime.call.passes import current
 from lora_merge.mixture.training.data import Example
 from lora_merge.mixture.training.distill import distill_xlora
 
@@ -30,18 +31,18 @@ def test_the_rows_are_the_ridge_solution() -> None:
     handle = load_mixture(model, mixture)
     inputs: dict[str, torch.Tensor] = {}
     scores: list[torch.Tensor] = []
-    handle.two_pass.observe = lambda s, w, p: scores.append(s)
 
     def keep(name: str) -> object:
         def hook(module: object, args: tuple[torch.Tensor]) -> None:
-            if not handle.context.bypass:
+            if not current(handle.switch).bypass:
                 inputs[name] = args[0].flatten(0, 1)
 
         return hook
 
     name = "model.layers.1.mlp.down_proj"
     model.get_submodule(name).register_forward_pre_hook(keep(name))
-    with torch.no_grad():
+    look = handle.using(observe_hidden=lambda s, w, p: scores.append(s))
+    with torch.no_grad(), look:
         model(ids, use_cache=False)
     x = inputs[name].double()
     y = scores[mixture.modules.index(name)].double()

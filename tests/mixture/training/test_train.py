@@ -10,6 +10,7 @@ from tiny import VOCABULARY, experts_for, llama, saved_experts, tokens
 from lora_merge.errors import MethodError, OutputError
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.attach import load_mixture
+from lora_merge.mixture.runtime.call.in_force import Decision
 from lora_merge.mixture.training.data import DataError, Example, batches, collate, read_examples
 from lora_merge.mixture.training.loop import mean_loss
 from lora_merge.mixture.training.losses import GateLosses
@@ -162,17 +163,19 @@ def test_the_task_loss_is_the_gates_cross_entropy(preset: str) -> None:
     owner[0, 3:] = 2  # a row that changes its task
     seen = []
     losses.begin(mask, owner)
-    if preset == "xlora":
-        handle.two_pass.observe = lambda s, w, p: (seen.append((s, p)), losses.add(s, w, p))
-    else:
 
-        def observe(group, start, stop, weights, scores) -> None:
-            for place, member in enumerate(range(start, stop)):
-                seen.append((scores[:, place], group.experts[member]))
-            losses.observe(group, start, stop, weights, scores)
+    def observe(one: Decision) -> None:
+        for place, member in enumerate(range(one.start, one.stop)):
+            if one.scores is not None:
+                seen.append((one.scores[:, place], one.group.experts[member]))
+        losses.observe(one)
 
-        handle.context.observe = observe
-    model(ids, attention_mask=mask)
+    def observe_hidden(scores, weights, present) -> None:
+        seen.append((scores, present))
+        losses.add(scores, weights, present)
+
+    with handle.using(observe=observe, observe_hidden=observe_hidden):
+        model(ids, attention_mask=mask)
     per_gate, z = [], []
     for scores, present in seen:
         terms = []
@@ -199,8 +202,8 @@ def test_the_selection_bias_evens_out_the_load(setting) -> None:
         losses = GateLosses()
         batch = collate(examples)
         losses.begin(batch.mask, batch.owners)
-        handle.context.observe = losses.observe
-        model(batch.ids, attention_mask=batch.mask)
+        with handle.using(observe=losses.observe):
+            model(batch.ids, attention_mask=batch.mask)
         handle.detach()
         loads = torch.stack(list(losses.loads.values()))
         return float((loads / loads.mean()).std())

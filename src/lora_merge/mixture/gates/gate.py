@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lora_merge.arguments import nearest
 from lora_merge.errors import MethodError
-from lora_merge.kernels import gated_stack
 from lora_merge.kernels.gated_stack.gate import Rule, Value
 
 Signal = Literal["constant", "request", "hidden", "input", "prototype", "spectrum"]
@@ -146,7 +145,7 @@ class GateSpec:
         Args:
             num_scores: Rows of the gate, a learned null expert's among them.
         """
-        constant_null = self.null_expert and self.signal != "input"
+        constant_null = self.null_expert and not self.is_learned
         return Rule(
             self.value,
             self.top_k,
@@ -249,21 +248,6 @@ def gate_spec(preset: str, **settings: Any) -> GateSpec:
 
 def _with_signal(signal: str) -> list[str]:
     return [name for name, (_, spec) in PRESETS.items() if spec.signal == signal]
-
-
-def activate(scores: Tensor, spec: GateSpec, bias: Tensor | None = None) -> Tensor:
-    """Turn scores into weights.
-
-    Args:
-        scores: Shape (..., n); raised to float32 if it is half precision.
-        spec: value, top_k, temperature and scale are used.
-        bias: Added to the scores for the selection alone, shape (..., n) or (n,): DeepSeek's
-            balance without an auxiliary loss, as in SMoRA.
-
-    Returns:
-        Weights, shape (..., n), exactly zero outside the kept.
-    """
-    return gated_stack.activate(scores, spec, bias, factor=spec.factor(scores.shape[-1]))
 
 
 def strengths(scaled: Tensor, columns: Tensor | None, count: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.mixture.runtime.group import Group
+from lora_merge.mixture.runtime.call.in_force import Decision
 
 
 @dataclass(eq=False)
@@ -45,25 +45,25 @@ class Usage:
     modules: dict[str, ModuleUsage] = field(default_factory=dict)
 
     @torch.no_grad()
-    def observe(
-        self, group: Group, start: int, stop: int, weights: Tensor, scores: Tensor | None
-    ) -> None:
-        """One decision of a group; see `Context.observe`."""
-        for place, member in enumerate(range(start, stop)):
-            self._count(group, member, weights[:, place].detach().float())
+    def observe(self, decision: Decision) -> None:
+        """One decision of a group."""
+        if decision.replay:
+            return
+        for place, member in enumerate(range(decision.start, decision.stop)):
+            self._count(decision, member, decision.weights[:, place].detach().float())
 
-    def _count(self, group: Group, member: int, rows: Tensor) -> None:
+    def _count(self, decision: Decision, member: int, rows: Tensor) -> None:
+        group, counts = decision.group, decision.counts
         entry = self.modules.setdefault(group.names[member], ModuleUsage())
         entry.last = rows
-        mask = group.context.mask
-        if mask is not None and mask.numel() == len(rows):
-            rows = rows[mask.flatten()]
+        if counts is not None and len(counts) == len(rows):
+            rows = rows[counts]
         present = list(group.experts[member])
-        if group.context.spec.granularity == "rank":
+        if decision.by_rank:
             owner = group.columns_of(member)
-            counts = torch.bincount(owner, minlength=len(present)).clamp_min(1)
+            units = torch.bincount(owner, minlength=len(present)).clamp_min(1)
             total = rows.new_zeros(len(rows), len(present)).index_add(1, owner, rows)
-            rows = total / counts
+            rows = total / units
         if not entry.tokens:
             entry.weight = torch.zeros(len(self.experts), dtype=torch.float64)
             entry.kept = torch.zeros(len(self.experts), dtype=torch.float64)

@@ -22,21 +22,16 @@ from lora_merge.mixture.gates.named_weights import weight_row
 from lora_merge.mixture.insight.usage import Usage
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.base_matrix import join_groups
-from lora_merge.mixture.runtime.context import Context
+from lora_merge.mixture.runtime.call.entry import Entry, parts_of
+from lora_merge.mixture.runtime.call.generation import stop_telling, tell_generation
+from lora_merge.mixture.runtime.call.hooks import REGISTRY, ModuleHook, body_of, forgive, hide
+from lora_merge.mixture.runtime.call.in_force import InForce, Switch, changed, within
+from lora_merge.mixture.runtime.call.passes import stop_carrying
 from lora_merge.mixture.runtime.fit_to_model import group_members, make_members
 from lora_merge.mixture.runtime.group import Group
-from lora_merge.mixture.runtime.hooks import (
-    REGISTRY,
-    body_of,
-    forgive,
-    hide,
-    last_tokens,
-    module_hook,
-)
-from lora_merge.mixture.runtime.kv_state import companion_of
 from lora_merge.mixture.runtime.learned import gate_tensors, learned_parameters
 from lora_merge.mixture.runtime.overhead import Overhead, overhead
-from lora_merge.mixture.runtime.two_pass import HiddenGate, TwoPass, own_cache, refuse_two_sequences
+from lora_merge.mixture.runtime.two_pass import HiddenGate, TwoPass, refuse_two_sequences
 
 _SHORTCUT = "mixture"
 Layout = Literal["stack", "rows", "border"]
@@ -121,11 +116,11 @@ class AttachedMixture(nn.Module):
             refuse_two_sequences(model)
         members, targets = make_members(model, mixture, dtype)
         gate_dtype = _gate_dtype(members[0].down.dtype)
-        self.context = Context(spec)
+        self.switch = Switch(InForce(spec))
         self.groups = nn.ModuleList(
             Group(
                 part,
-                self.context,
+                self.switch,
                 num_experts=mixture.num_experts,
                 num_general=len(mixture.experts) - mixture.num_experts,
                 gate_dtype=gate_dtype if spec.has_rows else None,
@@ -137,8 +132,8 @@ class AttachedMixture(nn.Module):
         if spec.signal == "hidden":
             device = members[0].down.device
             gate = HiddenGate(spec, mixture.gate, len(mixture.modules), gate_dtype).to(device)
-            self.classifier, self.two_pass = gate, TwoPass(name, gate, self.context)
-        self._handles: list[Any] = []
+            self.classifier, self.two_pass = gate, TwoPass(gate)
+        self._entries: list[Entry] = []
         self._watched: Usage | None = None
         self._model = (model,)  # in a tuple: a plain reference, not a submodule
         self.train(model.training)
@@ -169,13 +164,13 @@ class AttachedMixture(nn.Module):
                 continue
             for index, module_name in enumerate(group.names):
                 target = targets[module_name]
-                hook = module_hook(group, index, in_place=type(target) is nn.Linear)
-                self._handles.append(target.register_forward_hook(hook, with_kwargs=True))
+                hook = ModuleHook(group, index, in_place=type(target) is nn.Linear)
+                self.switch.hooks.add(target, hook)
         body = body_of(model)
-        self._handles.append(body.register_forward_pre_hook(self._before, with_kwargs=True))
-        self._handles.append(
-            body.register_forward_hook(self._after, with_kwargs=True, always_call=True)
-        )
+        for part in parts_of(model, targets.values()):
+            two_pass = self.two_pass if part is body else None
+            self._entries.append(Entry(self.switch, self.name, part, two_pass=two_pass))
+        tell_generation(model)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AttachedMixture":
         """Join again what `.to` and the like moved apart; the model's own modules come before."""
@@ -198,18 +193,32 @@ class AttachedMixture(nn.Module):
         self.activate()
 
     def activate(self) -> None:
-        """Be the model's one active mixture."""
+        """Be the model's one active mixture, in all threads that are in no block."""
         model = self._model[0]
-        for other in getattr(model, REGISTRY).values():
-            other.context.active = other is self
+        for switch in self._switches():
+            switch.set(replace(switch.default, enabled=switch is self.switch))
         object.__setattr__(model, _SHORTCUT, self)
+
+    def _switches(self) -> list[Switch]:
+        """Those of all mixtures of the model."""
+        registry = getattr(self._model[0], REGISTRY, {})
+        return [each.switch for each in registry.values()]
+
+    @contextlib.contextmanager
+    def selected(self) -> Iterator[None]:
+        """Be the model's one active mixture inside the block, in this thread alone."""
+        own = {s: changed(s, enabled=s is self.switch) for s in self._switches()}
+        with within(own):
+            yield
 
     def detach(self) -> None:
         """Take the mixture off; the model is what it was before, bit for bit."""
         model = self._model[0]
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for entry in self._entries:
+            entry.remove()
+        self._entries.clear()
+        self.switch.hooks.clear()
+        stop_carrying(model, self.switch)
         for joined in self._joined:
             joined.part()
         self._joined = []
@@ -223,18 +232,32 @@ class AttachedMixture(nn.Module):
             return
         for hook in registry.hooks:
             hook.remove()
+        stop_telling(model)
         delattr(model, REGISTRY)
         model.__dict__.pop(_SHORTCUT, None)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model, exactly, inside the block."""
-        before = self.context.active
-        self.context.active = False
-        try:
+        """The base model, exactly, inside the block, in this thread alone."""
+        with self.using(enabled=False):
             yield
-        finally:
-            self.context.active = before
+
+    @contextlib.contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """What a two-pass gate looks at, inside the block: the base, or the even mixture."""
+        if self.two_pass is None or self.mixture.spec.bypass:
+            with self.disabled():
+                yield
+            return
+        even = InForce(GateSpec("constant", "constant", "model"), self.two_pass.even_weights())
+        with within({self.switch: even}):
+            yield
+
+    @contextlib.contextmanager
+    def using(self, **changes: Any) -> Iterator[None]:
+        """Attributes of the gate in force (`InForce`) changed inside the block, in this thread."""
+        with within({self.switch: changed(self.switch, **changes)}):
+            yield
 
     # -- gate ------------------------------------------------------------------------------------
 
@@ -253,10 +276,20 @@ class AttachedMixture(nn.Module):
             settings: `top_k`, `temperature`, `scale`, ... of the mixture's own gate; for X-LoRA
                 also `freeze_after` and `lagged`.
         """
+        gate = self._gate(weights, requests, settings)
+        self.switch.set(replace(gate, enabled=self.switch.default.enabled))
+
+    def _gate(
+        self,
+        weights: Mapping[str, float] | Sequence[float] | None,
+        requests: Sequence[str | Mapping[str, float] | None] | None,
+        settings: dict[str, Any],
+    ) -> InForce:
+        """What a caller wants to be in force."""
         own, names = self.mixture.spec, self.mixture.names
+        shortcuts = {}
         if self.two_pass is not None:
-            self.two_pass.freeze_after = settings.pop("freeze_after", None)
-            self.two_pass.lagged = settings.pop("lagged", False)
+            shortcuts = {n: settings.pop(n) for n in ("freeze_after", "lagged") if n in settings}
         for name in settings:
             if name not in ("top_k", "temperature", "scale", "value", "null_score"):
                 raise MethodError(f"set_gate: {name} is part of the mixture", "make a new mixture")
@@ -265,32 +298,28 @@ class AttachedMixture(nn.Module):
         if weights is not None:
             rows, spec = [weight_row(names, weights)], GateSpec("constant", "constant", "model")
         elif requests is not None:
-            rows, spec = (
-                [weight_row(names, r) for r in requests],
-                GateSpec("request", "request", "model"),
-            )
-        elif own.signal == "constant":
-            rows, spec = [list(own.weights)], own
+            rows = [weight_row(names, request) for request in requests]
+            spec = GateSpec("request", "request", "model")
+            if not rows:
+                raise MethodError("set_gate: no requests", "name one expert per row, or None")
+        elif own.signal in ("constant", "request"):
+            spec, nothing = own, [0.0] * self.mixture.num_experts
+            rows = [list(own.weights) if own.signal == "constant" else nothing]
         else:
-            rows, spec = [], replace(own, **settings)
-            if own.signal == "request" and self.context.weights is None:
-                rows = [[0.0] * self.mixture.num_experts]
-        self.context.spec = spec
-        if rows:
-            value = torch.tensor(rows, dtype=torch.float32, device=self.device)
-            factor = spec.factor(value.shape[1])
-            tiles = self._columns // self.mixture.num_experts
-            self.context.weights = (value * factor).repeat(1, tiles)
+            return InForce(replace(own, **settings), **shortcuts)
+        value = torch.tensor(rows, dtype=torch.float32, device=self.device)
+        zero = not any(any(row) for row in rows)
+        tiles = self._columns // self.mixture.num_experts
+        value = (value * spec.factor(value.shape[1])).repeat(1, tiles)
+        return InForce(spec, value, zero, **shortcuts)
 
     @contextlib.contextmanager
     def requests(self, *experts: str | Mapping[str, float] | None) -> Iterator[None]:
-        """One expert per batch row inside the block (S-LoRA's batch)."""
-        before, weights = self.context.spec, self.context.weights
-        self.set_gate(requests=experts)
-        try:
+        """One expert per batch row inside the block (S-LoRA's batch), in this thread alone."""
+        gate = self._gate(None, experts, {})
+        now = self.switch.now()
+        with within({self.switch: replace(gate, enabled=now.enabled, observe=now.observe)}):
             yield
-        finally:
-            self.context.spec, self.context.weights = before, weights
 
     def train_gate_only(self) -> list[nn.Parameter]:
         """Let gradients into the gate and nowhere else; returns its parameters."""
@@ -320,12 +349,9 @@ class AttachedMixture(nn.Module):
     def watch(self) -> Iterator[Usage]:
         """Count which expert speaks where, inside the block: `with model.mixture.watch() as u`."""
         record = Usage(tuple(self.mixture.names))
-        before, self.context.observe = self.context.observe, record.observe
         self._watched = record
-        try:
+        with self.using(observe=record.observe):
             yield record
-        finally:
-            self.context.observe = before
 
     def usage(self) -> Usage:
         """What the last `watch` saw.
@@ -342,40 +368,6 @@ class AttachedMixture(nn.Module):
     def overhead(self) -> Overhead:
         """What the mixture costs beside the base model."""
         return overhead(self.mixture, itemsize=self.parts[0].down.element_size())
-
-    # -- passes ----------------------------------------------------------------------------------
-
-    def _before(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pre-hook of the model's body: what a whole pass needs to know."""
-        context = self.context
-        if not context.active or context.bypass:
-            return None
-        remembers = context.spec.sequence or context.spec.memory > 0
-        if remembers or context.observe is not None:
-            mask = kwargs.get("attention_mask")
-            usable = isinstance(mask, Tensor) and mask.dim() == 2
-            context.mask = last_tokens(mask.bool(), args, kwargs) if usable else None  # type: ignore[union-attr]
-        if context.spec.signal == "hidden" and self.two_pass is not None:
-            result = self.two_pass.before(body, args, kwargs)
-            args, kwargs = result or (args, kwargs)
-        elif remembers:
-            cache, kwargs = own_cache(body, kwargs)
-            context.store = None
-            if cache is not None and hasattr(cache, "get_seq_length"):
-                context.store = companion_of(cache, self.name, twin=False).rows
-        return args, kwargs
-
-    def _after(self, body: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Hook of the model's body."""
-        if self.context.bypass or torch.compiler.is_compiling():
-            return
-        if output is not None and self.two_pass is not None:
-            self.two_pass.after(body, args, kwargs, output)
-        self.context.store = None
-        for group in self.parts:
-            group.siblings.release()
-        for joined in self._joined:
-            joined.siblings.release()
 
 
 def _gate_dtype(dtype: torch.dtype) -> torch.dtype:

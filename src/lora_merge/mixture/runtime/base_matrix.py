@@ -17,6 +17,7 @@ from lora_merge.kernels.gated_stack.base_matrix import Joined
 from lora_merge.kernels.gated_stack.eager import expand
 from lora_merge.kernels.gated_stack.gpu.base_matrix_launch import gate_pieces, has_pieces
 from lora_merge.mixture.runtime.by_kernel import Plan, plan_joined
+from lora_merge.mixture.runtime.call.passes import Pass, current, of_module
 from lora_merge.mixture.runtime.group import Group
 from lora_merge.mixture.runtime.shared_input import Siblings
 
@@ -31,12 +32,13 @@ class JoinedGroup:
     """
 
     def __init__(self, group: Group, linears: Sequence[nn.Linear], *, border: bool) -> None:
-        self.group, self.context = group, group.context
+        self.group = group
         self.linears, self.border = list(linears), border
         self.siblings = Siblings(len(linears))
         # Looking up a module's attributes costs as much as a small kernel.
         self._shapes = [(linear._parameters, linear.out_features) for linear in linears]
         self._ways = (self._mixed, self._base)  # bound once, to be told by identity
+        self._at_base = Pass(group.switch, group.switch.default)
         self.join()
         for index, linear in enumerate(self.linears):
             linear.forward = partial(self.run, index)  # type: ignore[method-assign]
@@ -89,14 +91,18 @@ class JoinedGroup:
 
     def run(self, index: int, input: Tensor) -> Tensor:
         """Forward of module `index`."""
-        context = self.context
-        if context.active and self._may_join(input):
-            return self.siblings.take(index, input, self._ways[context.bypass])
+        passed = current(self.group.switch)
+        mixed = passed if passed is not None and not passed.bypass else None
+        if passed is None:
+            mixed = of_module(self.group.switch)
+        if self._may_join(input):
+            way = self._ways[mixed is None]
+            return self.siblings.take(mixed or passed or self._at_base, index, input, way)
         linear = self.linears[index]
         y = functional.linear(input, linear.weight, linear.bias)
-        if not context.active or context.bypass:
+        if mixed is None:
             return y
-        return self.group.add(index, input, y, in_place=not torch.is_grad_enabled())
+        return self.group.add(mixed, index, input, y, in_place=not torch.is_grad_enabled())
 
     def _may_join(self, x: Tensor) -> bool:
         """Whether one product may stand for many: no gradient, no graph, no other dtype."""
@@ -108,17 +114,17 @@ class JoinedGroup:
             or torch.is_autocast_enabled(x.device.type)
         )
 
-    def _mixed(self, x: Tensor, start: int, stop: int) -> list[Tensor]:
+    def _mixed(self, passed: Pass, x: Tensor, start: int, stop: int) -> list[Tensor]:
         """Outputs of modules start..stop."""
         if stop - start != len(self.linears) or not self.is_whole():  # siblings apart, or moved
-            ys, zs = self._plain(x, start, stop), self.group.gated(x, start, stop)
+            ys, zs = self._plain(x, start, stop), self.group.gated(passed, x, start, stop)
             ups = self.group.factors()[0][start:stop]
             outs = [expand(y, z, up) for y, z, up in zip(ys, zs, ups, strict=True)]
         else:
-            outs = self._by_kernel(x) or self._joined(x)
+            outs = self._by_kernel(passed, x) or self._joined(passed, x)
         return self._finish(outs, x, start)
 
-    def _base(self, x: Tensor, start: int, stop: int) -> list[Tensor]:
+    def _base(self, passed: Pass, x: Tensor, start: int, stop: int) -> list[Tensor]:
         """The same without the experts."""
         tokens, joined = x.reshape(-1, x.shape[-1]), self.joined
         many = len(tokens) > base_matrix.FEW_TOKENS
@@ -128,28 +134,28 @@ class JoinedGroup:
         ys = both.split_with_sizes(joined.splits[:-2], dim=1)
         return self._finish([y.contiguous() for y in ys], x, start)
 
-    def _by_kernel(self, x: Tensor) -> list[Tensor] | None:
+    def _by_kernel(self, passed: Pass, x: Tensor) -> list[Tensor] | None:
         """Outputs of all modules from a kernel, if one is to run."""
         count = x.numel()
         if count > base_matrix.FEW_TOKENS * self.joined.d_in:
             return None
         plan = self._plans.get(count)
-        if plan is None or not plan.holds(self.context):
-            plan = self._plans[count] = plan_joined(self.group, x, self.joined)
+        if plan is None or not plan.holds(passed.gate):
+            plan = self._plans[count] = plan_joined(self.group, passed.gate, x, self.joined)
         if plan.stack is None:
             return None
         stack, tokens = plan.stack, x.reshape(-1, x.shape[-1])
-        weights = self.group.weights_of(x, 0, len(self.linears)) if plan.given else None
+        weights = self.group.weights_of(passed, x, 0, len(self.linears)) if plan.given else None
         return dispatch.guarded("joined", lambda: stack(tokens, weights), lambda: None)
 
-    def _joined(self, x: Tensor) -> list[Tensor]:
+    def _joined(self, passed: Pass, x: Tensor) -> list[Tensor]:
         """Outputs of all modules from the products of the joined matrix."""
         tokens, joined = x.reshape(-1, x.shape[-1]), self.joined
         if len(tokens) > base_matrix.FEW_TOKENS:
             u, scores = base_matrix.shrink_alone(tokens, joined)
-            return base_matrix.expand_with_base(tokens, self._gated(x, u, scores), joined)
+            return base_matrix.expand_with_base(tokens, self._gated(passed, x, u, scores), joined)
         ys, u, scores = base_matrix.shrink_with_base(tokens, joined)
-        return base_matrix.expand_after(ys, self._gated(x, u, scores), joined)
+        return base_matrix.expand_after(ys, self._gated(passed, x, u, scores), joined)
 
     def _finish(self, outs: Sequence[Tensor], x: Tensor, start: int) -> list[Tensor]:
         """Outputs with their biases, in the shape of the input."""
@@ -163,10 +169,10 @@ class JoinedGroup:
         """One product for each base module."""
         return [functional.linear(x, linear.weight) for linear in self.linears[start:stop]]
 
-    def _gated(self, x: Tensor, u: Tensor, scores: Tensor) -> Sequence[Tensor]:
+    def _gated(self, passed: Pass, x: Tensor, u: Tensor, scores: Tensor) -> Sequence[Tensor]:
         """Gated units of all members; without rows in the matrix the gate makes its own scores."""
         given = scores if self.joined.scores and self._pieces is None else None
-        return self.group.gate_parts(x, u, given, 0, len(self.linears))
+        return self.group.gate_parts(passed, x, u, given, 0, len(self.linears))
 
 
 def join_groups(

@@ -14,7 +14,8 @@ from lora_merge.kernels.gated_stack.gpu.base_matrix_launch import JoinedStack
 from lora_merge.kernels.gated_stack.layout import Layout, Shrunk
 from lora_merge.kernels.gated_stack.operation import chosen, gated_shrink, routed_shrink
 from lora_merge.mixture.gates.gate import GateSpec
-from lora_merge.mixture.runtime.context import Context
+from lora_merge.mixture.runtime.call.in_force import InForce
+from lora_merge.mixture.runtime.call.passes import Pass
 
 if TYPE_CHECKING:
     from lora_merge.mixture.runtime.group import Group
@@ -42,20 +43,23 @@ class Plan:
     given: bool = False
     stack: JoinedStack | None = None
 
-    def holds(self, context: Context) -> bool:
+    def holds(self, gate: InForce) -> bool:
         """Whether all that is still so."""
         return (
-            self.spec is context.spec
-            and self.seen == _is_seen(context)
+            self.spec is gate.spec
+            and self.seen == _is_seen(gate)
             and self.wanted == dispatch.forced()
         )
 
 
-def kernel_units(group: "Group", x: Tensor, start: int, stop: int) -> Sequence[Shrunk] | None:
+def kernel_units(
+    group: "Group", passed: Pass, x: Tensor, start: int, stop: int
+) -> Sequence[Shrunk] | None:
     """Gated units of members start..stop.
 
     Args:
         group: The modules.
+        passed: The pass.
         x: Their input, shape (..., d_in).
         start: First member.
         stop: After the last.
@@ -69,13 +73,13 @@ def kernel_units(group: "Group", x: Tensor, start: int, stop: int) -> Sequence[S
         return None
     down = group.down[group.units[start] : group.units[stop]]
     if torch.compiler.is_compiling():
-        plan = _plan(group, x, down, start, stop)
+        plan = _plan(group, passed.gate, x, down, start, stop)
     else:
         tokens = x.numel() // max(1, x.shape[-1])
         key = start, stop, (tokens - 1).bit_length(), x.dtype  # one for each row of the table
         found = group.plans.get(key)
-        if found is None or not found.holds(group.context):
-            found = group.plans[key] = _plan(group, x, down, start, stop)
+        if found is None or not found.holds(passed.gate):
+            found = group.plans[key] = _plan(group, passed.gate, x, down, start, stop)
         plan = found
     layout, how = plan.layout, plan.how
     if layout is None or how not in ("triton", "grouped", "reference"):
@@ -83,85 +87,84 @@ def kernel_units(group: "Group", x: Tensor, start: int, stop: int) -> Sequence[S
     if x.dtype != down.dtype:
         x = x.to(down.dtype)
     if plan.given:
-        weights = group.weights_of(x, start, stop)
+        weights = group.weights_of(passed, x, start, stop)
         return gated_shrink(x, down, weights, layout, implementation=how)
     gate, bias = group.gate_of(start, stop)
-    rule = group.context.spec.rule(len(gate) // (stop - start))
+    rule = passed.gate.spec.rule(len(gate) // (stop - start))
     return routed_shrink(x, down, gate, layout, rule, bias=bias, implementation=how)
 
 
-def _plan(group: "Group", x: Tensor, down: Tensor, start: int, stop: int) -> Plan:
+def _plan(group: "Group", gate: InForce, x: Tensor, down: Tensor, start: int, stop: int) -> Plan:
     """How to run members start..stop."""
-    context = group.context
-    plan = Plan(context.spec, _is_seen(context), dispatch.forced())
-    if not _suits(group) or (stop - start > 1 and not group.uniform):
+    plan = Plan(gate.spec, _is_seen(gate), dispatch.forced())
+    if not _suits(group, gate.spec) or (stop - start > 1 and not group.uniform):
         return plan
     plans = group.plans.items()  # of other token counts, whose layouts know where units stand
-    known = (p.layout for k, p in plans if k[:2] == (start, stop) and p.spec is context.spec)
-    layout, kind = next(known, None) or _layout(group, start, stop), _kind(group)
+    known = (p.layout for k, p in plans if k[:2] == (start, stop) and p.spec is gate.spec)
+    layout, kind = next(known, None) or _layout(group, gate.spec, start, stop), _kind(group, gate)
     how = chosen(x, down, layout, kind)
     return replace(plan, how=how, layout=layout, given=kind == "given")
 
 
-def plan_joined(group: "Group", x: Tensor, joined: Joined) -> Plan:
+def plan_joined(group: "Group", gate: InForce, x: Tensor, joined: Joined) -> Plan:
     """How to run all members on some tokens where the base weights stand beside the experts.
 
     Args:
         group: The modules.
+        gate: In force.
         x: Their input, shape (..., d_in), T tokens.
         joined: Their matrix.
     """
-    context, count, tokens = group.context, len(group.names), x.numel() // joined.d_in
-    plan = Plan(context.spec, _is_seen(context), dispatch.forced())
-    if not (group.has_kernel and joined.up is not None and _suits(group)):
+    count, tokens = len(group.names), x.numel() // joined.d_in
+    plan = Plan(gate.spec, _is_seen(gate), dispatch.forced())
+    if not (group.has_kernel and joined.up is not None and _suits(group, gate.spec)):
         return plan
-    layout = _layout(group, 0, count)
+    layout = _layout(group, gate.spec, 0, count)
     fits = joined.num_units and fused.holds(tokens, layout.num_weights + 1)
     if not (fits and 0 < tokens <= FEW_TOKENS and (group.uniform or count == 1)):
         return plan
-    kind = _kind(group)
+    kind = _kind(group, gate)
     case = dispatch.case_of(x, layout.outputs, joined.num_units, x.dtype, kind)
     if dispatch.choose(case, ["concat", "joined"]) != "joined":
         return plan
     plan = replace(plan, how="joined", layout=layout)
     if kind == "given" or not joined.scores:
         return replace(plan, given=True, stack=JoinedStack(joined, layout.columns))
-    gate, bias = group.gate_of(0, count)
-    rule = context.spec.rule(len(gate) // count)
-    stack = JoinedStack(joined, layout.columns, scores=len(gate), rule=rule, bias=bias)
+    rows, bias = group.gate_of(0, count)
+    rule = gate.spec.rule(len(rows) // count)
+    stack = JoinedStack(joined, layout.columns, scores=len(rows), rule=rule, bias=bias)
     return replace(plan, stack=stack)
 
 
-def _is_seen(context: Context) -> bool:
+def _is_seen(gate: InForce) -> bool:
     """Whether somebody looks at the weights, or wants some of them alone."""
-    return context.observe is not None or context.only is not None
+    return gate.observe is not None or gate.only is not None
 
 
-def _suits(group: "Group") -> bool:
+def _suits(group: "Group", spec: GateSpec) -> bool:
     """Whether the kernels know such modules and gates at all."""
-    spectrum = group.context.spec.signal == "spectrum"
-    return group.form == "linear" and not spectrum and group.rank_gates is None
+    return group.form == "linear" and spec.signal != "spectrum" and group.rank_gates is None
 
 
-def _kind(group: "Group") -> dispatch.GateKind:
-    """What the dispatch table calls the group's gate."""
-    if not _makes_own_weights(group):
+def _kind(group: "Group", gate: InForce) -> dispatch.GateKind:
+    """What the dispatch table calls a gate."""
+    if not _makes_own_weights(group, gate):
         return "given"
-    return "dense" if group.context.spec.top_k is None else "top-k"
+    return "dense" if gate.spec.top_k is None else "top-k"
 
 
-def _makes_own_weights(group: "Group") -> bool:
+def _makes_own_weights(group: "Group", gate: InForce) -> bool:
     """Whether a token's weights are a function of its own scores and nobody wants to see them."""
-    spec = group.context.spec
-    apart = spec.standardise or spec.sequence or spec.memory or group.num_general
-    return spec.has_rows and not apart and not _is_seen(group.context)
+    spec = gate.spec
+    apart = spec.standardise or gate.remembers or group.num_general
+    return spec.has_rows and not apart and not _is_seen(gate)
 
 
-def _layout(group: "Group", start: int, stop: int) -> Layout:
+def _layout(group: "Group", spec: GateSpec, start: int, stop: int) -> Layout:
     """The units of members that are alike (or one)."""
     columns = group.columns_of(start)
     outputs = sum(up.shape[1] for up in group.factors()[0][start:stop])
-    if group.context.spec.granularity == "rank":
+    if spec.granularity == "rank":
         units = torch.arange(len(columns), device=columns.device)
         return Layout(units, len(units), 1, stop - start, outputs)
     return Layout(columns, group.widths[start], group.block, stop - start, outputs)

@@ -1,5 +1,6 @@
 """Modules that read the same input, gated together: one shrink and one gate for q, k and v."""
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -7,19 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_merge.errors import MethodError
 from lora_merge.kernels.gated_stack.base_matrix import Joined
 from lora_merge.kernels.gated_stack.eager import expand, gate_units
 from lora_merge.kernels.gated_stack.gpu.fused import refusal
 from lora_merge.kernels.gated_stack.layout import Shrunk
 from lora_merge.kernels.gated_stack.operation import gated_expand
-from lora_merge.mixture.gates.gate import activate, only_of, strengths
+from lora_merge.mixture.gates.gate import GateSpec, strengths
 from lora_merge.mixture.gates.layer_norm import inverse_deviation
-from lora_merge.mixture.gates.memory import REMEMBERED, over_prompt, remember
 from lora_merge.mixture.runtime.by_kernel import Plan, kernel_units
-from lora_merge.mixture.runtime.context import Context
+from lora_merge.mixture.runtime.call.in_force import Decision, Switch
+from lora_merge.mixture.runtime.call.passes import Pass, of_module
+from lora_merge.mixture.runtime.call.tokens import Tokens
+from lora_merge.mixture.runtime.decide import decide
+from lora_merge.mixture.runtime.decided_outside import decided_outside
 from lora_merge.mixture.runtime.member import Member
 from lora_merge.mixture.runtime.shared_input import Siblings
+
+# Modules that may read what an encoder made, and those that get tokens sorted by who wants them.
+_CROSS = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention|attn2)\..*"
+    r"\b(k|v|k_proj|v_proj|key|value|to_k|to_v)$"
+)
+_ROUTED = re.compile(r"(^|\.)experts\.")
 
 
 class Group(nn.Module):
@@ -30,7 +40,7 @@ class Group(nn.Module):
 
     Args:
         members: Modules of one form and input width.
-        context: Shared by all groups of the mixture.
+        switch: Of the mixture.
         num_experts: Gated experts of the mixture.
         num_general: General experts of the mixture.
     """
@@ -42,19 +52,21 @@ class Group(nn.Module):
     def __init__(
         self,
         members: Sequence[Member],
-        context: Context,
+        switch: Switch,
         *,
         num_experts: int,
         num_general: int = 0,
         gate_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.context = context
+        self.switch, self._spec = switch, switch.default.spec
         self.names = [m.name for m in members]
         self.experts = [m.experts for m in members]
         self.output_scales = [m.output_scale for m in members]
         self.siblings = Siblings(len(members))
         self.form = members[0].form
+        self.is_cross = [bool(_CROSS.search(name)) for name in self.names]
+        self.is_routed = any(_ROUTED.search(name) for name in self.names)
         self.num_general = num_general
         self.down = nn.Parameter(torch.cat([m.down for m in members]), requires_grad=False)
         for index, member in enumerate(members):
@@ -69,7 +81,7 @@ class Group(nn.Module):
         self._layout(members, num_experts)
         self._shrink = members[0].shrink
         self._packed: Tensor | None = None
-        self._parts = self.parts  # one bound method, to be told by identity
+        self._compute = self.parts  # one bound method, to be told by identity
         self._pack()
 
     def _layout(self, members: Sequence[Member], num_experts: int) -> None:
@@ -96,7 +108,7 @@ class Group(nn.Module):
             constant(f"columns{index}", torch.tensor(part, device=device))
         joined = [p + starts[i] for i, part in enumerate(places) for p in part]
         constant("columns", torch.tensor(joined, device=device))
-        spec = self.context.spec
+        spec = self._spec
         per_module = spec.granularity != "model" and spec.signal == "hidden"
         for index, member in enumerate(members):
             offset = member.number * num_experts if per_module else 0
@@ -139,6 +151,15 @@ class Group(nn.Module):
         self._packed = packed
         self._addresses = [rows.data_ptr() for rows in self._rows if rows is not None]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a file needs: the packed matrix holds nothing of its own."""
+        return {**self.__dict__, "_packed": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pack again what a copy or a file brought one by one."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pack()
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Group":
         """Keep the views after `.to`, `.half` and the like, which convert them one by one."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -154,17 +175,25 @@ class Group(nn.Module):
 
     # -- forward ---------------------------------------------------------------------------------
 
-    def add(self, index: int, x: Tensor, y: Tensor, *, in_place: bool = False) -> Tensor:
+    def current(self) -> Pass | None:
+        """The pass that the modules are called in; None if they are to be their bases."""
+        return of_module(self.switch)
+
+    def add(self, passed: Pass, index: int, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
         """Add the experts of member `index` to its output.
 
         Args:
+            passed: The pass.
             index: Which member.
             x: Input of its base module.
             y: Output of its base module.
             in_place: Whether `y` may be overwritten.
         """
         up: Tensor = self._ups[index]
-        z = self.siblings.take(index, x, self._parts)
+        if self._reads_two(passed):
+            z = self.parts(passed, x, index, index + 1)[0]
+        else:
+            z = self.siblings.take(passed, index, x, self._compute)
         if not isinstance(z, Tensor):
             return gated_expand(y, z, up)
         if self.rank_gates is not None:
@@ -175,11 +204,15 @@ class Group(nn.Module):
             return expand(y.movedim(1, -1), z, up).movedim(-1, 1)
         return expand(y, z, up, in_place=in_place)
 
-    def parts(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor | Shrunk]:
-        """Gated units of members start..stop, from whichever implementation is fastest."""
-        return kernel_units(self, x, start, stop) or self.gated(x, start, stop)
+    def _reads_two(self, passed: Pass) -> bool:
+        """Whether members may read different texts, which the gate must not mix up."""
+        return passed.gate.remembers and any(self.is_cross)
 
-    def gated(self, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
+    def parts(self, passed: Pass, x: Tensor, start: int, stop: int) -> Sequence[Tensor | Shrunk]:
+        """Gated units of members start..stop, from whichever implementation is fastest."""
+        return kernel_units(self, passed, x, start, stop) or self.gated(passed, x, start, stop)
+
+    def gated(self, passed: Pass, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
         """Gated units of members start..stop, each of shape (T, R_m)."""
         down, _ = self._rows
         if x.dtype != down.dtype and x.is_floating_point():
@@ -188,16 +221,17 @@ class Group(nn.Module):
         if packed is not None:
             both = self._shrink(x, packed)
             u, scores = both.split_with_sizes([self.units[-1], self.scores[-1]], dim=1)
-            return self.gate_parts(x, u, scores, start, stop)
+            return self.gate_parts(passed, x, u, scores, start, stop)
         u = self._shrink(x, down[self.units[start] : self.units[stop]])
-        return self.gate_parts(x, u, None, start, stop)
+        return self.gate_parts(passed, x, u, None, start, stop)
 
     def gate_parts(
-        self, x: Tensor, u: Tensor, scores: Tensor | None, start: int, stop: int
+        self, passed: Pass, x: Tensor, u: Tensor, scores: Tensor | None, start: int, stop: int
     ) -> Sequence[Tensor]:
         """Gate the units of members start..stop.
 
         Args:
+            passed: The pass.
             x: Input of the modules.
             u: Units, shape (T, R) of these members.
             scores: Products with the gate's rows, shape (T, n) of these members, if they are there.
@@ -208,16 +242,16 @@ class Group(nn.Module):
             Gated units of each, shape (T, R_m).
         """
         if scores is None:
-            scores = self._products(x, start, stop)
+            scores = self._products(passed, x, start, stop)
         if stop - start > 1 and not self.uniform:
             bounds = self.scores if scores is not None else [0] * (stop + 1)
             pieces = []
             for m in range(start, stop):
                 one = u[:, self.units[m] : self.units[m + 1]]
                 part = None if scores is None else scores[:, bounds[m] : bounds[m + 1]]
-                pieces.append(self._gate(x, one, part, m, m + 1))
+                pieces.append(self._gate(passed, x, one, part, m, m + 1))
             return pieces
-        z = self._gate(x, u, scores, start, stop)
+        z = self._gate(passed, x, u, scores, start, stop)
         if stop - start == 1:
             return (z,)
         return [z[:, a:b] for a, b in pairwise(self.units)]
@@ -228,47 +262,51 @@ class Group(nn.Module):
             return None
         return self._packed if not torch.compiler.is_compiling() and self.is_packed() else None
 
-    def _products(self, x: Tensor, start: int, stop: int) -> Tensor | None:
+    def _products(self, passed: Pass, x: Tensor, start: int, stop: int) -> Tensor | None:
         """Products with the gate's rows, shape (T, n), if its scores are made of them."""
         _, weight = self._rows
-        if weight is None or not self.context.spec.is_local:
+        if weight is None or not passed.gate.spec.is_local:
             return None
         rows = weight[self.scores[start] : self.scores[stop]]
         cast = x.is_floating_point() and x.dtype != rows.dtype
         return self._shrink(x.to(rows.dtype) if cast else x, rows)
 
-    def _gate(self, x: Tensor, u: Tensor, raw: Tensor | None, start: int, stop: int) -> Tensor:
+    def _gate(
+        self, passed: Pass, x: Tensor, u: Tensor, raw: Tensor | None, start: int, stop: int
+    ) -> Tensor:
         """Gate members start..stop, which are alike (or one)."""
-        weights = self._weigh(x, u, raw, start, stop).flatten(1)
-        if self.context.spec.granularity == "rank":
+        weights = self._weigh(passed, x, u, raw, start, stop).flatten(1)
+        if passed.gate.spec.granularity == "rank":
             return gate_units(u, weights, None, None)
         columns = None if self.block is not None else self.columns_of(start, stop - start)
         return gate_units(u, weights, self.block, columns)
 
-    def weights_of(self, x: Tensor, start: int, stop: int) -> Tensor:
+    def weights_of(self, passed: Pass, x: Tensor, start: int, stop: int) -> Tensor:
         """Weights of members start..stop, which are alike (or one), where they need no units.
 
         Returns:
             Shape (T', M C), T' dividing the number of tokens; C with the general experts.
         """
-        return self._weigh(x, None, self._products(x, start, stop), start, stop).flatten(1)
+        raw = self._products(passed, x, start, stop)
+        return self._weigh(passed, x, None, raw, start, stop).flatten(1)
 
     def _weigh(
-        self, x: Tensor, u: Tensor | None, raw: Tensor | None, start: int, stop: int
+        self, passed: Pass, x: Tensor, u: Tensor | None, raw: Tensor | None, start: int, stop: int
     ) -> Tensor:
         """Weights of members start..stop, shape (T', M, C)."""
-        context, spec = self.context, self.context.spec
+        gate, spec = passed.gate, passed.gate.spec
+        seen = self._seen(passed, x, start) if gate.needs_tokens else None
         if spec.is_local:
-            scores = self._scores(x, u, raw, start, stop)
-            if spec.memory:
-                scores = self._remembered(x, scores, start, stop)
-            weights = self._decide(x, scores, start, stop)
+            scores = self._scores(spec, x, u, raw, start, stop)
+            weights, scores = decide(self, passed, seen, x, scores, start, stop)
         else:
             scores = None
-            tokens = x.numel() // x.shape[-1] if u is None else u.shape[0]
-            weights = self._outside(x, tokens, start, stop)
-        if context.observe is not None:
-            context.observe(self, start, stop, weights, scores)
+            weights = decided_outside(self, passed, seen, x, start, stop)
+        if gate.observe is not None:
+            counts = None if seen is None or seen.counts is None else seen.counts.flatten()
+            by_rank = spec.granularity == "rank"
+            decision = Decision(self, start, stop, weights, scores, counts, by_rank, passed.replay)
+            gate.observe(decision)
         if self.num_general and spec.granularity != "rank":
             general = self.widths[start] - len(self.experts[start])
             share = -weights.sum(-1, keepdim=True) / self.num_general
@@ -283,16 +321,31 @@ class Group(nn.Module):
         own = bias[self.units[start] : self.units[stop]] if isinstance(bias, Tensor) else None
         return rows, own
 
+    def gate_bias(self, start: int, stop: int) -> Tensor | None:
+        """The bias for the selection as the scores stand, shape (M, n)."""
+        bias = self.bias
+        if not isinstance(bias, Tensor):
+            return None
+        return bias[self.units[start] : self.units[stop]].view(stop - start, -1)
+
+    def scores_of(self, passed: Pass, x: Tensor, start: int, stop: int) -> Tensor:
+        """Scores of any tokens, shape (T, M, n)."""
+        raw, u = self._products(passed, x, start, stop), None
+        if raw is None:
+            down = self.down[self.units[start] : self.units[stop]]
+            u = self._shrink(x.to(down.dtype), down)
+        return self._scores(passed.gate.spec, x, u, raw, start, stop)
+
     def columns_of(self, start: int, count: int = 1) -> Tensor:
         """Place of each unit's expert among the members' experts, int64, shape (units,)."""
         columns: Tensor = getattr(self, "columns" if count > 1 else f"columns{start}")
         return columns
 
     def _scores(
-        self, x: Tensor, u: Tensor | None, raw: Tensor | None, start: int, stop: int
+        self, spec: GateSpec, x: Tensor, u: Tensor | None, raw: Tensor | None, start: int, stop: int
     ) -> Tensor:
         """Scores of shape (T, M, n), from products with rows or else from the units."""
-        spec, count = self.context.spec, stop - start
+        count = stop - start
         if u is None or raw is not None:
             assert raw is not None
             scores = raw.view(raw.shape[0], count, raw.shape[1] // count)
@@ -300,69 +353,22 @@ class Group(nn.Module):
                 scores = scores.abs()
             elif spec.standardise:
                 scores = scores * inverse_deviation(x)[:, None, None]
-        else:
-            spectrum: Tensor = self.spectrum  # type: ignore[assignment]
-            scaled = u * spectrum[self.units[start] : self.units[stop]]
-            by_rank = spec.granularity == "rank"
-            columns = None if by_rank else self.columns_of(start, count)
-            scores = strengths(scaled, columns, count * len(self.experts[start]))
-            scores = scores.view(len(u), count, -1)
-        if spec.null_expert and spec.signal != "input":
-            null = scores.new_full((*scores.shape[:-1], 1), spec.null_score)
-            scores = torch.cat([scores, null], dim=-1)
-        return scores
+            return scores
+        spectrum: Tensor = self.spectrum  # type: ignore[assignment]
+        scaled = u * spectrum[self.units[start] : self.units[stop]]
+        columns = None if spec.granularity == "rank" else self.columns_of(start, count)
+        scores = strengths(scaled, columns, count * len(self.experts[start]))
+        return scores.view(len(u), count, -1)
 
-    def _remembered(self, x: Tensor, scores: Tensor, start: int, stop: int) -> Tensor:
-        """Scores with those of earlier tokens, shape (T, M, n)."""
-        context, key = self.context, (REMEMBERED, self.names[start], stop - start)
-        rows = scores.view(self._batch(x), -1, scores[0].numel())
-        mask = context.mask
-        keep = mask if mask is not None and mask.shape == rows.shape[:2] else None
-        return remember(context.store, key, rows, context.spec.memory, keep).view(scores.shape)
+    # -- tokens ----------------------------------------------------------------------------------
 
-    def _batch(self, x: Tensor) -> int:
-        """Sequences in an input; tokens without a sequence are one."""
-        return x.shape[0] if x.dim() > (1 if self.form == "embedding" else 2) else 1
-
-    def _decide(self, x: Tensor, scores: Tensor, start: int, stop: int) -> Tensor:
-        """Weights of the gated experts (or ranks), shape (T', M, E)."""
-        spec, store = self.context.spec, self.context.store
-        key = (self.names[start], stop - start)
-        if spec.sequence:
-            if store is not None and key in store:
-                return store[key]
-            rows = scores.view(self._batch(x), -1, *scores.shape[1:])
-            scores = over_prompt(rows, self.context.mask)
-        bias: Tensor | None = self.bias  # type: ignore[assignment]
-        if bias is not None:
-            bias = bias[self.units[start] : self.units[stop]].view(stop - start, -1)
-        weights = activate(scores, spec, bias)
-        if spec.null_expert:
-            weights = weights[..., :-1]
-        if self.context.only is not None:
-            weights = only_of(weights, self.context.only, self.experts[start])
-        if spec.sequence and store is not None:
-            store[key] = weights
-        return weights
-
-    def _outside(self, x: Tensor, tokens: int, start: int, stop: int) -> Tensor:
-        """Weights that were decided outside, shape (T', M, E)."""
-        context = self.context
-        weights = context.weights
-        if weights is None:
-            raise RuntimeError("the model's forward pre-hook did not run")
-        weights = weights.to(self.down.device)  # spread over devices, each module has its own
-        rows, batch = weights.shape[0], x.shape[0]
-        # Beam search and num_return_sequences repeat each row in place, so a divisor is right.
-        fits = tokens == rows or (context.spec.signal != "hidden" and batch % rows == 0)
-        if rows != 1 and not fits:
-            hidden = context.spec.signal == "hidden"
-            raise MethodError(
-                f"{self.names[start]}: a batch of {batch} rows and {tokens} tokens, but weights "
-                f"for {rows} {'tokens' if hidden else 'rows'}",
-                "leave the module out: it does not see the tokens of the first pass"
-                if hidden
-                else "name one expert per row of the batch",
-            )
-        parts = [weights.index_select(1, getattr(self, f"outside{m}")) for m in range(start, stop)]
-        return torch.stack(parts, dim=1) if len(parts) > 1 else parts[0][:, None]
+    def _seen(self, passed: Pass, x: Tensor, start: int) -> Tokens | None:
+        """The tokens of an input, row by row; None if the pass cannot know."""
+        stage = passed.stage
+        if stage is None or stage.current is None or self.is_routed:
+            return None
+        tokens = stage.current
+        if self.form == "conv":
+            places = x.shape[0] == tokens.rows
+            return Tokens(tokens.rows, None) if places else None
+        return tokens.read_by(x, ids=self.form == "embedding", cross=self.is_cross[start])

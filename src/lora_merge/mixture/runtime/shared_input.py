@@ -1,10 +1,12 @@
 """What is computed once for modules that read the same tensor, handed out one by one."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from lora_merge.mixture.runtime.call.passes import Pass, Waiting
 
 P = TypeVar("P")
 
@@ -24,34 +26,35 @@ class Siblings:
 
     def __init__(self, count: int) -> None:
         self.count, self.together = count, count > 1
-        self._x: Tensor | None = None
-        self._compute: object = None
-        self._parts: dict[int, Any] = {}
 
-    def take(self, index: int, x: Tensor, compute: Callable[[Tensor, int, int], Sequence[P]]) -> P:
-        """What `compute(x, start, stop)` gives for one of them; the others' parts wait for them.
+    def take(
+        self,
+        passed: Pass,
+        index: int,
+        x: Tensor,
+        compute: Callable[[Pass, Tensor, int, int], Sequence[P]],
+    ) -> P:
+        """What `compute(passed, x, start, stop)` gives for one of them; the others' parts wait.
 
         Args:
+            passed: The pass; a module that is called outside of one shares with nobody.
             index: Which one.
             x: What it reads.
             compute: The same object whenever it means the same.
         """
-        if not self.together or torch.compiler.is_compiling():
-            return compute(x, index, index + 1)[0]
-        if self._compute is compute and index in self._parts:
-            if self._x is x:
-                part: P = self._parts.pop(index)
-                if not self._parts:
-                    self.release()
+        if not self.together or passed.stage is None or torch.compiler.is_compiling():
+            return compute(passed, x, index, index + 1)[0]
+        waiting = passed.waiting.get(self)
+        if waiting is not None and waiting.compute is compute and index in waiting.parts:
+            if waiting.x is x:
+                part: P = waiting.parts.pop(index)
+                if not waiting.parts:
+                    del passed.waiting[self]
                 return part
             self.together = False
-            self.release()
-            return compute(x, index, index + 1)[0]
-        parts = compute(x, 0, self.count)
-        self._x, self._compute = x, compute
-        self._parts = {i: part for i, part in enumerate(parts) if i != index}
+            del passed.waiting[self]
+            return compute(passed, x, index, index + 1)[0]
+        parts = compute(passed, x, 0, self.count)
+        rest = {i: part for i, part in enumerate(parts) if i != index}
+        passed.waiting[self] = Waiting(x, compute, rest)
         return parts[index]
-
-    def release(self) -> None:
-        """Drop what waits for a module that was not called."""
-        self._x, self._compute, self._parts = None, None, {}

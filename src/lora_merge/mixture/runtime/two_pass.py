@@ -5,17 +5,18 @@ one of the first pass, one of the mixed pass. The first pass skips every expert 
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_merge.errors import MethodError
-from lora_merge.mixture.gates.gate import GateSpec, activate
+from lora_merge.kernels import gated_stack
+from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.gates.memory import REMEMBERED, remember
-from lora_merge.mixture.runtime.context import Context
-from lora_merge.mixture.runtime.kv_state import Companion, companion_of
+from lora_merge.mixture.runtime.call.kv_state import CACHE_NAMES
+from lora_merge.mixture.runtime.call.passes import Pass, Stage
 
 _WEIGHTS, _HIDDEN = "weights", "hidden"
 
@@ -71,106 +72,104 @@ class TwoPass:
     """Runs the first pass before every pass of the model's body.
 
     Args:
-        name: Name of the mixture, under which its state lies on a cache.
         gate: The classifier.
-        context: Of the mixture.
-
-    Attributes:
-        freeze_after: Skip the first pass after this many decoded tokens and keep the last weights.
-        lagged: While decoding, take the weights from the previous token's mixed hidden state, and
-            skip the first pass. Both are approximations; None and False are exact.
-        observe: Called with every module's scores (T, n), weights (T, C) and expert numbers.
     """
 
-    def __init__(self, name: str, gate: HiddenGate, context: Context) -> None:
-        self.name, self.gate, self.context = name, gate, context
-        self.freeze_after: int | None = None
-        self.lagged = False
-        self.observe: Callable[[Tensor, Tensor, tuple[int, ...]], None] | None = None
+    def __init__(self, gate: HiddenGate) -> None:
+        self.gate = gate
 
-    def before(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of the body: decides the weights of this pass."""
-        if not self.context.active or self.context.bypass:
-            return None
+    def before(
+        self, passed: Pass, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Decide the weights of a pass that is about to enter the body."""
         if torch.is_grad_enabled():
             _refuse_reentrant(body)
-        cache, kwargs = own_cache(body, kwargs)
-        companion = None if cache is None else companion_of(cache, self.name, twin=True)
-        self.context.weights = self._weights(body, args, kwargs, companion)
-        return args, kwargs
+        stage = passed.stage
+        if stage is None or stage.tokens is None:
+            raise MethodError(
+                f"gate {passed.gate.spec.preset}: the call's arguments do not tell its tokens",
+                "name input_ids or inputs_embeds",
+            )
+        passed.weights = self._weights(passed, stage, body, args, kwargs)
 
-    def after(self, body: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook of the body: remembers what a lagged gate looks at."""
-        cache = kwargs.get("past_key_values")
-        if self.lagged and self.context.active and not self.context.bypass and cache is not None:
-            state = companion_of(cache, self.name, twin=True)
-            state.rows[_HIDDEN] = _hidden_of(output)[:, -1:].detach()
+    def after(self, passed: Pass, stage: Stage, output: Any) -> None:
+        """Remember what a lagged gate looks at."""
+        if passed.gate.lagged and stage.companion is not None:
+            stage.companion.rows[_HIDDEN] = _hidden_of(output)[:, -1:].detach()
 
     def _weights(
         self,
+        passed: Pass,
+        stage: Stage,
         body: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        companion: Companion | None,
     ) -> Tensor:
-        tokens = _tokens(args, kwargs)
-        decoding = companion is not None and tokens == 1 and bool(companion.rows)
-        if companion is not None and decoding:
+        companion, gate = stage.companion, passed.gate
+        one = stage.tokens is not None and stage.tokens.length == 1
+        if companion is not None and one and companion.rows:
             companion.steps += 1
-            if self.freeze_after is not None and companion.steps > self.freeze_after:
+            if gate.freeze_after is not None and companion.steps > gate.freeze_after:
                 return companion.rows[_WEIGHTS]
-            if self.lagged and _HIDDEN in companion.rows:
-                return self._decide(companion.rows[_HIDDEN], companion)
-        hidden = self.first_pass(body, kwargs, args, companion)
-        weights = self._decide(hidden, companion)
+            if gate.lagged and _HIDDEN in companion.rows:
+                return self._decide(passed, stage, companion.rows[_HIDDEN])
+        hidden = self._first_pass(passed, stage, body, args, kwargs)
+        weights = self._decide(passed, stage, hidden)
         if companion is not None:
-            companion.rows[_WEIGHTS] = weights.view(hidden.shape[0], hidden.shape[1], -1)[:, -1]
+            companion.rows[_WEIGHTS] = weights.view(*hidden.shape[:2], -1)[:, -1]
         return weights
 
-    def _decide(self, hidden: Tensor, companion: Companion | None) -> Tensor:
+    def _decide(self, passed: Pass, stage: Stage, hidden: Tensor) -> Tensor:
         """Weights of all modules side by side, shape (T, N * C) or (T, C)."""
-        spec = self.context.spec
+        spec, companion, tokens = passed.gate.spec, stage.companion, stage.tokens
         rows = self.gate(hidden)
-        if spec.memory:
-            mask = self.context.mask
-            keep = mask if mask is not None and mask.shape == rows.shape[:2] else None
+        if spec.memory and tokens is not None:
             store = None if companion is None else companion.rows
-            rows = remember(store, (REMEMBERED,), rows, spec.memory, keep)
+            rows = remember(
+                store, (REMEMBERED,), rows, spec.memory, tokens.counts, tokens.documents
+            )
         scores = rows.view(rows.shape[0] * rows.shape[1], self.gate.num_scores, -1)
-        weights = activate(scores, spec)
-        if spec.null_expert:
-            weights = weights[..., :-1]
-        if self.observe is not None:
+        weights = gated_stack.weights_of(scores, spec.rule(scores.shape[-1]))
+        if passed.gate.observe_hidden is not None and not passed.replay:
             everyone = tuple(range(weights.shape[-1]))
             for module in range(weights.shape[1]):
-                self.observe(scores[:, module], weights[:, module], everyone)
+                passed.gate.observe_hidden(scores[:, module], weights[:, module], everyone)
         columns: Tensor = weights.flatten(1)
         return columns
 
     @torch.no_grad()
-    def first_pass(
+    def _first_pass(
         self,
+        passed: Pass,
+        stage: Stage,
         body: nn.Module,
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        args: tuple[Any, ...] = (),
-        companion: Companion | None = None,
     ) -> Tensor:
         """Hidden states of the base model (or, not bypassed, of the even mixture)."""
-        context = self.context
-        if companion is not None:
-            kwargs = {**kwargs, "past_key_values": companion.twin}
+        if stage.companion is not None:
+            name = next(n for n in CACHE_NAMES if kwargs.get(n) is not None)
+            kwargs = {**kwargs, name: stage.companion.twin}
         if kwargs.get("output_attentions"):
             kwargs = {**kwargs, "output_attentions": False}
-        if context.spec.bypass:
-            context.bypass = True
-        else:
-            columns = self.gate.linears[-1].out_features
-            share = self.gate.num_scores / columns
-            context.weights = torch.full((1, columns), share, device=_device(body))
+        passed.bypass = passed.gate.spec.bypass
+        if not passed.bypass:
+            passed.weights = self.even_weights()
         try:
             return _hidden_of(body.forward(*args, **kwargs))
         finally:
-            context.bypass = False
+            passed.bypass, passed.weights = False, None
+
+    def even_weights(self) -> Tensor:
+        """The same weight for every expert, shape (1, N * n)."""
+        last = self.gate.linears[-1]
+        share = self.gate.num_scores / last.out_features
+        return torch.full((1, last.out_features), share, device=last.weight.device)
+
+
+def hidden_states(body: nn.Module, **inputs: Any) -> Tensor:
+    """Last hidden states of a body, shape (B, S, width), whatever it calls them."""
+    return _hidden_of(body(**inputs))
 
 
 def refuse_two_sequences(model: nn.Module) -> None:
@@ -201,42 +200,6 @@ def _refuse_reentrant(body: nn.Module) -> None:
             return
 
 
-def own_cache(body: nn.Module, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The pass's KV cache, made here if the body would make one, and the arguments with it."""
-    cache = kwargs.get("past_key_values")
-    if cache is None and _wants_cache(body, kwargs):
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=getattr(body, "config", None))
-        return cache, {**kwargs, "past_key_values": cache}
-    return cache, dict(kwargs)
-
-
-def _wants_cache(body: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether the body would make a cache of its own: then it has to be ours, to have a twin."""
-    config = getattr(body, "config", None)
-    use = kwargs.get("use_cache")
-    if use is None:
-        use = getattr(config, "use_cache", False)
-    decoder = not getattr(config, "is_encoder_decoder", False)
-    checkpointing = body.training and getattr(body, "gradient_checkpointing", False)
-    causal = "past_key_values" in inspect.signature(body.forward).parameters
-    return bool(use) and decoder and causal and not checkpointing and _is_decoder(config)
-
-
-def _is_decoder(config: Any) -> bool:
-    """Encoders of the BERT family have `use_cache` in their config and never a cache."""
-    bert_like = hasattr(config, "is_decoder") and hasattr(config, "type_vocab_size")
-    return bool(getattr(config, "is_decoder", True)) if bert_like else True
-
-
-def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    for value in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args):
-        if isinstance(value, Tensor):
-            return value.shape[1]
-    return 0
-
-
 def _hidden_of(output: Any) -> Tensor:
     hidden = getattr(output, "last_hidden_state", None)
     if hidden is None and isinstance(output, tuple):
@@ -247,7 +210,3 @@ def _hidden_of(output: Any) -> Tensor:
             "use a gate that looks at each module's own input: arrow, meteora, smora",
         )
     return hidden
-
-
-def _device(body: nn.Module) -> torch.device:
-    return next(body.parameters()).device

@@ -11,6 +11,7 @@ from lora_merge.errors import MethodError
 from lora_merge.mixture.gates.memory import evidence
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.attach import AttachedMixture, load_mixture
+from lora_merge.mixture.runtime.call.passes import current
 from lora_merge.mixture.runtime.fit_to_model import find_targets
 from lora_merge.mixture.training.data import Example, in_order
 
@@ -122,7 +123,8 @@ def _normal_equations(
 
     def look(names: Sequence[str]) -> Any:
         def hook(target: nn.Module, args: tuple[Any, ...]) -> None:
-            if teacher.context.bypass or not args[0].is_floating_point():
+            passed = current(teacher.switch)
+            if passed is None or passed.bypass or not args[0].is_floating_point():
                 return
             x = args[0][mask].double()
             first = names[0]
@@ -138,10 +140,8 @@ def _normal_equations(
         targets[group.names[0]].register_forward_pre_hook(look(group.names))
         for group in teacher.parts
     ]
-    if teacher.two_pass is not None:
-        teacher.two_pass.observe = record
     try:
-        with torch.no_grad():
+        with torch.no_grad(), teacher.using(observe_hidden=record):
             for batch in in_order(examples, batch_size):
                 on = batch.to(teacher.device)
                 scores.clear()
@@ -150,8 +150,6 @@ def _normal_equations(
     finally:
         for handle in handles:
             handle.remove()
-        if teacher.two_pass is not None:
-            teacher.two_pass.observe = None
     return grams, products
 
 

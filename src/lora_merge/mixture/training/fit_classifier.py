@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from lora_merge.mixture.gates.memory import accumulate
 from lora_merge.mixture.runtime.attach import AttachedMixture
-from lora_merge.mixture.runtime.hooks import body_of
-from lora_merge.mixture.runtime.two_pass import HiddenGate, TwoPass
+from lora_merge.mixture.runtime.call.hooks import body_of
+from lora_merge.mixture.runtime.two_pass import HiddenGate, hidden_states
 from lora_merge.mixture.training.data import Example, in_order
 
 _MOST = 2**26  # recorded numbers: a quarter of a gigabyte
@@ -40,20 +40,18 @@ def fit_to_labels(
         iterations: Of L-BFGS.
         batch_size: Rows of one pass.
     """
-    gate, two_pass = attached.classifier, attached.two_pass
-    labelled = [e for e in examples if e.is_labelled]
-    if gate is None or two_pass is None or not labelled:
+    gate, labelled = attached.classifier, [e for e in examples if e.is_labelled]
+    if gate is None or not labelled:
         return
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labelled), generator=generator).tolist()
-    hidden, owners = _record(model, two_pass, attached.device, labelled, order, batch_size)
+    hidden, owners = _record(model, attached, labelled, order, batch_size)
     _fit(gate, attached.mixture.spec.memory, hidden, owners, iterations)
 
 
 def _record(
     model: nn.Module,
-    two_pass: TwoPass,
-    device: torch.device,
+    attached: AttachedMixture,
     rows: Sequence[Example],
     order: Sequence[int],
     batch_size: int,
@@ -63,10 +61,9 @@ def _record(
     model.eval()
     hidden, owners, size = [], [], 0
     for batch in in_order([rows[i] for i in order], batch_size):
-        on = batch.to(device)
-        states = two_pass.first_pass(
-            body, {"input_ids": on.ids, "attention_mask": on.mask, "use_cache": False}
-        )
+        on = batch.to(attached.device)
+        with torch.no_grad(), attached.first_pass():
+            states = hidden_states(body, input_ids=on.ids, attention_mask=on.mask, use_cache=False)
         hidden.append(states.float())
         owners.append(on.owners.masked_fill(on.mask == 0, -1))
         size += states.numel()

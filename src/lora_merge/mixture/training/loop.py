@@ -172,24 +172,18 @@ class Run:
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of one pass by name."""
-        context = self.attached.context
-        context.only = batch.owners[:, 0] if self.by_expert else None
-        watching = self.watch or bool(self.settings.bias_rate)
-        if watching:
+        looks: dict[str, Any] = {}
+        if self.watch or bool(self.settings.bias_rate):
             self.losses.begin(batch.mask, batch.owners)
-            context.observe = self.losses.observe
-            if self.attached.two_pass is not None:
-                self.attached.two_pass.observe = self.losses.add
-        try:
-            with self.precision:
-                out = self.model(
-                    input_ids=batch.ids,
-                    attention_mask=batch.mask,
-                    labels=batch.labels,
-                    use_cache=False,
-                )
-        finally:
-            context.observe = None
+            looks = {"observe": self.losses.observe, "observe_hidden": self.losses.add}
+        only = batch.owners[:, 0] if self.by_expert else None
+        with self.attached.using(only=only, **looks), self.precision:
+            out = self.model(
+                input_ids=batch.ids,
+                attention_mask=batch.mask,
+                labels=batch.labels,
+                use_cache=False,
+            )
         terms = {"loss": out.loss}
         if self.watch:
             for name in ("task", "balance", "z"):

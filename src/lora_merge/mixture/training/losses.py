@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lora_merge.mixture.runtime.call.in_force import Decision
 from lora_merge.mixture.runtime.group import Group
 from lora_merge.mixture.training.processes import Processes
 
@@ -34,18 +35,17 @@ class GateLosses:
         self.mask, self.owners = mask.bool().flatten(), owners.flatten()
         self._terms = {"task": [], "balance": [], "z": []}
 
-    def observe(
-        self, group: Group, start: int, stop: int, weights: Tensor, scores: Tensor | None
-    ) -> None:
-        """One decision of a group: weights (T, M, E), scores (T, M, n)."""
+    def observe(self, decision: Decision) -> None:
+        """One decision of a group; under checkpointing the same sums are formed again."""
+        scores, weights, group = decision.scores, decision.weights, decision.group
         if scores is None or self.mask is None or scores.shape[0] != len(self.mask):
             return
-        by_rank = group.context.spec.granularity == "rank"
-        for place, member in enumerate(range(start, stop)):
-            present = None if by_rank else group.experts[member]
+        members = range(decision.start, decision.stop)
+        for place, member in enumerate(members):
+            present = None if decision.by_rank else group.experts[member]
             self.add(scores[:, place], weights[:, place], present)
-        if by_rank and torch.is_grad_enabled():
-            for place, member in enumerate(range(start, stop)):
+        if decision.by_rank and torch.is_grad_enabled() and not decision.replay:
+            for place, member in enumerate(members):
                 kept = (weights[:, place] != 0) & self.mask[:, None]
                 key = (id(group), member)
                 self._groups[id(group)] = group

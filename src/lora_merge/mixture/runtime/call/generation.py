@@ -1,0 +1,86 @@
+"""What `generate` was asked for: a forward call by itself does not tell a prompt from a draft."""
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import update_wrapper
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_TEXTS = ("inputs_embeds", "input_ids")
+_OTHERS = ("inputs", "pixel_values", "input_features")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One call of `generate`.
+
+    Attributes:
+        rows: Rows it was given; beams and several answers repeat each in place.
+        prompt: Tokens of each row that are the prompt, padding included; None if nobody knows.
+    """
+
+    rows: int
+    prompt: int | None
+
+
+_CURRENT: ContextVar[Generation | None] = ContextVar("lora_merge_generation", default=None)
+
+
+def generation() -> Generation | None:
+    """The call of `generate` that this thread is in, if any; compiled code cannot know it."""
+    return None if torch.compiler.is_compiling() else _CURRENT.get()
+
+
+class Generate:
+    """A model's `generate` that says what it was given.
+
+    Args:
+        generate: The model's own.
+        encodes: Whether what it is given goes to an encoder, and the decoder begins anew.
+    """
+
+    def __init__(self, generate: Callable[..., Any], *, encodes: bool) -> None:
+        self.generate, self.encodes = generate, encodes
+        update_wrapper(self, generate, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own."""
+        token = _CURRENT.set(_read(args, kwargs, encodes=self.encodes))
+        try:
+            return self.generate(*args, **kwargs)
+        finally:
+            _CURRENT.reset(token)
+
+
+def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], *, encodes: bool) -> Generation | None:
+    texts = [*(kwargs.get(name) for name in _TEXTS), *args[:1], kwargs.get("inputs")]
+    text = next((t for t in texts if isinstance(t, Tensor) and _is_text(t)), None)
+    others = [text, *(kwargs.get(name) for name in _OTHERS), *args[:1]]
+    first = next((value for value in others if isinstance(value, Tensor)), None)
+    if first is None:
+        return None
+    if encodes:
+        text = kwargs.get("decoder_input_ids")
+        return Generation(len(first), 1 if text is None else text.shape[1])
+    return Generation(len(first), None if text is None else text.shape[1])
+
+
+def _is_text(value: Tensor) -> bool:
+    return value.dim() == (3 if value.is_floating_point() else 2)
+
+
+def tell_generation(model: nn.Module) -> None:
+    """Have `model.generate` say what it was given."""
+    generate = getattr(model, "generate", None)
+    if callable(generate) and not isinstance(generate, Generate):
+        encodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        model.__dict__["generate"] = Generate(generate, encodes=encodes)
+
+
+def stop_telling(model: nn.Module) -> None:
+    """Give the model its own `generate` back."""
+    if isinstance(model.__dict__.get("generate"), Generate):
+        del model.__dict__["generate"]

@@ -1,0 +1,122 @@
+"""What attaching leaves in a model: hooks on modules and on the state dict."""
+
+from collections.abc import Callable
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lora_merge.mixture.runtime.group import Group
+
+REGISTRY = "lora_mixtures"  # the submodule that holds a model's mixtures
+_LOCK = RLock()  # one for all: hooks come and go seldom, and a lock cannot be copied
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """The transformer without its head: where tokens begin."""
+    body = getattr(model, "base_model", model)
+    return body if isinstance(body, nn.Module) else model
+
+
+class ModuleHook:
+    """Forward hook that adds the experts of one module to what it returns.
+
+    An object, not a closure, so that a copy of a model has hooks of its own.
+
+    Args:
+        group: The module's group.
+        index: Its place there.
+        in_place: Whether its output is nobody else's.
+    """
+
+    def __init__(self, group: "Group", index: int, *, in_place: bool) -> None:
+        self.group, self.index, self.in_place = group, index, in_place
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> Any:
+        """Add the experts, if this pass wants them."""
+        passed = self.group.current()
+        if passed is None:
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        # Another hook may have kept the base's output: then it is not ours to write into.
+        mine = self.in_place and len(module._forward_hooks) == 1
+        in_place = mine and not torch.is_grad_enabled()
+        return self.group.add(passed, self.index, x, out, in_place=in_place)
+
+
+class ModuleHooks:
+    """The hooks that run the experts, all in the model or all out of it.
+
+    A module without hooks is called without a detour: what is attached and does nothing, costs
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        self.inside = True
+        self._hooks: list[tuple[nn.Module, int, Any]] = []
+
+    def add(self, module: nn.Module, hook: Any) -> None:
+        """Register one more hook."""
+        handle = module.register_forward_hook(hook, with_kwargs=True)
+        self._hooks.append((module, handle.id, hook))
+
+    def put(self, inside: bool, keep: Callable[[], bool] = lambda: False) -> None:
+        """Put the hooks into the model or take them out, unless somebody keeps them in."""
+        if self.inside is inside:
+            return
+        with _LOCK:
+            if inside:
+                self._insert()
+            elif not keep():
+                self._take_out()
+
+    def _insert(self) -> None:
+        if self.inside:
+            return
+        for module, number, hook in self._hooks:
+            hooks: Any = module._forward_hooks
+            hooks[number] = hook
+            module._forward_hooks_with_kwargs[number] = True
+            for later in [n for n in hooks if n > number]:  # each in the place it registered for
+                hooks.move_to_end(later)
+        self.inside = True
+
+    def _take_out(self) -> None:
+        for module, number, _ in self._hooks:
+            module._forward_hooks.pop(number, None)
+            module._forward_hooks_with_kwargs.pop(number, None)
+        self.inside = False
+
+    def clear(self) -> None:
+        """Take the hooks out for good."""
+        with _LOCK:
+            self._take_out()
+            self._hooks.clear()
+
+
+def counted(switch: Any, change: int) -> None:
+    """Count a pass that begins or ends; the hooks are in the model while there is one."""
+    with _LOCK:
+        switch.running += change
+        if change > 0:
+            switch.hooks.put(True)
+
+
+def hide(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Keep the mixtures out of the base model's state dict; they save themselves."""
+    for key in [key for key in state if key.startswith(f"{prefix}{REGISTRY}.")]:
+        del state[key]
+    matrices = {m.data_ptr() for each in getattr(module, REGISTRY).values() for m in each.matrices}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in matrices:
+            state[key] = value.clone(memory_format=torch.contiguous_format)  # files want it so
+
+
+def forgive(module: nn.Module, keys: Any) -> None:
+    """The same for loading: the base's file has no mixture in it, and need not."""
+    missing = keys.missing_keys
+    missing[:] = [key for key in missing if f"{REGISTRY}." not in key]
