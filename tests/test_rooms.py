@@ -25,7 +25,7 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # The ground floor is there to be used, for one name too; an arrow higher up wants more reason.
 GROUND = {"errors", "_version", "printing", "arguments", "machine", "files", "linalg"}
 # Two files that are one until the pass of a model is decided in one place.
-CIRCLES = {("mixture.runtime.by_kernel", "mixture.runtime.group")}
+CIRCLES: set[tuple[str, str]] = set()
 # Library → rooms that may import it at all.
 ALLOWED = {
     "click": {"cli"},

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,10 +14,8 @@ from lora_merge.kernels.gated_stack.layout import Layout, Shrunk
 from lora_merge.kernels.gated_stack.operation import chosen, gated_shrink, routed_shrink
 from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.runtime.call.in_force import InForce
+from lora_merge.mixture.runtime.call.modules import Modules
 from lora_merge.mixture.runtime.call.passes import Pass
-
-if TYPE_CHECKING:
-    from lora_merge.mixture.runtime.group import Group
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +50,7 @@ class Plan:
 
 
 def kernel_units(
-    group: "Group", passed: Pass, x: Tensor, start: int, stop: int
+    group: Modules, passed: Pass, x: Tensor, start: int, stop: int
 ) -> Sequence[Shrunk] | None:
     """Gated units of members start..stop.
 
@@ -94,7 +91,7 @@ def kernel_units(
     return routed_shrink(x, down, gate, layout, rule, bias=bias, implementation=how)
 
 
-def _plan(group: "Group", gate: InForce, x: Tensor, down: Tensor, start: int, stop: int) -> Plan:
+def _plan(group: Modules, gate: InForce, x: Tensor, down: Tensor, start: int, stop: int) -> Plan:
     """How to run members start..stop."""
     plan = Plan(gate.spec, _is_seen(gate), dispatch.forced())
     if not _suits(group, gate.spec) or (stop - start > 1 and not group.uniform):
@@ -106,7 +103,7 @@ def _plan(group: "Group", gate: InForce, x: Tensor, down: Tensor, start: int, st
     return replace(plan, how=how, layout=layout, given=kind == "given")
 
 
-def plan_joined(group: "Group", gate: InForce, x: Tensor, joined: Joined) -> Plan:
+def plan_joined(group: Modules, gate: InForce, x: Tensor, joined: Joined) -> Plan:
     """How to run all members on some tokens where the base weights stand beside the experts.
 
     Args:
@@ -141,26 +138,26 @@ def _is_seen(gate: InForce) -> bool:
     return gate.observe is not None or gate.only is not None
 
 
-def _suits(group: "Group", spec: GateSpec) -> bool:
+def _suits(group: Modules, spec: GateSpec) -> bool:
     """Whether the kernels know such modules and gates at all."""
     return group.form == "linear" and spec.signal != "spectrum" and group.rank_gates is None
 
 
-def _kind(group: "Group", gate: InForce) -> dispatch.GateKind:
+def _kind(group: Modules, gate: InForce) -> dispatch.GateKind:
     """What the dispatch table calls a gate."""
     if not _makes_own_weights(group, gate):
         return "given"
     return "dense" if gate.spec.top_k is None else "top-k"
 
 
-def _makes_own_weights(group: "Group", gate: InForce) -> bool:
+def _makes_own_weights(group: Modules, gate: InForce) -> bool:
     """Whether a token's weights are a function of its own scores and nobody wants to see them."""
     spec = gate.spec
     apart = spec.standardise or gate.remembers or group.num_general
     return spec.has_rows and not apart and not _is_seen(gate)
 
 
-def _layout(group: "Group", spec: GateSpec, start: int, stop: int) -> Layout:
+def _layout(group: Modules, spec: GateSpec, start: int, stop: int) -> Layout:
     """The units of members that are alike (or one)."""
     columns = group.columns_of(start)
     outputs = sum(up.shape[1] for up in group.factors()[0][start:stop])

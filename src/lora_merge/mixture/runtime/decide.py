@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,17 +10,15 @@ from lora_merge.errors import MethodError
 from lora_merge.kernels import gated_stack
 from lora_merge.mixture.gates.gate import only_of
 from lora_merge.mixture.gates.memory import REMEMBERED, over_prompt, remember
+from lora_merge.mixture.runtime.call.modules import Modules
 from lora_merge.mixture.runtime.call.passes import Pass, Stage
 from lora_merge.mixture.runtime.call.tokens import Tokens
-
-if TYPE_CHECKING:
-    from lora_merge.mixture.runtime.group import Group
 
 _DECIDED = "decided"
 
 
 def decide(
-    group: "Group",
+    group: Modules,
     passed: Pass,
     seen: Tokens | None,
     x: Tensor,
@@ -60,7 +57,7 @@ def decide(
     return _weights(group, passed, scores, start, stop), scores
 
 
-def _weights(group: "Group", passed: Pass, scores: Tensor, start: int, stop: int) -> Tensor:
+def _weights(group: Modules, passed: Pass, scores: Tensor, start: int, stop: int) -> Tensor:
     """Weights of the gated experts (or ranks) from scores (..., M, n)."""
     spec, only = passed.gate.spec, passed.gate.only
     bias = group.gate_bias(start, stop)
@@ -83,7 +80,7 @@ def _remembered(passed: Pass, seen: Tokens, scores: Tensor, keys: Sequence[str])
 
 
 def _of_prompt(
-    group: "Group",
+    group: Modules,
     passed: Pass,
     seen: Tokens,
     scores: Tensor,
@@ -148,7 +145,7 @@ def _whole(passed: Pass, x: Tensor) -> tuple[Tensor, Tokens, Tensor] | None:
 
 
 def _of_head(
-    group: "Group",
+    group: Modules,
     passed: Pass,
     whole: Tensor,
     tokens: Tokens,
@@ -166,7 +163,7 @@ def _of_head(
     return rows[:, places].flatten(0, 1), kept[:, places].flatten(0, 1)
 
 
-def _by_itself(group: "Group", passed: Pass, x: Tensor, start: int) -> Tokens:
+def _by_itself(group: Modules, passed: Pass, x: Tensor, start: int) -> Tokens:
     """The tokens of a module that is called by itself, which are those of its input."""
     if passed.stage is None and not passed.replay:
         several = x.dim() > (1 if group.form == "embedding" else 2)

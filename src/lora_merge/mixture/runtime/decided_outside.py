@@ -1,20 +1,16 @@
 """Weights that no module decides for itself: the caller has named them, or a first pass has."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from lora_merge.errors import MethodError
+from lora_merge.mixture.runtime.call.modules import Modules
 from lora_merge.mixture.runtime.call.passes import Pass
 from lora_merge.mixture.runtime.call.tokens import Tokens
 
-if TYPE_CHECKING:
-    from lora_merge.mixture.runtime.group import Group
-
 
 def decided_outside(
-    group: "Group", passed: Pass, seen: Tokens | None, x: Tensor, start: int, stop: int
+    group: Modules, passed: Pass, seen: Tokens | None, x: Tensor, start: int, stop: int
 ) -> Tensor:
     """Weights of members start..stop, shape (T', M, E), T' dividing the number of tokens.
 
@@ -47,7 +43,7 @@ def decided_outside(
                 f"holds the rows of {len(weights)} requests",
                 "one request for the whole batch, or experts without this module",
             )
-    columns = [getattr(group, f"outside{m}") for m in range(start, stop)]
+    columns = [group.taken_by(m) for m in range(start, stop)]
     parts = [weights.index_select(1, each) for each in columns]
     return torch.stack(parts, dim=1) if len(parts) > 1 else parts[0][:, None]
 

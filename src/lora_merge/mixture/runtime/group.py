@@ -321,6 +321,11 @@ class Group(nn.Module):
         own = bias[self.units[start] : self.units[stop]] if isinstance(bias, Tensor) else None
         return rows, own
 
+    def taken_by(self, member: int) -> Tensor:
+        """Columns of weights decided outside that a member takes, int64, shape (E,)."""
+        taken: Tensor = getattr(self, f"outside{member}")
+        return taken
+
     def gate_bias(self, start: int, stop: int) -> Tensor | None:
         """The bias for the selection as the scores stand, shape (M, n)."""
         bias = self.bias

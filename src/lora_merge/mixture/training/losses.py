@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_merge.mixture.runtime.call.in_force import Decision
-from lora_merge.mixture.runtime.group import Group
+from lora_merge.mixture.runtime.call.modules import Modules
 from lora_merge.mixture.training.processes import Processes
 
 
@@ -27,7 +27,7 @@ class GateLosses:
     mask: Tensor | None = None
     owners: Tensor | None = None
     loads: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    _groups: dict[int, Group] = field(default_factory=dict)
+    _groups: dict[int, Modules] = field(default_factory=dict)
     _terms: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def begin(self, mask: Tensor, owners: Tensor) -> None:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,8 +16,17 @@ from lora_merge.mixture.runtime.call.kv_state import Companion, cache_name, comp
 from lora_merge.mixture.runtime.call.passes import Pass, Stage, begin, carry_through, current, end
 from lora_merge.mixture.runtime.call.tokens import PACKED_BY_SCHEDULER, Tokens, read_tokens
 
-if TYPE_CHECKING:
-    from lora_merge.mixture.runtime.two_pass import TwoPass
+
+class Before(Protocol):
+    """What runs before a part of the model, and looks at what it returns; see `two_pass`."""
+
+    def before(
+        self, passed: Pass, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """The part is about to run."""
+
+    def after(self, passed: Pass, stage: Stage, output: Any) -> None:
+        """It has run."""
 
 
 class Entry:
@@ -36,7 +45,7 @@ class Entry:
         name: str,
         module: nn.Module,
         *,
-        two_pass: "TwoPass | None" = None,
+        two_pass: Before | None = None,
     ) -> None:
         self.switch, self.name, self.two_pass = switch, name, two_pass
         self.names = tuple(inspect.signature(module.forward).parameters)

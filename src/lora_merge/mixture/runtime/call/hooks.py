@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from lora_merge.mixture.runtime.group import Group
+from lora_merge.mixture.runtime.call.modules import Modules
 
 REGISTRY = "lora_mixtures"  # the submodule that holds a model's mixtures
 _LOCK = RLock()  # one for all: hooks come and go seldom, and a lock cannot be copied
@@ -31,7 +30,7 @@ class ModuleHook:
         in_place: Whether its output is nobody else's.
     """
 
-    def __init__(self, group: "Group", index: int, *, in_place: bool) -> None:
+    def __init__(self, group: Modules, index: int, *, in_place: bool) -> None:
         self.group, self.index, self.in_place = group, index, in_place
 
     def __call__(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,7 @@ from torch import Tensor
 from lora_merge.errors import MethodError
 from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.runtime.call.hooks import ModuleHooks
-
-if TYPE_CHECKING:
-    from lora_merge.mixture.runtime.call.passes import Pass
-    from lora_merge.mixture.runtime.group import Group
+from lora_merge.mixture.runtime.call.modules import Modules
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +30,7 @@ class Decision:
         replay: Whether this decides again what was seen before, under gradient checkpointing.
     """
 
-    group: "Group"
+    group: Modules
     start: int
     stop: int
     weights: Tensor
@@ -114,7 +111,7 @@ class Switch:
         self.default = default
         self.hooks = ModuleHooks()
         self.running = 0
-        self.traced: Pass | None = None
+        self.traced: Any = None
         # What gradients were recorded under: the gate, and whether it was one throughout.
         self._differentiated: tuple[tuple[Any, ...], InForce, bool] | None = None
         self._block: InForce | None = None  # of the thread that entered last, for compiled models

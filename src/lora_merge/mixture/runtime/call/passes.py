@@ -9,7 +9,7 @@ tower, a body without its head) are stages of the pass.
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from lora_merge.mixture.runtime.call.hooks import counted
 from lora_merge.mixture.runtime.call.in_force import InForce, Switch
 from lora_merge.mixture.runtime.call.kv_state import Companion
 from lora_merge.mixture.runtime.call.tokens import Tokens
-
-if TYPE_CHECKING:
-    from lora_merge.mixture.runtime.shared_input import Siblings
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps it in a layer
 
@@ -86,7 +83,7 @@ class Pass:
     weights: Tensor | None = None
     bypass: bool = False
     replay: bool = False
-    waiting: "dict[Siblings, Waiting]" = field(default_factory=dict)
+    waiting: dict[object, Waiting] = field(default_factory=dict)
 
 
 _CURRENT: ContextVar[Pass | None] = ContextVar("lora_merge_pass", default=None)
@@ -95,7 +92,8 @@ _CURRENT: ContextVar[Pass | None] = ContextVar("lora_merge_pass", default=None)
 def current(switch: Switch) -> Pass | None:
     """The pass that a mixture is in, if any."""
     if torch.compiler.is_compiling():
-        return switch.traced
+        traced: Pass | None = switch.traced
+        return traced
     found = _CURRENT.get()
     while found is not None and found.switch is not switch:
         found = found.outer
@@ -117,8 +115,8 @@ def of_module(switch: Switch) -> Pass | None:
 def begin(switch: Switch, gate: InForce) -> Pass:
     """A call enters the model."""
     if torch.compiler.is_compiling():
-        switch.traced = Pass(switch, gate)
-        return switch.traced
+        made = switch.traced = Pass(switch, gate)
+        return made
     made = Pass(switch, gate, outer=_CURRENT.get())
     counted(switch, 1)
     _CURRENT.set(made)
