@@ -28,6 +28,7 @@ LOSSLESS: dict[str, dict[str, Any]] = {
     "wudi": {"ridge": 1e-9},
     "ssr": {"ridge": 1e-9},
     "wudi-iso": {"ridge": 1e-9, "beta": 0.0},
+    "lego-refit": {"ridge": 1e-9, "beta": 0.0},
     **{
         name: {"density": 1.0, "scope": "tensor"} for name in ("magnitude", "ties", "dare", "della")
     },

@@ -53,39 +53,77 @@ def wudi(stack: RankStack, job: Job, options: WudiOptions) -> Outcome:
     an SVD of S^(1/2) X*, not of X*.
     """
     parts = triplets(stack.weighted(job.weights))
-    energy = torch.zeros(len(job.weights), dtype=torch.float64, device=parts.scale.device)
-    energy.index_add_(0, parts.owner, parts.scale.square())
-    share = parts.scale.square() / energy[parts.owner]
     if options.side == "both":
-        outcome = _both_sides(parts, share, job.rank, options.ridge)
+        outcome = _both_sides(parts, _energy_shares(parts), job.rank, options.ridge)
     elif options.side == "output":
-        outcome = _one_side(parts, share, job.rank, options)
+        outcome = _one_side(parts, job.rank, options)
     else:
-        outcome = _one_side(parts.transposed(), share, job.rank, options)
+        outcome = _one_side(parts.transposed(), job.rank, options)
         outcome = replace(outcome, stack=outcome.stack.transposed())
-    if options.beta == 0:
+    # An adapter that is alone in a module disturbs nobody: it stays as it is.
+    if options.beta == 0 or len(parts.adapters) < 2:
         return outcome
     return replace(outcome, stack=_flattened(outcome.stack, options.beta))
 
 
-def _one_side(parts: RankStack, share: Tensor, rank: int | None, options: WudiOptions) -> Outcome:
-    """min_X sum_i |D_i^T (X - D_i)|^2 / |D_i|^2, ridge towards the sum.
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The minimiser X* of an output-side objective, in the metric of that objective.
+
+    The objective of any X is |scaled - to_metric(X)|^2 plus a constant, so the best X of a rank, or
+    within some span, is found by plain least squares on `scaled`.
+
+    Attributes:
+        vectors: Eigenvectors of S = sum of output metrics plus ridge, float64, shape (p, p).
+        root: Square roots of its eigenvalues, shape (p,); ones for the plain error.
+        scaled: S^(1/2) X* in those eigenvectors, shape (p, q).
+    """
+
+    vectors: Tensor
+    root: Tensor
+    scaled: Tensor
+
+    def from_metric(self, left: Tensor) -> Tensor:
+        """Columns of S^(1/2) X as columns of X, shape (p, n)."""
+        return self.vectors @ (left / self.root[:, None])
+
+    def to_metric(self, left: Tensor) -> Tensor:
+        """Columns of X as columns of S^(1/2) X."""
+        return self.root[:, None] * (self.vectors.mT @ left)
+
+
+def output_target(
+    parts: RankStack, ridge: float, compress: Literal["metric", "frobenius"] = "metric"
+) -> Target:
+    """The X that minimises sum_i |D_i^T (X - D_i)|^2 / |D_i|^2, ridge towards the sum.
 
     Args:
-        parts: Singular triplets of every D_i.
-        share: Each triplet's share of its adapter's energy: H_i = U diag(share) U^T.
-        rank: Rank of the result.
-        options: Ridge, and the error that the cut minimises.
+        parts: Singular triplets of every D_i, in core coordinates.
+        ridge: Relative to the mean eigenvalue of the metric.
+        compress: The error that is to be minimised by cuts.
     """
+    share = _energy_shares(parts)
     metric = (parts.up * share) @ parts.up.mT
-    ridge = options.ridge * metric.diagonal().mean() if len(metric) else 0.0
-    wanted = (parts.up * (parts.scale * (share + ridge))) @ parts.down
+    pull = ridge * metric.diagonal().mean() if len(metric) else 0.0
+    wanted = (parts.up * (parts.scale * (share + pull))) @ parts.down
     values, vectors = torch.linalg.eigh(metric)
-    values = values.clamp_min(0) + ridge
-    root = values.sqrt() if options.compress == "metric" else torch.ones_like(values)
-    # S^(1/2) X* in the eigenbasis, cut, and S^(-1/2) put back on the left factor.
-    u, s, vh = truncated_svd(root[:, None] * ((vectors.mT @ wanted) / values[:, None]), None)
-    left = vectors @ (u[:, :rank] / root[:, None])
+    values = values.clamp_min(0) + pull
+    root = values.sqrt() if compress == "metric" else torch.ones_like(values)
+    return Target(vectors, root, root[:, None] * ((vectors.mT @ wanted) / values[:, None]))
+
+
+def _energy_shares(parts: RankStack) -> Tensor:
+    """Each triplet's share of its adapter's energy: H_i = U diag(share) U^T, shape (R,)."""
+    energy = parts.scale.new_zeros(max(parts.adapters, default=0) + 1)
+    energy.index_add_(0, parts.owner, parts.scale.square())
+    return parts.scale.square() / energy[parts.owner]
+
+
+def _one_side(parts: RankStack, rank: int | None, options: WudiOptions) -> Outcome:
+    """The output-side minimiser, cut to a rank in its metric."""
+    target = output_target(parts, options.ridge, options.compress)
+    u, s, vh = truncated_svd(target.scaled, None)
+    left = target.from_metric(u[:, :rank])
     # Both parts of a cut in the metric are orthogonal in it, so their energies there add up.
     return Outcome(RankStack.single(left, vh[:rank], s[:rank]), energy=share_of_energy(s[:rank], s))
 

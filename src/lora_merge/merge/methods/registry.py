@@ -22,6 +22,7 @@ from lora_merge.merge.methods import (
     tucker,
 )
 from lora_merge.merge.methods.lego import LegoOptions, lego
+from lora_merge.merge.methods.lego_refit import LegoRefitOptions, lego_refit
 from lora_merge.merge.methods.method import Job, Method, Outcome, Space
 
 __all__ = ["METHODS", "Job", "Method", "Outcome", "find_method", "methods"]
@@ -333,13 +334,22 @@ _TABLE = (
     ),
     Method(
         name="lego",
-        summary="cluster rank-wise units; centroids become the merged adapter (LoRA-LEGO)",
+        summary="cluster rank-wise units; centroids become the merged adapter, as published",
         paper="Zhao et al., ICLR 2025, arXiv 2409.16167",
         combine=_lego,
         options=LegoOptions,
         space="units",
         makes_rank=True,
         gauge_free=False,
+    ),
+    Method(
+        name="lego-refit",
+        summary="cluster singular units by direction, refit them to wudi-iso's target",
+        paper="our form of LoRA-LEGO (arXiv 2409.16167)",
+        combine=lego_refit,
+        options=LegoRefitOptions,
+        space="units",
+        makes_rank=True,
         aliases=("cluster",),
     ),
 )

@@ -1,0 +1,173 @@
+"""Our form of LoRA-LEGO: cluster singular units by direction, then refit them to a merge target.
+
+The published method (`lego`, arXiv 2409.16167) averages what falls into one cluster. Here a cluster
+decides where its unit starts: the units are then solved for together, by least squares to the target
+of `wudi-iso`, so that each does what is best for all adapters.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.linalg.factors import pivot_sign
+from lora_merge.linalg.kmeans import KMeansResult, kmeans
+from lora_merge.merge.methods.least_squares import Target, output_target
+from lora_merge.merge.methods.method import Job, Outcome
+from lora_merge.merge.methods.options import option
+from lora_merge.merge.methods.spaces import core_of
+from lora_merge.merge.methods.spectral import RTOL, flatten, triplets, truncated_svd
+
+
+@dataclass(frozen=True)
+class LegoRefitOptions:
+    """Parameters of `lego-refit`."""
+
+    compare: Literal["both", "down", "up"] = option(
+        "both", "halves of the singular units whose directions are clustered"
+    )
+    weight: Literal["share", "size", "none"] = option(
+        "share", "how much a unit counts: its share of its adapter's energy, its size, all alike"
+    )
+    refit: Literal["both", "up", "down"] = option(
+        "both", "halves that are solved for; the other one stays the centroid's"
+    )
+    rounds: int = option(3, "times that both halves are solved for in turn", low=1)
+    ridge: float = option(
+        0.01, "pull of the target towards the plain sum, as in wudi with side=output", above=0
+    )
+    beta: float = option(
+        0.25, "0 leaves the singular values of the result, 1 makes them equal", low=0, high=1
+    )
+    restarts: int = option(10, "k-means++ starts", low=1)
+
+
+def lego_refit(stack: RankStack, job: Job, options: LegoRefitOptions) -> Outcome:
+    """Cluster the adapters' singular units and refit the clusters' units.
+
+    With X* the least-squares target, C the centroids' down halves and |.| the norm of the target's
+    metric: U = argmin |U C - X*|, then D = argmin |U D - X*|, in rounds. Unit c is (D_c, U_c) and
+    began as the centroid of cluster c.
+
+    Args:
+        stack: The adapters.
+        job: Its rank is the number of clusters; None makes every unit its own.
+        options: Parameters.
+
+    Returns:
+        The units; details: `cluster_sizes`, and `clusters`, which names for every unit its members
+        as [adapter, singular direction, sign, cosine with the unit, share of it kept].
+    """
+    place = core_of(stack)
+    assert place.right is not None
+    parts = triplets(place.core.weighted(job.weights))
+    count = min(job.rank or parts.num_units, parts.num_units)
+    if count == 0:
+        return Outcome(place.lift(RankStack.single(parts.up, parts.down)))
+    # Orthogonal units have no sign relative to each other; theirs in the model's coordinates counts.
+    sign = pivot_sign(place.right.lift(parts.down.mT))[0].to(parts.scale)
+    parts = replace(parts, down=parts.down * sign[:, None], up=parts.up * sign)
+    size = _sizes(parts, options.weight)
+    found = _cluster(parts, size, count, options, job.rng())
+    target = output_target(parts, options.ridge)
+    members = torch.zeros(count, parts.num_units, dtype=size.dtype, device=size.device)
+    members[found.labels, torch.arange(len(size), device=size.device)] = size * found.signs
+    up, down = _refitted(parts, members, target, options)
+    if len(parts.adapters) > 1:
+        down = down @ _flattening(up @ down, options.beta)
+    result = RankStack.single(up, down)
+    energy = _energy_kept(target, up, down) if options.beta == 0 else 1.0
+    sizes = torch.bincount(found.labels, minlength=count).tolist()
+    clusters = _members(parts, found, result)
+    return Outcome(place.lift(result), {"cluster_sizes": sizes, "clusters": clusters}, energy=energy)
+
+
+def _sizes(parts: RankStack, weight: str) -> Tensor:
+    """How long each unit is as a point to cluster, and in a centroid, float64, shape (R,)."""
+    if weight == "none":
+        return torch.ones_like(parts.scale)
+    if weight == "size":
+        return parts.scale
+    norms = parts.scale.new_zeros(max(parts.adapters) + 1)
+    norms = norms.index_add_(0, parts.owner, parts.scale.square()).sqrt()
+    # sigma times its share of the adapter's norm: the length that the target's metric sees.
+    return parts.scale.square() / norms[parts.owner]
+
+
+def _cluster(
+    parts: RankStack, size: Tensor, count: int, options: LegoRefitOptions, rng: np.random.Generator
+) -> KMeansResult:
+    """k-means on directions times sizes, blind to signs."""
+    gram = size.new_zeros(len(size), len(size))
+    if options.compare != "up":
+        gram += parts.down @ parts.down.mT
+    if options.compare != "down":
+        gram += parts.up.mT @ parts.up
+    gram = size[:, None] * gram * size
+    # k-means++ draws by position: from the largest unit down, whatever the stack's order.
+    order = parts.scale.argsort(descending=True, stable=True)
+    found = kmeans(
+        gram[order[:, None], order], count, rng=rng, restarts=options.restarts, sign_invariant=True
+    )
+    back = order.argsort().to(found.labels.device)
+    return KMeansResult(found.labels[back], found.signs[back], found.inertia, found.iterations)
+
+
+def _refitted(
+    parts: RankStack, members: Tensor, target: Target, options: LegoRefitOptions
+) -> tuple[Tensor, Tensor]:
+    """Up (p, k) and down (k, q) of the clusters' units, nearest to the target."""
+    if options.refit == "down":
+        up = parts.up @ members.mT
+        return up, _pinv(target.to_metric(up)) @ target.scaled
+    down = members @ parts.down
+    left = target.scaled @ _pinv(down)
+    if options.refit == "both":
+        for _ in range(options.rounds):
+            down = _pinv(left) @ target.scaled
+            left = target.scaled @ _pinv(down)
+    return target.from_metric(left), down
+
+
+def _pinv(x: Tensor) -> Tensor:
+    """Pseudoinverse without the directions that are numerically zero."""
+    u, s, vh = truncated_svd(x, None)
+    return (vh.mT / s) @ u.mT
+
+
+def _flattening(result: Tensor, beta: float) -> Tensor:
+    """What flattens the singular values of a result from the right, its norm kept, as Iso-C's."""
+    _, s, vh = truncated_svd(result, None)
+    if beta == 0 or not s.numel():
+        return torch.eye(result.shape[1], dtype=result.dtype, device=result.device)
+    values = flatten(s, beta)
+    values = values * (s.norm() / values.norm())
+    return (vh.mT * (values / s)) @ vh
+
+
+def _energy_kept(target: Target, up: Tensor, down: Tensor) -> float:
+    """Share of the target's energy, in its metric, that the units hold."""
+    whole = float(target.scaled.square().sum())
+    kept = float((target.to_metric(up) @ down).square().sum())
+    return min(kept / whole, 1.0) if whole > 0 else 1.0
+
+
+def _members(parts: RankStack, found: KMeansResult, result: RankStack) -> list[list[list[Any]]]:
+    """For each unit of the result, who went into it and how much of that it still does."""
+    up = result.up / result.up.norm(dim=0).clamp_min(1e-300)
+    down = result.down / result.down.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    labels = found.labels.to(up.device)
+    alike = ((parts.up.mT @ up) * (parts.down @ down.mT)).gather(1, labels[:, None])[:, 0]
+    reach = ((parts.up.mT @ result.up) * (parts.down @ result.down.mT)).sum(dim=1)
+    kept = reach / parts.scale.clamp_min(RTOL**2)
+    clusters: list[list[list[Any]]] = [[] for _ in range(result.num_units)]
+    seen: dict[int, int] = {}
+    for j, owner in enumerate(parts.owner.tolist()):
+        place = seen[owner] = seen.get(owner, -1) + 1
+        sign = 1 if float(alike[j]) >= 0 else -1
+        cosine, share = round(abs(float(alike[j])), 3), round(float(kept[j]), 3)
+        clusters[int(labels[j])].append([owner, place, sign, cosine, share])
+    return clusters
