@@ -16,7 +16,7 @@ from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.config import parse_config
 from lora_merge.errors import LoraMergeError, MethodError
 from lora_merge.files.tensor_file import TensorDict
-from lora_merge.merge.auto import choose
+from lora_merge.merge.auto.method import choose
 from lora_merge.merge.elementwise.combine import merge_tensor
 from lora_merge.merge.elementwise.rule import preset
 from lora_merge.merge.methods.registry import methods

@@ -12,6 +12,7 @@ from lora_merge.adapters.writer import RankLayout
 from lora_merge.arguments import checked
 from lora_merge.errors import MethodError
 from lora_merge.merge.calibrate import RestoreNorm
+from lora_merge.merge.clusters import clusters_text
 from lora_merge.merge.executor import execute, settle
 from lora_merge.merge.extras import ExtrasPolicy
 from lora_merge.merge.methods.method import Normalize, Space
@@ -150,5 +151,9 @@ def merge(
     report = finish_report(plan, modules, None, strict=strict)
     text = f"# made by lora-merge {__version__}\n"
     text += resolved_recipe(recipe, plan, opened).to_yaml()
-    texts = {RECIPE_NAME: text, "README.md": card_of(plan, text)}
+    members = clusters_text(modules, [a.name for a in plan.alignment.adapters])
+    texts = {
+        RECIPE_NAME: text + (members if plan.units_survive else ""),
+        "README.md": card_of(plan, text),
+    }
     return MadeAdapter.of(writer.adapter("merged"), report, texts=texts, notes=report.notes)

@@ -17,7 +17,7 @@ from lora_merge.adapters.measured.fingerprints import fingerprints
 from lora_merge.adapters.writer import OutputPlan, RankLayout, plan_output
 from lora_merge.errors import MethodError
 from lora_merge.files.tensor_file import DTYPE_CODES, DTYPES, widest_dtype
-from lora_merge.merge.auto import choose
+from lora_merge.merge.auto.method import choose
 from lora_merge.merge.elementwise.delta import working_bytes
 from lora_merge.merge.extras import ExtrasPolicy, plan_extras
 from lora_merge.merge.methods.options import parse_options
@@ -75,6 +75,11 @@ class MergePlan:
     def measured(self) -> bool:
         """Whether ranks depend on the results, so that a first pass must find them."""
         return self.rule.kind not in ("fixed", "full")
+
+    @property
+    def units_survive(self) -> bool:
+        """Whether the units that the method makes are those that are written, in its order."""
+        return self.rule.kind == "fixed" and not self.semantics.svc
 
     @cached_property
     def num_layers(self) -> int:

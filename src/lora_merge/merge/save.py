@@ -10,6 +10,7 @@ from lora_merge.adapters.writer import AdapterWriter
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.cards import model_card
+from lora_merge.merge.clusters import clusters_text
 from lora_merge.merge.executor import execute, settle
 from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.recipe.recipe import RECIPE_NAME, Recipe
@@ -66,7 +67,9 @@ def save_merge(
                 plan.spool.folder.rmdir()
             text = f"# made by lora-merge {__version__}\n" + resolved.result().to_yaml()
         report = finish_report(plan, modules, str(out), strict=strict)
-        (folder / RECIPE_NAME).write_text(text, encoding="utf-8")
+        names = [a.name for a in plan.alignment.adapters]
+        members = clusters_text(modules, names) if plan.units_survive else ""
+        (folder / RECIPE_NAME).write_text(text + members, encoding="utf-8")
         (folder / "README.md").write_text(card_of(plan, text), encoding="utf-8")
     return report
 

@@ -6,26 +6,27 @@ import click
 
 from lora_merge.cli.shared.options import adapters_argument, merging_options, run_merge, together
 
-_method_options = together(
+_published_options = together(
+    click.option(
+        "--as-published",
+        is_flag=True,
+        help="LoRA-LEGO as its authors have it: units as stored, centroids averaged. So does each "
+        "of the options from here to --centroid.",
+    ),
     click.option(
         "--units",
         type=click.Choice(["raw", "normalized"]),
-        default="raw",
-        show_default=True,
-        help="Cluster units as they are, or each half at length one.",
+        help="Cluster units as they are, or each half at length one.  [default: raw]",
     ),
     click.option(
         "--reweight-parameters/--no-reweight-parameters",
-        default=True,
-        show_default=True,
-        help="Restore each centroid's largest entry to its members' mean.",
+        default=None,
+        help="Restore each centroid's largest entry to its members' mean.  [default: yes]",
     ),
     click.option(
         "--reweight-output",
         type=click.Choice(["none", "single", "sum"]),
-        default="single",
-        show_default=True,
-        help="Scale by sqrt(r/k) (as one adapter) or sqrt(R/k) (as their sum).",
+        help="Scale by sqrt(r/k) (as one adapter) or sqrt(R/k) (as their sum).  [default: single]",
     ),
     click.option("--fold-scale", is_flag=True, help="Put sqrt(scaling) into both halves first."),
     click.option("--balance", is_flag=True, help="Bring units to |a| = |b| first."),
@@ -34,10 +35,10 @@ _method_options = together(
     click.option(
         "--centroid",
         type=click.Choice(["mean", "rank-one"]),
-        default="mean",
-        show_default=True,
-        help="Mean of the halves, or best rank-one matrix.",
+        help="Mean of the halves, or best rank-one matrix.  [default: mean]",
     ),
+)
+_further_options = together(
     click.option(
         "--restarts",
         type=click.IntRange(min=1),
@@ -45,8 +46,21 @@ _method_options = together(
         show_default=True,
         help="k-means++ starts.",
     ),
+    click.option(
+        "-p",
+        "--param",
+        "parameters",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Parameter of `lora-merge methods lego-refit` (or of `lego`, as published).",
+    ),
+    click.option(
+        "--explain",
+        is_flag=True,
+        help="Show the clusters, who is in them and what is lost; write nothing.",
+    ),
 )
-_PARAMETERS = (
+_PUBLISHED = (
     "units",
     "reweight_parameters",
     "reweight_output",
@@ -55,7 +69,6 @@ _PARAMETERS = (
     "sign_invariant",
     "canonical",
     "centroid",
-    "restarts",
 )
 
 
@@ -64,24 +77,43 @@ _PARAMETERS = (
 Examples:
   lora-merge cluster math code chat --rank 16
   lora-merge cluster 'runs/*/adapter' --rank 8 --dry-run
-  lora-merge cluster a b -w 1 -w -0.5 --rank 16 --fold-scale --balance -o out
+  lora-merge cluster math code chat --rank 16 --explain
+  lora-merge cluster math code chat --rank 16 --as-published --balance -o out
 """,
     short_help="Cluster rank-wise units into one adapter (LoRA-LEGO).",
 )
 @adapters_argument
 @click.option("--rank", type=click.IntRange(min=1), required=True, help="Rank of the result (k).")
-@_method_options
+@_published_options
+@_further_options
 @merging_options
 def command(**arguments: Any) -> None:
     """Cluster the rank-wise units of all ADAPTERs into one adapter of rank K.
 
-    Each LoRA is taken apart into rank-one units; k-means groups similar ones, and each cluster's
-    centroid becomes one unit of the result (LoRA-LEGO, arXiv 2409.16167). The defaults are the
-    published procedure.
+    Each LoRA is taken apart into rank-one units and k-means groups similar ones (LoRA-LEGO, arXiv
+    2409.16167). As published, the mean of a group becomes a unit of the result. By default groups
+    are of singular units, and their units are refitted together to what a merge of all adapters
+    should do; docs/cluster.md has what that buys.
     """
-    from lora_merge.cli.shared.recipe_options import recipe_from, split_run_options
+    from lora_merge.cli.shared.options import explain_clusters
+    from lora_merge.cli.shared.recipe_options import (
+        parse_parameters,
+        recipe_from,
+        split_run_options,
+    )
 
     run = split_run_options(arguments)
-    parameters = [(name, arguments.pop(name)) for name in _PARAMETERS]
-    recipe = recipe_from("lego", parameters=parameters, **arguments)
-    run_merge(recipe, **run)
+    given = {name: arguments.pop(name) for name in _PUBLISHED}
+    variants = {name: value for name, value in given.items() if value not in (None, False)}
+    if given["reweight_parameters"] is False:
+        variants["reweight_parameters"] = False
+    published = arguments.pop("as_published") or bool(variants)
+    explain = arguments.pop("explain")
+    parameters = [*variants.items(), ("restarts", arguments.pop("restarts"))]
+    parameters += parse_parameters(arguments.pop("parameters"))
+    method = "lego" if published else "lego-refit"
+    recipe = recipe_from(method, parameters=parameters, **arguments)
+    if explain:
+        explain_clusters(recipe, **run)
+    else:
+        run_merge(recipe, **run)

@@ -171,3 +171,36 @@ def run_merge(
     for note in report.notes[len(plan.notes) :]:
         output.note(note)
     output.data(report.to_dict(), *report_view(report))
+
+
+def explain_clusters(
+    recipe: "Recipe",
+    *,
+    device: str,
+    jobs: int | None,
+    as_json: bool,
+    allow_pickle: bool,
+    **_: Any,
+) -> None:
+    """Run a clustering in memory and show what its units are made of."""
+    from lora_merge.adapters.in_memory import MemoryWriter
+    from lora_merge.cli.shared.output import Output
+    from lora_merge.cli.views.clusters import clusters_data, clusters_view
+    from lora_merge.merge.clusters import clusters_of
+    from lora_merge.merge.executor import execute
+    from lora_merge.merge.recipe.recipe import open_recipe, plan_recipe
+
+    output = Output(as_json)
+    recipe, adapters = open_recipe(recipe, allow_pickle=allow_pickle)
+    plan = plan_recipe(recipe, adapters)
+    with output.progress("clustering", len(plan.alignment.modules)) as advance:
+        reports = execute(
+            plan,
+            MemoryWriter(plan.output),
+            jobs=jobs,
+            device=device,
+            on_module=lambda _: advance(),
+        )
+    names = [adapter.name for adapter in plan.alignment.adapters]
+    clusters = clusters_of(reports)
+    output.data(clusters_data(clusters, names), *clusters_view(clusters, names))

@@ -5,8 +5,8 @@ stack, so the clustering never touches vectors of the model's width.
 """
 
 from dataclasses import dataclass, replace
-from math import sqrt
-from typing import Literal
+from math import isfinite, sqrt
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
-from lora_merge.linalg.factors import thin_svd
+from lora_merge.linalg.factors import gram, thin_svd
 from lora_merge.linalg.kmeans import kmeans
 from lora_merge.merge.methods.options import option
 
@@ -58,11 +58,13 @@ class LegoResult:
         labels: Cluster of each source unit, int64, shape (R,).
         mixes: Coefficients of the centroids' halves in the source units, float64, (down, up), each
             (k, R); None where the source units were replaced first (`canonical`).
+        source: The units that were clustered.
     """
 
     stack: RankStack
     labels: Tensor
     mixes: tuple[Tensor, Tensor] | None
+    source: RankStack
 
     @property
     def cluster_sizes(self) -> list[int]:
@@ -117,7 +119,42 @@ def lego(
         scale = scale * sqrt(reference / k)
     owner = torch.zeros(k, dtype=torch.int64, device=labels.device)
     mixes = None if options.canonical else (down_mix, up_mix)
-    return LegoResult(RankStack(down, up, scale, owner), labels, mixes)
+    return LegoResult(RankStack(down, up, scale, owner), labels, mixes, stack)
+
+
+def members_of(units: RankStack, labels: Tensor, result: RankStack) -> list[list[list[Any]]]:
+    """For each unit of a result, who went into it and what is left of that.
+
+    Args:
+        units: The units that were clustered.
+        labels: Cluster of each, int64, shape (R,); cluster c is unit c of the result.
+        result: The merged units.
+
+    Returns:
+        For each unit of the result its members as [adapter, which of its units, sign, cosine with
+        the result's unit, share of the member that the whole result still does, share of the
+        adapter's energy that the member is].
+    """
+    labels = labels.to(units.scale.device)
+    products = gram(units.up.mT, result.up.mT) * gram(units.down, result.down) * result.scale
+    norms = (units.gram_up.diagonal() * units.gram_down.diagonal()).clamp_min(0).sqrt()
+    lengths = (result.gram_up.diagonal() * result.gram_down.diagonal()).clamp_min(0).sqrt()
+    lengths = lengths * result.scale.abs()
+    own = products.gather(1, labels[:, None])[:, 0] * units.scale.sign()
+    alike = own / (norms * lengths[labels]).clamp_min(1e-300)
+    kept = products.sum(dim=1) / (units.scale * norms.square())
+    energy = units.scale.square() * norms.square()
+    total = energy.new_zeros(max(units.adapters, default=0) + 1)
+    share = energy / total.index_add_(0, units.owner, energy)[units.owner].clamp_min(1e-300)
+    clusters: list[list[list[Any]]] = [[] for _ in range(result.num_units)]
+    seen: dict[int, int] = {}
+    for j, owner in enumerate(units.owner.tolist()):
+        place = seen[owner] = seen.get(owner, -1) + 1
+        sign = -1 if float(alike[j]) < 0 else 1
+        numbers = (abs(float(alike[j])), float(kept[j]), float(share[j]))
+        rounded = [round(x, 4) if isfinite(x) else 0.0 for x in numbers]
+        clusters[int(labels[j])].append([owner, place, sign, *rounded])
+    return clusters
 
 
 def _gauge(stack: RankStack, options: LegoOptions) -> tuple[Tensor, Tensor, Tensor]:

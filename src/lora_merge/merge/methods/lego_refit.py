@@ -1,12 +1,12 @@
 """Our form of LoRA-LEGO: cluster singular units by direction, then refit them to a merge target.
 
-The published method (`lego`, arXiv 2409.16167) averages what falls into one cluster. Here a cluster
-decides where its unit starts: the units are then solved for together, by least squares to the target
-of `wudi-iso`, so that each does what is best for all adapters.
+The published method (`lego`, arXiv 2409.16167) averages what falls into one cluster. Here a
+cluster decides where its unit starts: the units are then solved for together, by least squares to
+the target of `wudi-iso`, so that each does what is best for all adapters.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.linalg.factors import pivot_sign
 from lora_merge.linalg.kmeans import KMeansResult, kmeans
 from lora_merge.merge.methods.least_squares import Target, output_target
+from lora_merge.merge.methods.lego import members_of
 from lora_merge.merge.methods.method import Job, Outcome
 from lora_merge.merge.methods.options import option
 from lora_merge.merge.methods.spaces import core_of
-from lora_merge.merge.methods.spectral import RTOL, flatten, triplets, truncated_svd
+from lora_merge.merge.methods.spectral import flatten, triplets, truncated_svd
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class LegoRefitOptions:
     compare: Literal["both", "down", "up"] = option(
         "both", "halves of the singular units whose directions are clustered"
     )
-    weight: Literal["share", "size", "none"] = option(
+    importance: Literal["share", "size", "none"] = option(
         "share", "how much a unit counts: its share of its adapter's energy, its size, all alike"
     )
     refit: Literal["both", "up", "down"] = option(
@@ -58,8 +59,7 @@ def lego_refit(stack: RankStack, job: Job, options: LegoRefitOptions) -> Outcome
         options: Parameters.
 
     Returns:
-        The units; details: `cluster_sizes`, and `clusters`, which names for every unit its members
-        as [adapter, singular direction, sign, cosine with the unit, share of it kept].
+        The units; details: `cluster_sizes`, and `clusters` as `members_of` has them.
     """
     place = core_of(stack)
     assert place.right is not None
@@ -67,10 +67,10 @@ def lego_refit(stack: RankStack, job: Job, options: LegoRefitOptions) -> Outcome
     count = min(job.rank or parts.num_units, parts.num_units)
     if count == 0:
         return Outcome(place.lift(RankStack.single(parts.up, parts.down)))
-    # Orthogonal units have no sign relative to each other; theirs in the model's coordinates counts.
+    # Orthogonal units have no sign relative to each other: that of their largest entry counts.
     sign = pivot_sign(place.right.lift(parts.down.mT))[0].to(parts.scale)
     parts = replace(parts, down=parts.down * sign[:, None], up=parts.up * sign)
-    size = _sizes(parts, options.weight)
+    size = _sizes(parts, options.importance)
     found = _cluster(parts, size, count, options, job.rng())
     target = output_target(parts, options.ridge)
     members = torch.zeros(count, parts.num_units, dtype=size.dtype, device=size.device)
@@ -81,15 +81,17 @@ def lego_refit(stack: RankStack, job: Job, options: LegoRefitOptions) -> Outcome
     result = RankStack.single(up, down)
     energy = _energy_kept(target, up, down) if options.beta == 0 else 1.0
     sizes = torch.bincount(found.labels, minlength=count).tolist()
-    clusters = _members(parts, found, result)
-    return Outcome(place.lift(result), {"cluster_sizes": sizes, "clusters": clusters}, energy=energy)
+    clusters = members_of(parts, found.labels, result)
+    return Outcome(
+        place.lift(result), {"cluster_sizes": sizes, "clusters": clusters}, energy=energy
+    )
 
 
-def _sizes(parts: RankStack, weight: str) -> Tensor:
+def _sizes(parts: RankStack, importance: str) -> Tensor:
     """How long each unit is as a point to cluster, and in a centroid, float64, shape (R,)."""
-    if weight == "none":
+    if importance == "none":
         return torch.ones_like(parts.scale)
-    if weight == "size":
+    if importance == "size":
         return parts.scale
     norms = parts.scale.new_zeros(max(parts.adapters) + 1)
     norms = norms.index_add_(0, parts.owner, parts.scale.square()).sqrt()
@@ -153,21 +155,3 @@ def _energy_kept(target: Target, up: Tensor, down: Tensor) -> float:
     whole = float(target.scaled.square().sum())
     kept = float((target.to_metric(up) @ down).square().sum())
     return min(kept / whole, 1.0) if whole > 0 else 1.0
-
-
-def _members(parts: RankStack, found: KMeansResult, result: RankStack) -> list[list[list[Any]]]:
-    """For each unit of the result, who went into it and how much of that it still does."""
-    up = result.up / result.up.norm(dim=0).clamp_min(1e-300)
-    down = result.down / result.down.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    labels = found.labels.to(up.device)
-    alike = ((parts.up.mT @ up) * (parts.down @ down.mT)).gather(1, labels[:, None])[:, 0]
-    reach = ((parts.up.mT @ result.up) * (parts.down @ result.down.mT)).sum(dim=1)
-    kept = reach / parts.scale.clamp_min(RTOL**2)
-    clusters: list[list[list[Any]]] = [[] for _ in range(result.num_units)]
-    seen: dict[int, int] = {}
-    for j, owner in enumerate(parts.owner.tolist()):
-        place = seen[owner] = seen.get(owner, -1) + 1
-        sign = 1 if float(alike[j]) >= 0 else -1
-        cosine, share = round(abs(float(alike[j])), 3), round(float(kept[j]), 3)
-        clusters[int(labels[j])].append([owner, place, sign, cosine, share])
-    return clusters

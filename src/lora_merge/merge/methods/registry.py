@@ -21,7 +21,7 @@ from lora_merge.merge.methods import (
     sphere,
     tucker,
 )
-from lora_merge.merge.methods.lego import LegoOptions, lego
+from lora_merge.merge.methods.lego import LegoOptions, lego, members_of
 from lora_merge.merge.methods.lego_refit import LegoRefitOptions, lego_refit
 from lora_merge.merge.methods.method import Job, Method, Outcome, Space
 
@@ -32,7 +32,8 @@ def _lego(stack: RankStack, job: Job, options: LegoOptions) -> Outcome:
     weighted = stack.weighted(job.weights)
     rank = min(job.rank or stack.num_units, stack.num_units)
     result = lego(weighted, rank, options=options, rng=job.rng())
-    details = {"cluster_sizes": result.cluster_sizes}
+    clusters = members_of(result.source, result.labels, result.stack)
+    details = {"cluster_sizes": result.cluster_sizes, "clusters": clusters}
     return Outcome(result.stack, details, mixes=result.mixes)
 
 

@@ -146,6 +146,8 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
     # Imported here: a tenth of a second that a merge without a recipe file need not pay.
     from pydantic import TypeAdapter, ValidationError
 
+    # What a result was made of stands in its recipe for people; it decides nothing.
+    data = {key: value for key, value in data.items() if key != "units"}
     try:
         recipe = TypeAdapter(Recipe).validate_python(translate(data, where))
     except ValidationError as error:
