@@ -137,7 +137,8 @@ def _refitted(
 def _pinv(x: Tensor) -> Tensor:
     """Pseudoinverse without the directions that are numerically zero."""
     u, s, vh = truncated_svd(x, None)
-    return (vh.mT / s) @ u.mT
+    inverse: Tensor = (vh.mT / s) @ u.mT
+    return inverse
 
 
 def _flattening(result: Tensor, beta: float) -> Tensor:
@@ -147,7 +148,8 @@ def _flattening(result: Tensor, beta: float) -> Tensor:
         return torch.eye(result.shape[1], dtype=result.dtype, device=result.device)
     values = flatten(s, beta)
     values = values * (s.norm() / values.norm())
-    return (vh.mT * (values / s)) @ vh
+    turned: Tensor = (vh.mT * (values / s)) @ vh
+    return turned
 
 
 def _energy_kept(target: Target, up: Tensor, down: Tensor) -> float:
