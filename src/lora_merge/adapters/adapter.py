@@ -294,18 +294,22 @@ def _ignored(reasons: Iterable[str]) -> list[str]:
     return [f"{n} tensors are {why}; ignored" for why, n in Counter(reasons).items() if why]
 
 
-def save_adapter(adapter: Adapter, out: Path, *, force: bool = False) -> None:
+def save_adapter(
+    adapter: Adapter, out: Path, *, force: bool = False, file_format: FileFormat | None = None
+) -> None:
     """Write an adapter in the portable layout (scaling folded, one rank), whole or not at all.
 
     Args:
         adapter: What to write.
         out: The directory to make.
         force: Replace an adapter directory that is there.
+        file_format: How to write it. Default: as its dialect does, where that has a format.
 
     Raises:
         OutputError: If it cannot be written; nothing is left behind.
+        AdapterError: If the format cannot hold it.
     """
-    plan = _portable(adapter, format_of([adapter]))
+    plan = _portable(adapter, file_format or format_of([adapter]))
     source = adapter.source
     inputs = [path for path in (source.weights, source.config) if path] if source else []
     with atomic_directory(out, force=force, inputs=inputs, needed=plan.num_bytes) as folder:

@@ -14,6 +14,8 @@ from lora_merge.files.inputs import note_input
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+# What mlx-lm and diffusers call theirs; other `.safetensors` files beside them are checkpoints.
+OTHER_NAMES = ("adapters.safetensors", "pytorch_lora_weights.safetensors")
 
 _HUB_ID = re.compile(
     r"^(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^:@]+))?(?::(?P<subfolder>[^:@]+))?$"
@@ -67,7 +69,8 @@ def resolve(ref: str, *, allow_pickle: bool = False) -> Source:
 
     Args:
         ref: A directory, a `.safetensors` file, `user/repo`, `user/repo@revision`,
-            `user/repo:subfolder`, an `hf://` URI or a Hub URL. What exists on disk wins.
+            `user/repo:subfolder`, `user/repo:file.safetensors`, an `hf://` URI or a Hub URL. What
+            exists on disk wins.
         allow_pickle: Accept `adapter_model.bin` where no safetensors file is there.
 
     Raises:
@@ -139,6 +142,9 @@ def _weights_in(ref: str, folder: Path, allow_pickle: bool) -> Path:
             f"{ref}: its weights are a pickle ({PICKLE_NAME}), which can run code when loaded",
             "pass --allow-pickle to load it with weights_only=True",
         )
+    for name in OTHER_NAMES:
+        if (folder / name).is_file():
+            return folder / name
     others = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     if len(others) == 1:
         return others[0]
@@ -156,13 +162,20 @@ def _hub(ref: str, allow_pickle: bool) -> Source:
     repo, revision, subfolder = _parse_hub(ref)
     if ".." in Path(subfolder).parts or subfolder.startswith("/"):
         raise SourceError(f"{ref}: a subfolder may not leave the repository", "drop the '..'")
-    names = [CONFIG_NAME, WEIGHTS_NAME] + ([PICKLE_NAME] if allow_pickle else [])
+    file = Path(subfolder).name if subfolder.endswith(".safetensors") else None
+    subfolder = str(Path(subfolder).parent) if file else subfolder
+    subfolder = "" if subfolder == "." else subfolder
+    names = [file or WEIGHTS_NAME, CONFIG_NAME]
+    if file is None:
+        names += [*OTHER_NAMES, *([PICKLE_NAME] if allow_pickle else [])]
     patterns = [f"{subfolder}/{name}" if subfolder else name for name in names]
     folder = download(ref, repo, revision, patterns)
     inside = folder / subfolder if subfolder else folder
     if not inside.is_dir():
         raise SourceError(f"{ref}: {repo} holds no adapter there", "name the right subfolder")
-    weights = _weights_in(ref, inside, allow_pickle)
+    weights = inside / file if file else _weights_in(ref, inside, allow_pickle)
+    if not weights.is_file():
+        raise SourceError(f"{ref}: {repo} holds no such file", "name the right file")
     config = inside / CONFIG_NAME
     return Source(ref, weights, config if config.is_file() else None, revision=folder.name)
 

@@ -2,13 +2,23 @@
 
 from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
 from lora_merge.adapters.dialects.diffusion.dialects import COMFYUI, DIFFUSERS, KOHYA
+from lora_merge.adapters.dialects.language.mlx import MLX
+from lora_merge.adapters.dialects.language.torchtune import TORCHTUNE
 from lora_merge.adapters.dialects.looks_like import refuse_unclaimed
 from lora_merge.adapters.dialects.peft_lora import PEFT_LORA
 from lora_merge.adapters.dialects.tuners.dialect import PEFT_TUNERS
 from lora_merge.errors import AdapterError
 
 # PEFT's own names are also those of its many variants, so its row stands last.
-DIALECTS: tuple[Dialect, ...] = (PEFT_TUNERS, KOHYA, DIFFUSERS, COMFYUI, PEFT_LORA)
+DIALECTS: tuple[Dialect, ...] = (
+    PEFT_TUNERS,
+    MLX,
+    TORCHTUNE,
+    KOHYA,
+    DIFFUSERS,
+    COMFYUI,
+    PEFT_LORA,
+)
 
 
 def understand(header: Header) -> tuple[Dialect, Claims]:

@@ -1,0 +1,1 @@
+"""Adapters that other trainers of language models write: mlx-lm, torchtune."""

@@ -1,0 +1,110 @@
+"""mlx-lm: both factors transposed, one scale for the whole file, used as it is."""
+
+import re
+from collections.abc import Callable
+from math import isfinite
+
+from torch import Tensor
+
+from lora_merge.adapters.config import AdapterConfig
+from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
+from lora_merge.adapters.dialects.grouping import Group
+from lora_merge.adapters.dialects.spelling import canonical
+from lora_merge.adapters.forms import Form, ModuleSpec
+from lora_merge.adapters.units import Recipe, Units
+from lora_merge.errors import AdapterError
+from lora_merge.files.tensor_file import widest_dtype
+
+_FACTOR = re.compile(r"^(?P<module>.+)\.(?P<part>lora_a|lora_b|m)$")
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+
+
+def _recognises(header: Header) -> bool:
+    said = header.config is not None and "fine_tune_type" in header.config.raw
+    return said or any(key.endswith(".lora_a") for key in header.entries)
+
+
+def _claim(header: Header) -> Claims:
+    raw = {} if header.config is None else header.config.raw
+    kind = raw.get("fine_tune_type", "lora")
+    if kind != "lora":
+        raise AdapterError(
+            f"{header.adapter}: fine_tune_type is {kind!r}: it is no low-rank change of the weights"
+            if kind != "dora"
+            else f"{header.adapter}: DoRA rescales the sum of base weight and delta",
+            "leave this adapter out",
+        )
+    scaling = _scale(header)
+    keys: dict[str, dict[str, str]] = {}
+    for key in sorted(header.entries):
+        match = _FACTOR.match(canonical(key))
+        if match is not None:
+            keys.setdefault(match["module"], {})[match["part"]] = key
+    modules = {
+        name: _module(Group(header, name, parts), scaling) for name, parts in sorted(keys.items())
+    }
+    if not modules:
+        raise AdapterError(f"{header.adapter}: no lora_a in the file", "name the adapter's file")
+    model = raw.get("model")
+    return Claims(AdapterConfig(base_model=str(model) if model else None, r=None), modules)
+
+
+def _scale(header: Header) -> float:
+    """`lora_parameters.scale`, which is no alpha: it is not divided by the rank."""
+    raw = {} if header.config is None else header.config.raw
+    scale = (raw.get("lora_parameters") or {}).get("scale")
+    if scale is None:
+        raise AdapterError(
+            f"{header.adapter}: no scale in adapter_config.json, so the scaling is unknown",
+            "put mlx-lm's own adapter_config.json beside the file",
+        )
+    try:
+        value = float(scale)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not isfinite(value) or abs(value) >= 1e15:
+        raise AdapterError(f"{header.adapter}: no usable scale ({scale})", "correct it")
+    return value
+
+
+def _module(group: Group, scaling: float) -> ModuleSpec:
+    if "m" in group:
+        group.refuse("DoRA: it rescales the sum of base weight and delta", "leave this adapter out")
+    a, b = group.shape("lora_a", 2, 3), group.shape("lora_b", 2, 3)
+    form: Form = "linear"
+    units: Callable[..., Units] = _turned
+    experts = 1
+    if len(a) == 3:
+        experts, rank, d_in = a
+        d_out = b[-2]
+        group.check(b == (experts, d_out, rank))
+        form, units = "experts", _experts
+    else:
+        (d_in, rank), d_out = a, b[-1]
+        group.check(b == (rank, d_out))
+        if group.module.rpartition(".")[2] in _EMBEDDINGS:
+            form = "embedding"
+    keys = (group.keys["lora_a"], group.keys["lora_b"])
+    return ModuleSpec(
+        name=group.module,
+        form=form,
+        d_out=d_out,
+        d_in=d_in,
+        rank=rank,
+        scaling=scaling,
+        dtype=widest_dtype(group.header.entries[key][0] for key in keys),
+        recipe=Recipe(keys, units),
+        num_experts=experts,
+    )
+
+
+def _turned(a: Tensor, b: Tensor) -> Units:
+    return a.mT, b.mT
+
+
+def _experts(a: Tensor, b: Tensor) -> Units:
+    """(E, r, in) and (E, out, r) in PEFT's layout: A expert-major, B with the expert fastest."""
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+
+
+MLX = Dialect("mlx", "mlx-lm", _recognises, _claim)
