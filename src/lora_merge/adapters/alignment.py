@@ -11,6 +11,7 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.formats.table import check_naming
 from lora_merge.adapters.forms import ModuleSpec, to_matrix
+from lora_merge.adapters.identity.twins import one_spelling, possible_twins
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import AlignmentError
 from lora_merge.files.tensor_file import refuse_non_finite
@@ -21,7 +22,8 @@ class Alignment:
     """Adapters that fit together.
 
     Attributes:
-        adapters: The adapters, in canonical order; owners in a stack are indices into it.
+        adapters: The adapters, in canonical order; owners in a stack are indices into it. Where
+            they spelled one module's name differently, they have one spelling here.
         modules: The union of their modules, in name order.
         base_model: The base model they share, None where none of them says.
     """
@@ -47,6 +49,7 @@ def align(adapters: Sequence[Adapter], *, accept_base_models: bool = False) -> A
     if not adapters:
         raise AlignmentError(["there are none"], "name at least one adapter")
     check_naming(adapters)
+    adapters = one_spelling(adapters)
     mismatches: list[str] = []
     base = _base_models(adapters, mismatches, accept_base_models)
     remedy = "take adapters of one base model"
@@ -55,6 +58,9 @@ def align(adapters: Sequence[Adapter], *, accept_base_models: bool = False) -> A
             "; if only the names differ, --accept-base-models "
             "(accept_base_models in a recipe or in Python) takes them as one"
         )
+    twins, rename = possible_twins(adapters)
+    if twins:
+        raise AlignmentError(twins, rename)
     names = sorted({name for adapter in adapters for name in adapter.modules})
     modules = []
     for name in names:

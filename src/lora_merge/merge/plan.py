@@ -180,7 +180,8 @@ def plan_merge(
         MethodError: If the method cannot do what is asked.
     """
     given = _check_weights(adapters, weights)
-    align(adapters, accept_base_models=accept_base_models)  # an adapter of weight 0 must fit, too
+    # An adapter of weight 0 must fit, too.
+    adapters = align(adapters, accept_base_models=accept_base_models).adapters
     present = [i for i, w in enumerate(given) if w.constant != 0]
     if not present:
         raise MethodError("all weights are 0", "give at least one adapter a weight")

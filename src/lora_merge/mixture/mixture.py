@@ -92,10 +92,11 @@ class Mixture(Printed):
     ) -> None:
         if not experts or experts[0].general:
             raise MethodError("a mixture needs at least one expert", "name an adapter")
-        self.experts = tuple(experts)
         self.alignment: Alignment = align(
             [expert.adapter for expert in experts], accept_base_models=accept_base_models
         )
+        pairs = zip(experts, self.alignment.adapters, strict=True)
+        self.experts = tuple(replace(expert, adapter=adapter) for expert, adapter in pairs)
         self.spec = _fit_weights(spec, self.num_experts)
         _refuse_unmixable(self)
 

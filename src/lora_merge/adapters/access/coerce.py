@@ -1,7 +1,7 @@
 """Whatever a caller has, as opened adapters: every public function takes them through here."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from torch import nn
@@ -10,6 +10,7 @@ from lora_merge.adapters.access.live_peft import is_peft, live_names
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.adapter import open_adapter as open_files
 from lora_merge.adapters.config import AdapterConfig
+from lora_merge.adapters.identity.rename import rename_all
 from lora_merge.adapters.references import expand, resolve
 from lora_merge.errors import SourceError
 
@@ -24,6 +25,7 @@ def open_adapters(
     alpha: float | None = None,
     rslora: bool = False,
     allow_pickle: bool = False,
+    rename: Sequence[str] = (),
 ) -> list[Adapter]:
     """Open adapters: only headers and configs are read.
 
@@ -34,6 +36,8 @@ def open_adapters(
         alpha: `lora_alpha` of files without a config.
         rslora: Those files' scaling is alpha / sqrt(r).
         allow_pickle: Load `.bin` files, with `weights_only=True`.
+        rename: Changes of module names, FROM=TO: paths that begin with FROM begin with TO instead
+            ("layers=model.layers").
 
     Returns:
         The adapters, in the order given; a glob's matches in the order of their names.
@@ -68,7 +72,7 @@ def open_adapters(
                 f"a {type(one).__name__} is no adapter",
                 "give a path, a glob, a Hub reference, an Adapter or a live PeftModel",
             )
-    return opened
+    return rename_all(opened, rename)
 
 
 def open_adapter(
@@ -77,6 +81,7 @@ def open_adapter(
     alpha: float | None = None,
     rslora: bool = False,
     allow_pickle: bool = False,
+    rename: Sequence[str] = (),
 ) -> Adapter:
     """Open one adapter; arguments as for `open_adapters`, of which exactly one may be meant.
 
@@ -85,6 +90,7 @@ def open_adapter(
         alpha: `lora_alpha` of a file without a config.
         rslora: That file's scaling is alpha / sqrt(r).
         allow_pickle: Load a `.bin` file, with `weights_only=True`.
+        rename: Changes of module names, FROM=TO.
 
     Raises:
         SourceError: If it leads nowhere, or stands for several adapters.
@@ -98,7 +104,9 @@ def open_adapter(
           modules     14, rank 8
           parameters  18,944, F16
     """
-    opened = open_adapters(adapter, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
+    opened = open_adapters(
+        adapter, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle, rename=rename
+    )
     if len(opened) != 1:
         names = ", ".join(one.name for one in opened[:4]) or "none"
         raise SourceError(

@@ -51,6 +51,7 @@ def command(
     width: int | None,
     alpha: float | None,
     rslora: bool,
+    rename: tuple[str, ...],
     allow_pickle: bool,
     as_json: bool,
 ) -> None:
@@ -64,7 +65,9 @@ def command(
     from lora_merge.cli.shared.output import Output
 
     output = Output(as_json, width=width)
-    opened = open_all(adapters, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
+    opened = open_all(
+        adapters, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle, rename=rename
+    )
     names = {name for adapter in opened for name in adapter.modules}
     with output.progress("comparing", len(names)) as advance:
         comparison = compare(

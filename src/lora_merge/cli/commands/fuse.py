@@ -44,6 +44,7 @@ def command(
     weight: float,
     alpha: float | None,
     rslora: bool,
+    rename: tuple[str, ...],
     force: bool,
     allow_pickle: bool,
     as_json: bool,
@@ -60,7 +61,9 @@ def command(
 
     output = Output(as_json)
     check_out(out, adapter, base, force=force)
-    opened = open_single(adapter, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
+    opened = open_single(
+        adapter, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle, rename=rename
+    )
     with output.progress("fusing", len(opened.modules)) as advance:
         report = fuse(opened, base, out, weight=weight, force=force, on_module=advance)
     for note in report.notes:

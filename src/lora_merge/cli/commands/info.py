@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 @open_options
 @json_option
 def command(
-    adapter: str, alpha: float | None, rslora: bool, allow_pickle: bool, as_json: bool
+    adapter: str,
+    alpha: float | None,
+    rslora: bool,
+    rename: tuple[str, ...],
+    allow_pickle: bool,
+    as_json: bool,
 ) -> None:
     """Show what an ADAPTER is: base model, modules, ranks, norms, and what is odd about it."""
     from lora_merge.analysis.info import describe
@@ -26,7 +31,9 @@ def command(
     from lora_merge.cli.shared.output import Output
 
     output = Output(as_json)
-    opened = open_single(adapter, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
+    opened = open_single(
+        adapter, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle, rename=rename
+    )
     with output.progress("reading", len(opened.modules)) as advance:
         info = describe(opened, on_module=advance)
     output.data(info.to_dict(), *_view(info))

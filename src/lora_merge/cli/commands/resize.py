@@ -122,6 +122,7 @@ def _run(
     width: int | None,
     alpha: float | None,
     rslora: bool,
+    rename: tuple[str, ...],
     allow_pickle: bool,
     as_json: bool,
     **limits: Any,
@@ -133,7 +134,7 @@ def _run(
     output = Output(as_json, width=width)
     if out is not None and not dry_run:
         check_out(out, ref, bottleneck, fisher, limits["base"], force=force)
-    adapter = open_single(ref, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
+    adapter = open_single(ref, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle, rename=rename)
     with output.progress("measuring", len(adapter.modules)) as advance:
         spectra = adapter_spectra(adapter, keep_cores=True, on_module=advance)
     require_finite(spectra)

@@ -74,6 +74,7 @@ def command(
     html: Path | None,
     alpha: float | None,
     rslora: bool,
+    rename: tuple[str, ...],
     allow_pickle: bool,
     as_json: bool,
 ) -> None:
@@ -94,7 +95,9 @@ def command(
     if csv:
         check_file(csv, CSV_MARK)
     check_pictures(svg, png, html)
-    opened = open_all(adapters, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle)
+    opened = open_all(
+        adapters, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle, rename=rename
+    )
     with output.progress("reading", sum(len(a.modules) for a in opened)) as advance:
         results = [
             adapter_spectra(a, modules=modules, keep_cores=base is not None, on_module=advance)

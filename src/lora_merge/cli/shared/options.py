@@ -59,10 +59,18 @@ def together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+rename_option = click.option(
+    "--rename",
+    multiple=True,
+    metavar="FROM=TO",
+    help="Give modules below FROM the path TO, e.g. layers=model.layers.",
+)
+
 open_options = together(
     click.option("--alpha", type=float, help="lora_alpha of .safetensors files without a config."),
     click.option("--rslora", is_flag=True, help="Those files' scaling is alpha / sqrt(r)."),
     pickle_option,
+    rename_option,
 )
 
 _result_options = together(

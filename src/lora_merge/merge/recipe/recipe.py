@@ -10,6 +10,7 @@ import yaml
 
 from lora_merge.adapters.adapter import Adapter, open_adapter
 from lora_merge.adapters.config import AdapterConfig
+from lora_merge.adapters.identity.rename import rename_all
 from lora_merge.adapters.references import expand, pin, resolve, sha256
 from lora_merge.adapters.writer import RankLayout
 from lora_merge.errors import LoraMergeError, MethodError
@@ -84,6 +85,7 @@ class Recipe:
         extras: What becomes of tensors that are not low-rank factors.
         accept_base_models: Merge adapters of different base models.
         base_model: The base model that one of the adapters must have, if given.
+        rename: Changes of module names, FROM=TO, done on every adapter that has such names.
         version: Of this format.
     """
 
@@ -108,12 +110,14 @@ class Recipe:
     extras: ExtrasPolicy = "average"
     accept_base_models: bool = False
     base_model: str | None = None
+    rename: tuple[str, ...] = ()
     version: Literal[1] = 1
 
     def to_yaml(self) -> str:
         """The recipe as YAML; what is not set is left out."""
         data = {"version": self.version, **asdict(self)}
         data["adapters"] = [_non_defaults(item) for item in self.adapters]
+        data["rename"] = list(self.rename) or None
         unset = {name: getattr(Semantics(), name) for name in _SEMANTICS}
         data = {
             name: value
@@ -188,7 +192,7 @@ def open_recipe(recipe: Recipe, *, allow_pickle: bool = False) -> tuple[Recipe, 
             name = item.adapter if item.revision else ref
             adapters.append(open_adapter(replace(source, ref=name), fallback=fallback))
             items.append(replace(item, adapter=name))
-    return replace(recipe, adapters=tuple(items)), adapters
+    return replace(recipe, adapters=tuple(items)), rename_all(adapters, recipe.rename)
 
 
 def plan_recipe(recipe: Recipe, adapters: Sequence[Adapter]) -> MergePlan:
