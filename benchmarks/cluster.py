@@ -20,7 +20,7 @@ from processes import compare, run
 HERE = Path(__file__).parent
 RANK = 16
 COMMAND = [sys.executable, "-m", "lora_merge"]
-IMPORTS = "import lora_merge.merge.save, lora_merge.adapters.adapter, lora_merge.cli.views.merge"
+IMPORTS = "import lora_merge.merge.run, lora_merge.adapters.adapter, lora_merge.cli.views.merge"
 
 
 def main() -> None:

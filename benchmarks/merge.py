@@ -64,7 +64,8 @@ def _against_peft(adapters: list[str], module: str = "model.layers.0.self_attn.q
     from lora_merge.adapters.alignment import align, read_stacks
     from lora_merge.merge.methods.method import Job
     from lora_merge.merge.methods.registry import find_method
-    from lora_merge.merge.pipeline import Semantics, finish, merge_stack
+    from lora_merge.merge.pipeline import finish, merge_stack
+    from lora_merge.merge.recipe.recipe import Semantics
 
     alignment = align([Adapter.from_pretrained(a) for a in adapters])
     chosen = next(m for m in alignment.modules if m.name == module)

@@ -124,7 +124,8 @@ def _ours_together(rule: str, factors: list[Any], rank: int) -> Callable[[], Any
     from lora_merge.adapters.rank_stack import RankStack
     from lora_merge.merge.methods.method import Job
     from lora_merge.merge.methods.registry import find_method
-    from lora_merge.merge.pipeline import Semantics, merge_stack, prepare_view
+    from lora_merge.merge.pipeline import merge_stack, prepare_view
+    from lora_merge.merge.recipe.recipe import Semantics
 
     method = find_method("ties")
     options = method.parse({"density": DENSITY})

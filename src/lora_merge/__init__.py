@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lora_merge.analysis.compare import compare as compare
     from lora_merge.errors import LoraMergeError as LoraMergeError
     from lora_merge.merge.api import merge as merge
+    from lora_merge.merge.api import run_recipe as run_recipe
     from lora_merge.mixture.mixture import Mixture as Mixture
     from lora_merge.mixture.runtime.attach import load_mixture as load_mixture
     from lora_merge.mixture.training.train import train_gate as train_gate
@@ -30,6 +31,7 @@ _PUBLIC = {
     "choose_ranks": "lora_merge.ranks.choose",
     "collect_statistics": "lora_merge.adapters.measured.activations",
     "compare": "lora_merge.analysis.compare",
+    "run_recipe": "lora_merge.merge.api",
     "load_mixture": "lora_merge.mixture.runtime.attach",
     "train_gate": "lora_merge.mixture.training.train",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "compare",
     "load_mixture",
     "merge",
+    "run_recipe",
     "train_gate",
 ]
 

@@ -17,8 +17,8 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.merge.plan import plan_merge
-from lora_merge.merge.recipe.recipe import Recipe
-from lora_merge.merge.save import save_merge
+from lora_merge.merge.recipe.recipe import AdapterItem, Recipe
+from lora_merge.merge.run import run_plan
 
 
 class Experts(nn.Module):
@@ -174,15 +174,10 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(ours[name], delta, rtol=1e-5, atol=1e-6)
 
 
-def write(adapters: list[Adapter], out: Path, rank: int, **options: Any) -> Path:
-    plan = plan_merge(
-        adapters,
-        method="lego",
-        rank=rank,
-        parameters={"reweight_output": "sum"},
-        **options,
-    )
-    save_merge(plan, out, recipe=lambda: Recipe("lego", (), rank))
+def write(adapters: list[Adapter], out: Path, rank: int, layout: Any = "uniform") -> Path:
+    items = tuple(AdapterItem(adapter.name) for adapter in adapters)
+    recipe = Recipe("lego", items, rank, {"reweight_output": "sum"}, ranks=layout)
+    run_plan(plan_merge(recipe, adapters), out)
     return out
 
 

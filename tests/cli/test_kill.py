@@ -14,7 +14,7 @@ from lora_merge.files.stamp import finish_stamp
 # asks of the system; 0 lets it end, and prints how many there are.
 PROGRAM = """
 import os, signal, sys
-import torch, lora_merge.merge.save, lora_merge.merge.methods.registry, lora_merge.cli.views.merge
+import torch, lora_merge.merge.run, lora_merge.merge.methods.registry, lora_merge.cli.views.merge
 from lora_merge.cli.app import run
 
 def go(moment):

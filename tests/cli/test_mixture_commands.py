@@ -92,7 +92,7 @@ def test_gate_says_what_it_made(inside: Path, capsys, tmp_path: Path) -> None:
         ),
         (["gate", "math", "--name", ""], 1, "give each a name"),
         (["export", "{mix}", "--to", "static", "-w", "nan", "-w", "1"], 1, "give finite numbers"),
-        (["train", "{mix}", "--base", "none", "--data", "rows.jsonl", "--lr", "-1"], 1, "lr is -1"),
+        (["train", "{mix}", "--base", "none", "--data", "rows.jsonl", "--lr", "-1"], 2, "--lr"),
     ],
 )
 def test_bad_input_is_one_clear_message(

@@ -9,7 +9,7 @@ import yaml
 from builders import save_adapter
 from lora_merge.cli.app import run
 from lora_merge.cli.commands.merge import command
-from lora_merge.merge.recipe.recipe import parse_recipe
+from lora_merge.merge.recipe.read import parse_recipe
 
 # How to run, not what to make.
 RUNNING = {"adapters", "out", "force", "device", "jobs", "dry_run", "as_json", "allow_pickle"}
@@ -34,6 +34,7 @@ FLAGS = {
     "weights": (["-w", "1", "-w", "[0.0, 1.0]"], "adapters", {"weight": [0.0, 1.0]}),
     "alpha": (["--alpha", "8"], "adapters", {"alpha": 8}),
     "rslora": (["--rslora"], "adapters", {"rslora": True}),
+    "rename": (["--rename", "model.=lm."], "rename", ("model.=lm.",)),
     "dtype": (["--dtype", "float16"], "dtype", "float16"),
     "ranks": (["--ranks", "per-module"], "ranks", "per-module"),
     "extras": (["--extras", "drop"], "extras", "drop"),

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.merge.methods.method import Job
-from lora_merge.merge.methods.options import parse_options
 from lora_merge.merge.methods.registry import find_method
-from lora_merge.merge.pipeline import Semantics, finish, merge_stack
+from lora_merge.merge.pipeline import finish, merge_stack
+from lora_merge.merge.recipe.recipe import Semantics
+from lora_merge.options import parse_options
 
 
 def merge_one(

@@ -13,19 +13,11 @@ from builders import adapter_parts, make_adapter, save_adapter, save_parts
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.errors import AdapterError, AlignmentError, LoraMergeError, MethodError
+from lora_merge.merge.api import run_recipe
 from lora_merge.merge.plan import MergePlan, plan_merge
-from lora_merge.merge.recipe.recipe import (
-    AdapterItem,
-    Recipe,
-    RecipeError,
-    open_recipe,
-    parse_recipe,
-    plan_recipe,
-    read_recipe,
-    resolved_recipe,
-)
+from lora_merge.merge.recipe.read import RecipeError, parse_recipe, read_recipe
+from lora_merge.merge.recipe.recipe import AdapterItem, Recipe
 from lora_merge.merge.report import GroupReport, MergeReport, ModuleReport
-from lora_merge.merge.save import save_merge
 
 SUM = {"reweight_output": "sum"}
 
@@ -48,9 +40,7 @@ def recipe_of(folders: list[Path], rank: int = 3, **fields: Any) -> Recipe:
 
 def make(recipe: Recipe, out: Path, **options: Any) -> dict[str, bytes]:
     """Run a recipe; the written files by name."""
-    recipe, adapters = open_recipe(recipe)
-    plan = plan_recipe(recipe, adapters)
-    save_merge(plan, out, recipe=lambda: resolved_recipe(recipe, plan, adapters), **options)
+    run_recipe(recipe, out, **options)
     return {p.name: p.read_bytes() for p in out.iterdir()}
 
 
@@ -66,6 +56,7 @@ def test_the_same_bytes_for_any_order_jobs_and_rerun(folders: list[Path], tmp_pa
         "adapter_model.safetensors",
         "README.md",
         "lora_merge.yaml",
+        ".lora_merge_files.json",
     }
     for number, order in enumerate(itertools.permutations(folders)):
         for jobs in (1, 2, 5):
@@ -142,7 +133,7 @@ def test_the_card_and_recipe_name_the_sources(folders: list[Path], tmp_path: Pat
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["base_model"] == "tiny-base"
     assert {"lora", "merge", "peft", "lora-merge"} <= set(metadata["tags"])
-    assert files["lora_merge.yaml"].decode() in card
+    assert files["lora_merge.yaml"].decode().split("units:")[0] in card
 
 
 def test_a_source_that_changed_is_noticed(folders: list[Path], tmp_path: Path) -> None:
@@ -162,9 +153,12 @@ def test_nothing_is_written_when_a_tensor_is_damaged(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged", "good"]
 
 
-def plan_of(*adapters: Adapter, **options: Any) -> MergePlan:
-    options = {"method": "lego", "rank": 3, **options}
-    return plan_merge(adapters, **options)
+def plan_of(*adapters: Adapter, weights: list[float] | None = None, **options: Any) -> MergePlan:
+    options = {"merge_method": "lego", "rank": 3, **options}
+    items = tuple(
+        AdapterItem(a.name, w) for a, w in zip(adapters, weights or [1.0] * 9, strict=False)
+    )
+    return plan_merge(Recipe(adapters=items, **options), adapters)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +166,7 @@ def plan_of(*adapters: Adapter, **options: Any) -> MergePlan:
     [
         ({"rank": 9}, "the largest module has 8", "8"),
         ({"rank": 0}, "rank 0", "8"),
-        ({"method": "legoo"}, "legoo", "lego"),
+        ({"merge_method": "legoo"}, "legoo", "lego"),
         ({"parameters": {"unit": "raw"}}, "'unit'", "units"),
         ({"parameters": {"units": "cooked"}}, "cooked", "normalized"),
         ({"parameters": {"restarts": 1.5}}, "1.5", ""),
@@ -180,8 +174,8 @@ def plan_of(*adapters: Adapter, **options: Any) -> MergePlan:
         ({"weights": [1.0, float("nan")]}, "nan", "finite"),
         ({"weights": [0.0, 0.0]}, "all weights are 0", ""),
         ({"dtype": "int8"}, "int8", "bfloat16"),
-        ({"semantics": {"scale": float("inf")}}, "scale is inf", "finite"),
-        ({"semantics": {"scale": float("nan")}}, "scale is nan", "finite"),
+        ({"scale": float("inf")}, "scale is inf", "finite"),
+        ({"scale": float("nan")}, "scale is nan", "finite"),
     ],
 )
 def test_impossible_requests_are_refused_from_headers(
@@ -287,9 +281,7 @@ def test_the_report_measures_the_distance_from_the_exact_sum(
     folders: list[Path], tmp_path: Path
 ) -> None:
     recipe = recipe_of(folders, rank=4, parameters={"balance": True})
-    recipe, adapters = open_recipe(recipe)
-    plan = plan_recipe(recipe, adapters)
-    report = save_merge(plan, tmp_path / "out", recipe=lambda: recipe)
+    report = run_recipe(recipe, tmp_path / "out")
     parts = [deltas(folder) for folder in folders]
     merged = deltas(tmp_path / "out")
     for module in report.modules:

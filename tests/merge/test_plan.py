@@ -14,6 +14,7 @@ from builders import SHAPES, adapter_parts, make_adapter, save_adapter, save_par
 from lora_merge.adapters.adapter import Adapter, build_adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.config import parse_config
+from lora_merge.adapters.module_names import count_layers
 from lora_merge.errors import LoraMergeError, MethodError
 from lora_merge.files.tensor_file import TensorDict
 from lora_merge.merge.auto.method import choose
@@ -21,8 +22,9 @@ from lora_merge.merge.elementwise.combine import merge_tensor
 from lora_merge.merge.elementwise.rule import preset
 from lora_merge.merge.methods.registry import methods
 from lora_merge.merge.plan import plan_merge
-from lora_merge.merge.recipe.by_module import ByModule, count_layers
-from lora_merge.merge.recipe.recipe import parse_recipe
+from lora_merge.merge.recipe.by_module import ByModule
+from lora_merge.merge.recipe.read import parse_recipe
+from lora_merge.merge.recipe.recipe import AdapterItem, Recipe
 
 # Methods that need statistics are tested with them in test_statistics.
 ROWS = sorted((m for m in methods().values() if not m.needs), key=lambda m: m.name)
@@ -301,7 +303,11 @@ def test_the_report_says_what_an_elementwise_merge_lost(tmp_path: Path, capsys) 
 def test_the_plan_counts_merged_deltas_where_they_are_formed() -> None:
     shape = (3000, 2000)
     adapters = [make_adapter(n, r=2, seed=i, shapes={"p": shape}) for i, n in enumerate("ab")]
-    peaks = [plan_merge(adapters, method=m).peak_bytes(1) for m in ("svd", "core-ties", "ties")]
+    items = tuple(AdapterItem(a.name) for a in adapters)
+    peaks = [
+        plan_merge(Recipe(merge_method=m, adapters=items), adapters).peak_bytes(1)
+        for m in ("svd", "core-ties", "ties")
+    ]
     assert peaks[1] == peaks[0] < peaks[2] - 4 * 3000 * 2000
 
 

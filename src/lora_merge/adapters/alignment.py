@@ -32,6 +32,18 @@ class Alignment:
     modules: tuple[AlignedModule, ...]
     base_model: str | None
 
+    def of(self, indices: Sequence[int]) -> "Alignment":
+        """Some of the adapters, in this order; nothing has to be checked again."""
+        place = {index: number for number, index in enumerate(indices)}
+        modules = []
+        for module in self.modules:
+            kept = {place[i]: spec for i, spec in module.specs.items() if i in place}
+            if kept:
+                modules.append(AlignedModule(module.name, dict(sorted(kept.items()))))
+        adapters = tuple(self.adapters[i] for i in indices)
+        named = [a.config.base_model for a in adapters if a.config.base_model]
+        return Alignment(adapters, tuple(modules), min(named, default=None))
+
 
 def align(adapters: Sequence[Adapter], *, accept_base_models: bool = False) -> Alignment:
     """Check that adapters can be stacked, from headers alone, and list their modules.

@@ -5,13 +5,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_merge.errors import AdapterError
 
 # The types whose `r` is the rank of every module.
 _LOW_RANK = ("LORA", "ADALORA", "SORA")
 
+# One rank for all modules, or `rank_pattern` and `alpha_pattern`.
+RankLayout = Literal["uniform", "per-module"]
 # Squares of a delta scaled by more would leave the range of float32.
 _LARGEST_ALPHA = 1e15
 

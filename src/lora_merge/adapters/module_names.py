@@ -3,10 +3,9 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 _NUMBERS = re.compile(r"(?:^|\.)\d+\.")
-_LAYER = re.compile(r"^(?P<stack>.*?)(?:^|\.)(?P<layer>\d+)\.(?P<kind>.+)$")
+_LAYER = re.compile(r"^(?P<stack>.*?)(?:^|\.)(?P<layer>\d+)(?:\.(?P<kind>.+)|$)")
 
 
 @dataclass(frozen=True, order=True)
@@ -16,7 +15,8 @@ class Place:
     Attributes:
         stack: What stands before the layer number ("model.layers"), "" without one.
         layer: The first number in the path, None without one.
-        kind: What stands after it ("self_attn.q_proj"), or the whole name.
+        kind: What stands after it ("self_attn.q_proj"), the whole name where there is no
+            number, the last part of the stack for a whole layer.
     """
 
     stack: str
@@ -34,15 +34,13 @@ def place_of(module: str) -> Place:
     match = _LAYER.match(module)
     if match is None:
         return Place("", None, module)
-    return Place(match["stack"], int(match["layer"]), match["kind"])
+    kind = match["kind"] or match["stack"].rpartition(".")[2] or module
+    return Place(match["stack"], int(match["layer"]), kind)
 
 
-def matches_any(module: str, patterns: Iterable[str]) -> bool:
-    """Whether a module's name matches one of some shell patterns.
-
-    A pattern may leave out what comes before: `3.*.q_proj` finds `model.layers.3.self_attn.q_proj`.
-    """
-    return any(fnmatchcase(module, p) or fnmatchcase(module, f"*.{p}") for p in patterns)
+def count_layers(modules: Iterable[str]) -> int:
+    """One more than the last layer's number; 0 if there are no layers."""
+    return max((n + 1 for m in modules if (n := place_of(m).layer) is not None), default=0)
 
 
 def labels(places: Iterable[Place]) -> dict[tuple[str, str], str]:
@@ -82,11 +80,10 @@ def _heads(stacks: Sequence[str]) -> list[str]:
 
 def layer_of(module: str) -> str:
     """The layer a module belongs to: its path up to the first number."""
-    parts = module.split(".")
-    place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if place is None:
+    place = place_of(module)
+    if place.layer is None:
         return module
-    return f"{parts[place - 1]}.{parts[place]}" if place else parts[0]
+    return f"{place.stack.rpartition('.')[2]}.{place.layer}".removeprefix(".")
 
 
 def kind_of(module: str) -> str:

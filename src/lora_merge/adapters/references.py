@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from lora_merge.errors import SourceError
@@ -38,6 +39,11 @@ class Source:
     weights: Path
     config: Path | None
     revision: str | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights, computed once."""
+        return sha256(self.weights)
 
     @property
     def is_pickle(self) -> bool:

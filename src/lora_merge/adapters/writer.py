@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lora_merge.adapters.aligned_module import AlignedModule
-from lora_merge.adapters.config import AdapterConfig
+from lora_merge.adapters.config import AdapterConfig, RankLayout
 from lora_merge.adapters.formats.file_format import FileFormat
 from lora_merge.adapters.formats.peft import PEFT
 from lora_merge.adapters.formats.table import naming_of
@@ -27,8 +27,6 @@ from lora_merge.adapters.references import CONFIG_NAME
 from lora_merge.errors import AdapterError
 from lora_merge.files.tensor_file import DTYPES
 from lora_merge.files.tensor_stream import SafetensorsStream, cast_to, header_of
-
-RankLayout = Literal["uniform", "per-module"]
 
 
 class Origin(Protocol):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import Alignment, align, read_stacks
-from lora_merge.adapters.measured.spectra import select_names
 from lora_merge.adapters.module_names import labels, place_of
+from lora_merge.adapters.patterns import select_names
 from lora_merge.analysis.overlap import PairTables, pair_tables
 from lora_merge.errors import AdapterError, MethodError
 from lora_merge.machine.parallel import in_order

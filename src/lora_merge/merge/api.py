@@ -1,32 +1,30 @@
-"""`lora_merge.merge`: adapters in, an adapter out, all in memory."""
+"""`lora_merge.merge` and `lora_merge.run_recipe`: adapters in, an adapter out."""
 
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_merge._version import __version__
 from lora_merge.adapters.access.coerce import AdaptersLike, open_adapters
-from lora_merge.adapters.in_memory import MadeAdapter, MemoryWriter
-from lora_merge.adapters.writer import RankLayout
+from lora_merge.adapters.config import RankLayout
+from lora_merge.adapters.in_memory import MadeAdapter
 from lora_merge.arguments import checked
 from lora_merge.errors import MethodError
-from lora_merge.merge.calibrate import RestoreNorm
-from lora_merge.merge.clusters import clusters_text
-from lora_merge.merge.executor import execute, settle
-from lora_merge.merge.extras import ExtrasPolicy
-from lora_merge.merge.methods.method import Normalize, Space
+from lora_merge.files.targets import check_target
 from lora_merge.merge.methods.registry import methods
-from lora_merge.merge.methods.spaces import Anchor
+from lora_merge.merge.plan import MergePlan, plan_merge
+from lora_merge.merge.recipe.read import expanded, open_recipe, parse_recipe, read_recipe
 from lora_merge.merge.recipe.recipe import (
-    RECIPE_NAME,
     AdapterItem,
+    Anchor,
+    DType,
+    ExtrasPolicy,
+    Normalize,
     Recipe,
-    plan_recipe,
-    resolved_recipe,
+    RestoreNorm,
+    Space,
 )
-from lora_merge.merge.report import MergeReport
-from lora_merge.merge.save import card_of, finish_report
+from lora_merge.merge.report import MergeReport, ModuleReport
+from lora_merge.merge.run import run_in_memory, run_plan
 
 
 def _of_methods(word: str, value: Any) -> str:
@@ -60,7 +58,7 @@ def merge(
     basis: Anchor = "stacks",
     statistics: str | None = None,
     seed: int = 0,
-    dtype: str | None = None,
+    dtype: DType | None = None,
     ranks: RankLayout = "uniform",
     extras: ExtrasPolicy = "average",
     accept_base_models: bool = False,
@@ -142,18 +140,84 @@ def merge(
         accept_base_models=accept_base_models,
         base_model=base_model,
     )
-    plan = plan_recipe(recipe, opened)
-    with tempfile.TemporaryDirectory() as folder:
-        if plan.measured:
-            plan = settle(plan, Path(folder), jobs=jobs, device=device)
-        writer = MemoryWriter(plan.output)
-        modules = execute(plan, writer, jobs=jobs, device=device)
-    report = finish_report(plan, modules, None, strict=strict)
-    text = f"# made by lora-merge {__version__}\n"
-    text += resolved_recipe(recipe, plan, opened).to_yaml()
-    members = clusters_text(modules, [a.name for a in plan.alignment.adapters])
-    texts = {
-        RECIPE_NAME: text + (members if plan.units_survive else ""),
-        "README.md": card_of(plan, text),
-    }
-    return MadeAdapter.of(writer.adapter("merged"), report, texts=texts, notes=report.notes)
+    plan = plan_merge(recipe, opened)
+    return run_in_memory(plan, strict=strict, jobs=jobs, device=device)
+
+
+def plan_recipe(
+    recipe: Recipe | Mapping[str, Any] | str | Path, *, allow_pickle: bool = False
+) -> MergePlan:
+    """Open a recipe's adapters and decide everything about the merge, from headers.
+
+    Args:
+        recipe: A recipe, whose references are taken as they are; or its YAML file or the same as
+            plain data, in which a glob stands for the adapters it matches.
+        allow_pickle: Load `.bin` files, with weights_only=True.
+
+    Returns:
+        What `merge.run.run_plan` executes.
+
+    Raises:
+        RecipeError: If the recipe cannot be read or does not fit its adapters.
+        LoraMergeError: If the adapters or the request do not fit.
+    """
+    recipe = as_recipe(recipe)
+    return plan_merge(recipe, open_recipe(recipe, allow_pickle=allow_pickle))
+
+
+def run_recipe(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    strict: bool = False,
+    allow_pickle: bool = False,
+    jobs: int | None = None,
+    device: str = "auto",
+    on_plan: Callable[[MergePlan], None] | None = None,
+    on_module: Callable[[ModuleReport], None] | None = None,
+) -> MergeReport:
+    """Run a recipe into an adapter directory: weights, config, card and the resolved recipe.
+
+    Args:
+        recipe: A recipe, its YAML file (`lora_merge.yaml` beside a merged adapter makes the same
+            bytes again), or the same as plain data.
+        out: The directory to make; it appears whole or not at all.
+        force: Replace an adapter directory that is there.
+        strict: Raise if the cut to a rank loses more than half of the result.
+        allow_pickle: Load `.bin` files, with weights_only=True.
+        jobs: Worker threads.
+        device: Where to compute.
+        on_plan: Called with the plan, before anything is computed.
+        on_module: Called with each module's report.
+
+    Returns:
+        What the merge did to each module.
+
+    Raises:
+        LoraMergeError: If recipe, adapters and request do not fit together, or nothing can be
+            written there; nothing is left behind.
+    """
+    recipe, out = as_recipe(recipe), Path(out)
+    named = [item.adapter for item in recipe.adapters]
+    named += [recipe.statistics] if recipe.statistics else []
+    check_target(out, force=force, inputs=[Path(path) for path in named if Path(path).exists()])
+    plan = plan_recipe(recipe, allow_pickle=allow_pickle)
+    if on_plan:
+        on_plan(plan)
+    return run_plan(
+        plan, out, force=force, strict=strict, jobs=jobs, device=device, on_module=on_module
+    )
+
+
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """A recipe from its file or from plain data, globs in it expanded; a recipe as it is.
+
+    Raises:
+        RecipeError: If it is no valid recipe.
+    """
+    if isinstance(recipe, str | Path):
+        return expanded(read_recipe(Path(recipe)))
+    if isinstance(recipe, Recipe):
+        return recipe
+    return expanded(parse_recipe(dict(recipe), "the recipe"))

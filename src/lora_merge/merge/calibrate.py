@@ -1,16 +1,14 @@
 """What weights mean, and steps before and after any method: norms, Pico."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
-from lora_merge.merge.methods.method import Job, Normalize
-
-RestoreNorm = Literal["none", "mean", "weighted-mean"]
+from lora_merge.merge.methods.method import Job
+from lora_merge.merge.recipe.recipe import Normalize, RestoreNorm
 
 
 def present_weights(weights: Tensor, present: Sequence[int], how: Normalize, module: str) -> Tensor:

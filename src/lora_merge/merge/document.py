@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_merge.merge.methods.method import Method
-from lora_merge.merge.methods.options import describe_options
 from lora_merge.merge.methods.registry import METHODS
-from lora_merge.merge.pipeline import Semantics
-from lora_merge.merge.recipe.recipe import Recipe
+from lora_merge.merge.recipe.recipe import Recipe, Semantics
+from lora_merge.options import describe_options
 
 _HEAD = """# Merge methods
 

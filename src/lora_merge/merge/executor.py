@@ -123,7 +123,7 @@ def _stacks(
                 module=f"{module.name}[{expert}]" if several else module.name,
                 rank=plan.ranks[module.name] if makes else None,
                 weights=weights,
-                seed=plan.seed,
+                seed=plan.recipe.seed,
                 own=plan.own_at(module.name),
                 shared=shared,
                 statistics=statistics,

@@ -1,13 +1,11 @@
 """What becomes of tensors that are not low-rank factors: biases, modules saved whole."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.errors import AlignmentError
 from lora_merge.files.tensor_file import DTYPES
-
-ExtrasPolicy = Literal["average", "first", "drop", "error"]
+from lora_merge.merge.recipe.recipe import ExtrasPolicy
 
 
 def plan_extras(

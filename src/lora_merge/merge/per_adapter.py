@@ -5,9 +5,10 @@ from typing import Any
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import Alignment
+from lora_merge.adapters.module_names import count_layers
 from lora_merge.errors import MethodError
 from lora_merge.merge.methods.method import Method
-from lora_merge.merge.recipe.by_module import ByModule, count_layers
+from lora_merge.merge.recipe.by_module import ByModule
 
 
 def split_parameters(

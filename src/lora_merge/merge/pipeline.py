@@ -13,10 +13,8 @@ from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.merge import calibrate
-from lora_merge.merge.methods.method import Job, Method, Normalize, Outcome, Space
-from lora_merge.merge.methods.options import option
+from lora_merge.merge.methods.method import Job, Method, Outcome
 from lora_merge.merge.methods.spaces import (
-    Anchor,
     Basis,
     Coordinates,
     aligned_of,
@@ -24,28 +22,7 @@ from lora_merge.merge.methods.spaces import (
     core_of,
 )
 from lora_merge.merge.methods.spectral import svc
-
-
-@dataclass(frozen=True)
-class Semantics:
-    """What every method has in common: weights, scale, norms, steps before and after."""
-
-    normalize: Normalize | None = option(
-        None, "weights as they are, or divided by their sum or sum of magnitudes"
-    )
-    scale: float = option(1.0, "factor on the merged delta")
-    norm_equalise: bool = option(
-        False, "bring every adapter to the mean norm first, module by module"
-    )
-    restore_norm: calibrate.RestoreNorm = option(
-        "none", "bring the result to the (weighted) mean of the adapters' norms"
-    )
-    pico: bool = option(False, "shrink shared output directions before the merge (Pico)")
-    svc: bool = option(False, "shrink directions counted several times after the merge (SVC)")
-    space: Space | None = option(None, "where an elementwise rule works")
-    basis: Anchor = option(
-        "stacks", "core bases: of the factors (the authors'), or of the deltas (gauge-free)"
-    )
+from lora_merge.merge.recipe.recipe import Semantics
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,8 @@
 """Decide everything about a merge from headers alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,18 +13,19 @@ from lora_merge.adapters.alignment import Alignment, align
 from lora_merge.adapters.formats.table import format_of
 from lora_merge.adapters.measured.activations import Statistics
 from lora_merge.adapters.measured.fingerprints import fingerprints
-from lora_merge.adapters.writer import OutputPlan, RankLayout, plan_output
+from lora_merge.adapters.module_names import count_layers
+from lora_merge.adapters.writer import OutputPlan, plan_output
 from lora_merge.errors import MethodError
 from lora_merge.files.tensor_file import DTYPE_CODES, DTYPES, widest_dtype
 from lora_merge.merge.auto.method import choose
 from lora_merge.merge.elementwise.delta import working_bytes
-from lora_merge.merge.extras import ExtrasPolicy, plan_extras
-from lora_merge.merge.methods.options import parse_options
+from lora_merge.merge.extras import plan_extras
 from lora_merge.merge.methods.registry import Method, find_method
 from lora_merge.merge.per_adapter import check_own, own_values, split_parameters
-from lora_merge.merge.pipeline import Semantics
 from lora_merge.merge.planned_ranks import plan_ranks
-from lora_merge.merge.recipe.by_module import ByModule, count_layers
+from lora_merge.merge.recipe.by_module import ByModule, refuse_unmatched_filters
+from lora_merge.merge.recipe.recipe import AdapterItem, Recipe, RecipeError, Semantics, Space
+from lora_merge.options import parse_options
 from lora_merge.ranks.rule import RankRule
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class MergePlan:
     """A merge, ready to run.
 
     Attributes:
+        recipe: What was asked for, one item per adapter.
+        given: The adapters in the recipe's order; those of weight 0 too.
         alignment: Adapters (canonical order) and modules; adapters whose weight in a module is 0
             are not in it.
         weights: Weight of each adapter, by index.
@@ -45,16 +47,16 @@ class MergePlan:
         options: Its parsed parameters.
         rule: How ranks are chosen.
         ranks: Rank of each module's result; the largest possible one until `rule` was applied.
-        seed: Seed of all randomness.
         extras: Tensor that is not a factor → the adapters whose tensors are averaged for it.
         output: What is written.
         notes: What the user should know before the work starts.
         semantics: Weights, scale, norms and steps that all methods share.
-        layout: Uniform rank, or ranks per module.
         statistics: Collected activations, for methods that need them.
         spool: Results that wait for their ranks, where ranks depend on the data.
     """
 
+    recipe: Recipe
+    given: tuple[Adapter, ...]
     alignment: Alignment
     weights: tuple[ByModule, ...]
     own: tuple[Mapping[str, ByModule], ...]
@@ -62,12 +64,10 @@ class MergePlan:
     options: Any
     rule: RankRule
     ranks: Mapping[str, int]
-    seed: int
     extras: Mapping[str, tuple[Adapter, ...]]
     output: OutputPlan
     notes: tuple[str, ...]
-    semantics: Semantics = field(default_factory=Semantics)
-    layout: RankLayout = "uniform"
+    semantics: Semantics
     spool: "Spool | None" = None
     statistics: Statistics | None = None
 
@@ -106,6 +106,43 @@ class MergePlan:
             indices, key=lambda i: (self.alignment.adapters[i].name, str(self.weights[i].to_data()))
         )
 
+    def resolved_recipe(self) -> Recipe:
+        """The recipe with sources pinned, all parameters written out, without weights of 0.
+
+        Adapters stand in the order of their names, unless that of the recipe has a meaning. Hashes
+        the inputs, each once.
+        """
+        if self.recipe.extras == "first":
+            pairs = zip(self.given, self.recipe.adapters, strict=True)
+            items = [
+                _item(adapter, item.weight, item.parameters)
+                for adapter, item in pairs
+                if ByModule.of(item.weight).constant != 0
+            ]
+        else:
+            items = [
+                _item(
+                    self.alignment.adapters[i],
+                    self.weights[i].to_data(),
+                    {name: value.to_data() for name, value in self.own[i].items()},
+                )
+                for i in self.by_name
+            ]
+        bases = {a.config.base_model for a in self.alignment.adapters} - {None}
+        return replace(
+            self.recipe,
+            merge_method=self.method.name,
+            adapters=tuple(items),
+            rank=self._rank_value(),
+            parameters={n: v for n, v in asdict(self.options).items() if v is not None},
+            accept_base_models=len(bases) > 1,
+        )
+
+    def _rank_value(self) -> int | str | None:
+        if self.rule.kind == "fixed":
+            return int(self.rule.value or 0)
+        return None if self.rule.kind == "units" else str(self.rule)
+
     def with_ranks(self, ranks: Mapping[str, int], spool: "Spool") -> "MergePlan":
         """The plan once the ranks are known."""
         output = plan_output(
@@ -113,7 +150,7 @@ class MergePlan:
             self.alignment.modules,
             ranks,
             dtype=self.output.dtype,
-            layout=self.layout,
+            layout=self.recipe.ranks,
             extras=self.output.extras,
             base_model=self.alignment.base_model,
             file_format=self.output.file_format,
@@ -137,81 +174,59 @@ class MergePlan:
         return total
 
 
-def plan_merge(
-    adapters: Sequence[Adapter],
-    *,
-    method: str,
-    rank: int | str | None = None,
-    weights: Sequence[Any] | None = None,
-    parameters: Mapping[str, Any] | None = None,
-    own_parameters: Sequence[Mapping[str, Any]] | None = None,
-    semantics: Mapping[str, Any] | None = None,
-    statistics: str | Path | None = None,
-    seed: int = 0,
-    dtype: str | None = None,
-    layout: RankLayout = "uniform",
-    extras: ExtrasPolicy = "average",
-    accept_base_models: bool = False,
-) -> MergePlan:
+def plan_merge(recipe: Recipe, adapters: Sequence[Adapter]) -> MergePlan:
     """Check adapters and parameters and plan the merge. Reads headers and a few small tensors.
 
     Args:
-        adapters: Any order; the result does not depend on it.
-        method: Name of a method, or "auto", which reads a few modules to choose one.
-        rank: Rank of the result (a module with fewer units keeps them all), or a rank rule such
-            as "energy:0.95" or "budget:x0.5"; default: the method's.
-        weights: One per adapter, default 1: a number, numbers over the layers, or a list of
-            {filter, value}. An adapter of weight 0 counts as absent.
-        parameters: Parameters of the method. Those in `Method.per_adapter` may be lists, as
-            weights may.
-        own_parameters: One mapping per adapter, of parameters in `Method.per_adapter` that hold
-            for it alone.
-        semantics: Fields of `Semantics`.
-        statistics: File of `collect_statistics`, for methods that need one.
-        seed: Seed of all randomness.
-        dtype: Output dtype as a torch name ("bfloat16"); default: the widest of the inputs.
-        layout: Uniform rank, or ranks per module.
-        extras: What becomes of biases and modules saved whole: "average" them, keep the "first"
-            adapter's, "drop" them, or stop with an "error".
-        accept_base_models: Accept adapters that name different base models.
+        recipe: What is wanted. A module with fewer units than its rank keeps them all; an adapter
+            of weight 0 counts as absent; the method "auto" reads a few modules to choose one.
+        adapters: Its adapters, opened, one per item. The result does not depend on their order.
 
     Raises:
         AlignmentError: If the adapters do not fit together.
         MethodError: If the method cannot do what is asked.
+        RecipeError: If the recipe names another base model than the adapters do.
     """
-    given = _check_weights(adapters, weights)
+    given = _weights(recipe, adapters)
     # An adapter of weight 0 must fit, too.
-    adapters = align(adapters, accept_base_models=accept_base_models).adapters
+    everything = align(adapters, accept_base_models=recipe.accept_base_models)
+    adapters = everything.adapters
+    _check_base(recipe, adapters)
     present = [i for i, w in enumerate(given) if w.constant != 0]
     if not present:
         raise MethodError("all weights are 0", "give at least one adapter a weight")
-    as_given = [adapters[i] for i in present]
-    reason = None
+    method, reason = recipe.merge_method, None
     if method == "auto":
-        choice = choose(align(as_given, accept_base_models=accept_base_models))
+        choice = choose(everything.of(present))
         method, reason = choice.method, f"auto chose {choice.method}: {choice.reason}"
     chosen = find_method(method)
-    shared_parameters, own = split_parameters(chosen, parameters or {}, own_parameters, adapters)
-    options = chosen.parse(shared_parameters)
-    shared = parse_options(Semantics, semantics or {}, "a merge")
-    _check_space(chosen, shared)
+    of_all, own = split_parameters(
+        chosen, recipe.parameters, [item.parameters for item in recipe.adapters], adapters
+    )
+    names = [module.name for module in everything.modules]
+    for adapter, weight, values in zip(adapters, given, own, strict=True):
+        refuse_unmatched_filters([weight, *values.values()], names, adapter.name)
+    options = chosen.parse(of_all)
+    semantics = _semantics(recipe)
+    space = _space(chosen, semantics)
     _check_count(chosen, len(present))
+    as_given = [adapters[i] for i in present]
     if not chosen.ordered:
         present = _by_content(present, adapters, given, own)
-    chosen_weights = [given[i] for i in present]
-    alignment = _weighted_alignment(
-        align([adapters[i] for i in present], accept_base_models=accept_base_models), chosen_weights
+    weights = tuple(given[i] for i in present)
+    alignment = _weighted_alignment(everything.of(present), weights)
+    present_own = tuple(own[i] for i in present)
+    check_own(chosen, of_all, present_own, alignment)
+    rule, ranks, notes = plan_ranks(alignment, chosen, recipe.rank, space)
+    kept, extra_notes = plan_extras(
+        as_given if recipe.extras == "first" else alignment.adapters, recipe.extras
     )
-    chosen_own = [own[i] for i in present]
-    check_own(chosen, shared_parameters, chosen_own, alignment)
-    rule, ranks, notes = plan_ranks(alignment, chosen, rank, shared.space or chosen.space)
-    kept, extra_notes = plan_extras(as_given if extras == "first" else alignment.adapters, extras)
     output = plan_output(
         alignment.adapters,
         alignment.modules,
         ranks,
-        dtype=_output_dtype(alignment, dtype),
-        layout=layout,
+        dtype=_output_dtype(alignment, recipe.dtype),
+        layout=recipe.ranks,
         extras={n: (a[0].extras[n].dtype, a[0].extras[n].shape) for n, a in kept.items()},
         base_model=alignment.base_model,
         file_format=format_of(alignment.adapters),
@@ -224,34 +239,45 @@ def plan_merge(
         *sorted(f"{a.name}: {n}" for a in alignment.adapters for n in a.notes),
     ]
     return MergePlan(
+        recipe=recipe,
+        given=tuple(adapters),
         alignment=alignment,
-        weights=tuple(chosen_weights),
-        own=tuple(chosen_own),
+        weights=weights,
+        own=present_own,
         method=chosen,
         options=options,
         rule=rule,
         ranks=ranks,
-        seed=seed,
         extras=kept,
         output=output,
         notes=tuple(notes),
-        semantics=shared,
-        layout=layout,
-        statistics=_statistics(chosen, statistics),
+        semantics=semantics,
+        statistics=_statistics(chosen, recipe.statistics),
     )
 
 
-def _check_weights(
-    adapters: Sequence[Adapter], weights: Sequence[Any] | None
-) -> tuple[ByModule, ...]:
-    if weights is None:
-        weights = [1.0] * len(adapters)
-    if len(weights) != len(adapters):
+def _weights(recipe: Recipe, adapters: Sequence[Adapter]) -> tuple[ByModule, ...]:
+    if len(recipe.adapters) != len(adapters):
         raise MethodError(
-            f"{len(weights)} weights for {len(adapters)} adapters",
+            f"{len(recipe.adapters)} weights for {len(adapters)} adapters",
             "give one -w per adapter, in their order",
         )
-    return tuple(ByModule.of(w) for w in weights)
+    return tuple(ByModule.of(item.weight) for item in recipe.adapters)
+
+
+def _check_base(recipe: Recipe, adapters: Sequence[Adapter]) -> None:
+    bases = {a.config.base_model for a in adapters} - {None}
+    if recipe.base_model and bases and recipe.base_model not in bases:
+        names = ", ".join(sorted(map(str, bases)))
+        raise RecipeError(
+            f"base_model is {recipe.base_model!r}, the adapters' is {names}",
+            "correct base_model, or leave it out",
+        )
+
+
+def _semantics(recipe: Recipe) -> Semantics:
+    given = {spec.name: getattr(recipe, spec.name) for spec in fields(Semantics)}
+    return parse_options(Semantics, given, "a merge")
 
 
 def _by_content(
@@ -272,7 +298,7 @@ def _by_content(
     return sorted(present, key=key)
 
 
-def _statistics(method: Method, path: str | Path | None) -> Statistics | None:
+def _statistics(method: Method, path: str | None) -> Statistics | None:
     if method.needs and path is None:
         raise MethodError(
             f"method {method.name} needs {method.needs}",
@@ -281,13 +307,15 @@ def _statistics(method: Method, path: str | Path | None) -> Statistics | None:
     return None if path is None else Statistics.open(path)
 
 
-def _check_space(method: Method, semantics: Semantics) -> None:
+def _space(method: Method, semantics: Semantics) -> Space:
+    """Where the method works."""
     spaces = method.spaces or (method.space,)
     if semantics.space is not None and semantics.space not in spaces:
         raise MethodError(
             f"method {method.name} does not work in space {semantics.space!r}",
             f"choose from: {', '.join(spaces)}",
         )
+    return semantics.space or method.space
 
 
 def _check_count(method: Method, count: int) -> None:
@@ -328,3 +356,17 @@ def _output_dtype(alignment: Alignment, dtype: str | None) -> str:
         names = ", ".join(str(t).removeprefix("torch.") for t in DTYPE_CODES)
         raise MethodError(f"{dtype!r} is no dtype for factors", f"choose from: {names}")
     return DTYPE_CODES[chosen]
+
+
+def _item(adapter: Adapter, weight: Any, parameters: Mapping[str, Any]) -> AdapterItem:
+    source = adapter.source
+    bare = source is not None and source.config is None
+    return AdapterItem(
+        adapter=adapter.name,
+        weight=weight,
+        revision=source.revision if source else None,
+        sha256=source.digest if source else None,
+        alpha=adapter.config.lora_alpha if bare else None,
+        rslora=adapter.config.use_rslora if bare else False,
+        parameters=dict(parameters),
+    )

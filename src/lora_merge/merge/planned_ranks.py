@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from lora_merge.adapters.alignment import Alignment
 from lora_merge.errors import MethodError
-from lora_merge.merge.methods.method import Method, Space
+from lora_merge.merge.methods.method import Method
+from lora_merge.merge.recipe.recipe import Space
 from lora_merge.ranks.rule import RankRule, parse_rule
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_merge.adapters.module_names import matches_any
+from lora_merge.adapters.patterns import matches_any, refuse_unmatched
 from lora_merge.files.checkpoint import Checkpoint, TensorPlace
 from lora_merge.files.tensor_file import DTYPES
 from lora_merge.linalg.factors import frobenius
@@ -35,13 +35,18 @@ def survey(
     Args:
         base: The base model.
         tuned: The fine-tuned model.
-        include: Shell patterns of module names to extract; default: every matrix but embeddings
-            and heads.
-        exclude: Shell patterns to leave out.
+        include: Patterns (`adapters.patterns`) of modules to extract; default: every matrix
+            but embeddings and heads.
+        exclude: Patterns of modules to leave out.
 
     Returns:
         Names to extract, and the coverage of the rest (changes not yet measured).
+
+    Raises:
+        MethodError: If a pattern matches no module.
     """
+    named = [name.removesuffix(".weight") for name in tuned.tensors if name.endswith(".weight")]
+    refuse_unmatched([*include, *exclude], named, "the tuned model")
     chosen, others = [], []
     for name in sorted(set(base.tensors) | set(tuned.tensors)):
         if name not in tuned.tensors or name not in base.tensors:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
-from lora_merge.adapters.config import AdapterConfig
+from lora_merge.adapters.config import AdapterConfig, RankLayout
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.units import Recipe
-from lora_merge.adapters.writer import AdapterWriter, OutputPlan, RankLayout, plan_output
+from lora_merge.adapters.writer import AdapterWriter, OutputPlan, plan_output
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.cards import short_card
@@ -118,8 +118,9 @@ def extract(
         rule: How ranks are chosen; energies are of the whole difference.
         max_rank: Triples computed per weight, and the largest rank.
         denoise: Cap ranks at the Gavish-Donoho threshold.
-        include: Shell patterns of modules; default: every matrix but embeddings and heads.
-        exclude: Shell patterns to leave out.
+        include: Patterns (`adapters.patterns`) of modules; default: every matrix but embeddings
+            and heads.
+        exclude: Patterns of modules to leave out.
         base_model: Name of the base model for the config.
         dtype: safetensors dtype code; default: that of the tuned checkpoint.
         layout: As for `plan_output`.

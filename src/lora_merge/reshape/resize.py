@@ -15,11 +15,12 @@ from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.config import RankLayout
 from lora_merge.adapters.formats.table import format_of
 from lora_merge.adapters.forms import to_matrix
 from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum, require_finite
 from lora_merge.adapters.rank_stack import RankStack
-from lora_merge.adapters.writer import AdapterWriter, OutputPlan, RankLayout, plan_output
+from lora_merge.adapters.writer import AdapterWriter, OutputPlan, plan_output
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.cards import short_card

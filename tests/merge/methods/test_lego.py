@@ -14,7 +14,8 @@ from sklearn.cluster import KMeans
 from builders import random_stack
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
-from lora_merge.merge.methods.lego import LegoOptions, LegoResult, lego
+from lora_merge.merge.methods.lego import LegoResult, lego
+from lora_merge.merge.methods.lego_options import LegoOptions
 
 VARIANTS = [
     dict(zip(("fold_scale", "balance", "sign_invariant", "canonical", "centroid"), v, strict=True))

@@ -358,7 +358,7 @@ def test_batches_depend_on_their_number_alone() -> None:
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["lr", "expert_lr", "rank_l1", "rank_lr", "z_loss", "clip"])
 def test_settings_that_train_uphill_or_nowhere_are_refused(name: str, value: float) -> None:
-    with pytest.raises(MethodError, match=f"{name} is {value}"):
+    with pytest.raises(MethodError, match=f"{name} is {value!r}"):
         TrainSettings(**{name: value})
 
 
@@ -366,7 +366,7 @@ def test_settings_that_train_uphill_or_nowhere_are_refused(name: str, value: flo
     ("name", "value"), [("steps", 0), ("batch_size", 0), ("accumulate", -1), ("schedule", "linear")]
 )
 def test_settings_without_a_meaning_are_refused(name: str, value: object) -> None:
-    with pytest.raises(MethodError, match=f"{name} is {value}"):
+    with pytest.raises(MethodError, match=f"{name} is {value!r}"):
         TrainSettings(**{name: value})
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.forms import ModuleSpec, to_matrix
-from lora_merge.adapters.module_names import Place, matches_any, place_of
-from lora_merge.errors import AdapterError, MethodError
+from lora_merge.adapters.module_names import Place, place_of
+from lora_merge.adapters.patterns import select_names
+from lora_merge.errors import AdapterError
 from lora_merge.linalg.core_svd import CoreSVD, core_svd
 from lora_merge.machine.parallel import in_order
 from lora_merge.ranks.measures import Measures, measure
@@ -159,13 +160,13 @@ def adapter_spectra(
 
     Args:
         adapter: The adapter.
-        modules: Shell patterns; only modules that match one. Default: all.
+        modules: Patterns (`adapters.patterns`); only modules that match one. Default: all.
         keep_cores: Keep each module's r x r SVD, from which any truncation follows.
         jobs: Worker threads; default: the CPUs this process may use.
         on_module: Called after each module.
 
     Raises:
-        MethodError: If the patterns match no module.
+        MethodError: If a pattern matches no module.
         AdapterError: If the file cannot be read.
     """
     names = select_names(list(adapter.modules), modules, adapter.name)
@@ -175,28 +176,6 @@ def adapter_spectra(
         if on_module:
             on_module()
     return AdapterSpectra(adapter.name, adapter.config.base_model, tuple(found))
-
-
-def select_names(names: Sequence[str], patterns: Sequence[str], owner: str) -> list[str]:
-    """Names of the modules that match one of the shell patterns, all if there are none.
-
-    Args:
-        names: Module names.
-        patterns: Shell patterns.
-        owner: Whose modules they are, for the message.
-
-    Raises:
-        MethodError: If none matches.
-    """
-    if not patterns:
-        return list(names)
-    chosen = [name for name in names if matches_any(name, patterns)]
-    if not chosen:
-        raise MethodError(
-            f"{owner}: no module matches {' or '.join(map(repr, patterns))}",
-            f"its modules are named like {names[0]}",
-        )
-    return chosen
 
 
 def require_finite(spectra: AdapterSpectra) -> None:

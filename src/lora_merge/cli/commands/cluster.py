@@ -4,7 +4,17 @@ from typing import Any
 
 import click
 
-from lora_merge.cli.shared.options import adapters_argument, merging_options, run_merge, together
+from lora_merge.cli.shared.fields import names_of, options_of
+from lora_merge.cli.shared.options import adapters_argument, together
+from lora_merge.cli.shared.recipe_options import (
+    explain_clusters,
+    merging_options,
+    parse_parameters,
+    recipe_from,
+    run_merge,
+    split_run_options,
+)
+from lora_merge.merge.methods.lego_options import LegoOptions
 
 _published_options = together(
     click.option(
@@ -13,39 +23,10 @@ _published_options = together(
         help="LoRA-LEGO as its authors have it: units as stored, centroids averaged. So does each "
         "of the options from here to --centroid.",
     ),
-    click.option(
-        "--units",
-        type=click.Choice(["raw", "normalized"]),
-        help="Cluster units as they are, or each half at length one.  [default: raw]",
-    ),
-    click.option(
-        "--reweight-parameters/--no-reweight-parameters",
-        default=None,
-        help="Restore each centroid's largest entry to its members' mean.  [default: yes]",
-    ),
-    click.option(
-        "--reweight-output",
-        type=click.Choice(["none", "single", "sum"]),
-        help="Scale by sqrt(r/k) (as one adapter) or sqrt(R/k) (as their sum).  [default: single]",
-    ),
-    click.option("--fold-scale", is_flag=True, help="Put sqrt(scaling) into both halves first."),
-    click.option("--balance", is_flag=True, help="Bring units to |a| = |b| first."),
-    click.option("--sign-invariant", is_flag=True, help="Treat (-a, -b) as the unit it is."),
-    click.option("--canonical", is_flag=True, help="Cluster singular units instead of raw ones."),
-    click.option(
-        "--centroid",
-        type=click.Choice(["mean", "rank-one"]),
-        help="Mean of the halves, or best rank-one matrix.  [default: mean]",
-    ),
+    options_of(LegoOptions, without=("restarts",), unset=True),
 )
 _further_options = together(
-    click.option(
-        "--restarts",
-        type=click.IntRange(min=1),
-        default=10,
-        show_default=True,
-        help="k-means++ starts.",
-    ),
+    options_of(LegoOptions, only=("restarts",)),
     click.option(
         "-p",
         "--param",
@@ -60,16 +41,7 @@ _further_options = together(
         help="Show the clusters, who is in them and what is lost; write nothing.",
     ),
 )
-_PUBLISHED = (
-    "units",
-    "reweight_parameters",
-    "reweight_output",
-    "fold_scale",
-    "balance",
-    "sign_invariant",
-    "canonical",
-    "centroid",
-)
+_PUBLISHED = tuple(name for name in names_of(LegoOptions) if name != "restarts")
 
 
 @click.command(
@@ -95,13 +67,6 @@ def command(**arguments: Any) -> None:
     are of singular units, and their units are refitted together to what a merge of all adapters
     should do; docs/cluster.md has what that buys.
     """
-    from lora_merge.cli.shared.options import explain_clusters
-    from lora_merge.cli.shared.recipe_options import (
-        parse_parameters,
-        recipe_from,
-        split_run_options,
-    )
-
     run = split_run_options(arguments)
     given = {name: arguments.pop(name) for name in _PUBLISHED}
     variants = {name: value for name, value in given.items() if value not in (None, False)}

@@ -4,12 +4,14 @@ from typing import Any
 
 import click
 
-from lora_merge.cli.shared.options import (
-    WeightType,
-    adapters_argument,
+from lora_merge.cli.shared.options import WeightType, adapters_argument, together
+from lora_merge.cli.shared.recipe_options import (
     merging_options,
+    parse_parameters,
+    recipe_from,
     run_merge,
-    together,
+    semantics_options,
+    split_run_options,
 )
 
 _method_options = together(
@@ -52,42 +54,7 @@ _method_options = together(
         help="Short for -p side=... (wudi).",
     ),
 )
-_shared_options = together(
-    click.option(
-        "--normalize",
-        type=click.Choice(["none", "sum", "abs-sum"]),
-        help="Divide the weights by their sum.  [default: the method's]",
-    ),
-    click.option(
-        "--scale", type=float, default=1.0, show_default=True, help="Factor on the merged delta."
-    ),
-    click.option("--norm-equalise", is_flag=True, help="Bring adapters to the mean norm first."),
-    click.option(
-        "--restore-norm",
-        type=click.Choice(["none", "mean", "weighted-mean"]),
-        default="none",
-        show_default=True,
-        help="Bring the result to the adapters' mean norm.",
-    ),
-    click.option("--pico", is_flag=True, help="Shrink shared output directions before."),
-    click.option("--svc", is_flag=True, help="Shrink directions counted several times after."),
-    click.option(
-        "--space",
-        type=click.Choice(["delta", "aligned", "core", "factors"]),
-        help="Where an elementwise rule works.  [default: the method's]",
-    ),
-    click.option(
-        "--basis",
-        type=click.Choice(["stacks", "deltas"]),
-        default="stacks",
-        show_default=True,
-        help="Core bases: the authors', or independent of how deltas are factored.",
-    ),
-    click.option(
-        "--statistics",
-        type=click.Path(),
-        help="File of collect_statistics, for methods that need one.",
-    ),
+_end_options = together(
     click.option("--strict", is_flag=True, help="Fail if the cut to a rank loses over half."),
     click.option("--print-recipe", is_flag=True, help="Print the recipe and stop."),
 )
@@ -106,22 +73,17 @@ Examples:
 )
 @adapters_argument
 @_method_options
-@_shared_options
+@semantics_options
+@_end_options
 @merging_options
 def command(parameters: tuple[str, ...], **arguments: Any) -> None:
     """Merge ADAPTERs into one.
 
     A weight is a number; a list of numbers, spread over the layers; or a list of
-    {filter: part of a module's name, value: number}, of which the first that matches counts. So
+    {filter: pattern of module names, value: number}, of which the first that matches counts. So
     is a density, and what else says how an adapter is made sparse.
     """
     import sys
-
-    from lora_merge.cli.shared.recipe_options import (
-        parse_parameters,
-        recipe_from,
-        split_run_options,
-    )
 
     run = split_run_options(arguments)
     strict, print_recipe = arguments.pop("strict"), arguments.pop("print_recipe")

@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from lora_merge.cli.shared.options import pickle_option, run_merge, run_options
+from lora_merge.cli.shared.options import pickle_option, run_options
+from lora_merge.cli.shared.recipe_options import run_merge
 
 
 @click.command(short_help="Run a recipe (lora_merge.yaml).")
@@ -17,6 +18,4 @@ def command(recipe: Path, **arguments: Any) -> None:
 
     Paths in it are relative to the current directory.
     """
-    from lora_merge.merge.recipe.recipe import read_recipe
-
-    run_merge(read_recipe(recipe), **arguments)
+    run_merge(recipe, **arguments)

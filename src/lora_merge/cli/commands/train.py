@@ -6,54 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_merge.cli.shared.options import force_option, json_option, together
+from lora_merge.cli.shared.fields import options_of
+from lora_merge.cli.shared.options import force_option, json_option
 from lora_merge.cli.shared.texts import ROWS, text_options
+from lora_merge.mixture.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from lora_merge.mixture.mixture import Mixture
-
-_training_options = together(
-    click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True),
-    click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True),
-    click.option(
-        "--accumulate", type=click.IntRange(min=1), default=1, show_default=True,
-        help="Passes per step.",
-    ),
-    click.option("--lr", type=float, help="Peak learning rate.  [default: by gate]"),
-    click.option("--warmup", type=click.IntRange(min=0), default=10, show_default=True),
-    click.option(
-        "--schedule", type=click.Choice(["cosine", "constant"]), default="cosine",
-        show_default=True,
-    ),
-    click.option("--weight-decay", type=float, default=0.01, show_default=True),
-    click.option("--clip", type=float, default=1.0, show_default=True, help="0 for none."),
-    click.option(
-        "--task-loss", type=float,
-        help="Weight of the gate's own loss on rows with an expert.  [default: 1 if there are any]",
-    ),
-    click.option("--balance-loss", type=float, default=0.0, show_default=True),
-    click.option("--z-loss", type=float, default=0.0, show_default=True),
-    click.option(
-        "--bias-rate", type=float, default=0.0, show_default=True,
-        help="Step of the selection bias against load (smora).",
-    ),
-    click.option("--train-experts", is_flag=True, help="Train the experts as well."),
-    click.option(
-        "--expert-lr", type=float, default=1e-4, show_default=True, help="Of the experts."
-    ),
-    click.option(
-        "--rank-l1", type=float, default=0.0, show_default=True,
-        help="Prune ranks whose loss gain per unit of weight is below this (SoRA).",
-    ),
-    click.option("--rank-lr", type=float, help="Step of the pruning.  [default: by steps]"),
-    click.option("--bf16", is_flag=True, help="Run the passes in bfloat16."),
-    click.option("--seed", type=int, default=0, show_default=True),
-    click.option(
-        "--save-every", type=click.IntRange(min=0), default=50, show_default=True,
-        help="Steps between checkpoints.",
-    ),
-    click.option("--eval-every", type=click.IntRange(min=0), default=0, show_default=True),
-)  # fmt: skip
 
 
 @click.command(
@@ -74,7 +33,7 @@ change their task.
 @click.option("--eval", "evaluation", type=ROWS, help="JSON lines.")
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True)
 @click.option("--strict", is_flag=True, help="Refuse the data if any row is bad.")
-@_training_options
+@options_of(TrainSettings)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @click.option("--shard", "sharded", is_flag=True, help="Spread the base over processes (FSDP).")
 @click.option("--resume", is_flag=True, help="Go on from OUT.training, exactly.")
@@ -112,7 +71,6 @@ def command(
     from lora_merge.mixture.training.base_model import load_base
     from lora_merge.mixture.training.data import read_examples
     from lora_merge.mixture.training.processes import Processes, is_launched, join, leave, shard
-    from lora_merge.mixture.training.settings import TrainSettings
     from lora_merge.mixture.training.train import train_gate
 
     output = Output(as_json)

@@ -1,15 +1,39 @@
-"""From command-line options to a recipe; every flag has its place there."""
+"""The options of merging commands, the recipe they mean, and the one way to run it."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_merge.adapters.references import expand
-from lora_merge.merge.methods.registry import find_method
-from lora_merge.merge.recipe.recipe import AdapterItem, Recipe
+from lora_merge.cli.shared.fields import options_of
+from lora_merge.cli.shared.options import WeightType, open_options, run_options, together
+from lora_merge.merge.recipe.recipe import Recipe, Semantics
+
+if TYPE_CHECKING:
+    from lora_merge.cli.shared.output import Output
+    from lora_merge.merge.plan import MergePlan
 
 _RUN_OPTIONS = ("out", "force", "device", "jobs", "dry_run", "as_json", "allow_pickle")
+
+semantics_options = together(
+    options_of(Semantics),
+    options_of(Recipe, only=("statistics",)),
+)
+merging_options = together(
+    click.option(
+        "-w",
+        "--weight",
+        "weights",
+        type=WeightType(),
+        multiple=True,
+        help="Weight of an adapter; repeat it, in the adapters' order. May be negative.",
+    ),
+    open_options,
+    options_of(Recipe, only=("seed", "dtype", "ranks", "extras", "accept_base_models")),
+    run_options,
+)
 
 
 def split_run_options(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +105,10 @@ def recipe_from(
         rslora: Those files' scaling is alpha / sqrt(r).
         settings: Every other field of the recipe by name.
     """
+    from lora_merge.adapters.references import expand
+    from lora_merge.merge.methods.registry import find_method
+    from lora_merge.merge.recipe.recipe import AdapterItem
+
     refs = expand(adapters)
     if weights and len(weights) != len(refs):
         raise click.UsageError(f"{len(weights)} weights (-w) for {len(refs)} adapters")
@@ -102,3 +130,104 @@ def recipe_from(
         parameters=shared,
         **settings,
     )
+
+
+def run_merge(
+    recipe: Recipe | Path,
+    *,
+    out: Path,
+    force: bool,
+    device: str,
+    jobs: int | None,
+    dry_run: bool,
+    as_json: bool,
+    allow_pickle: bool,
+    strict: bool = False,
+) -> None:
+    """Plan a recipe, run it and show what happened; every merging command ends here."""
+    from lora_merge.cli.shared.output import Output
+    from lora_merge.cli.views.merge import report_view
+    from lora_merge.machine.device import pick_device
+    from lora_merge.merge.api import plan_recipe, run_recipe
+
+    output = Output(as_json)
+    pick_device(device)
+    if dry_run:
+        _show_plan(plan_recipe(recipe, allow_pickle=allow_pickle), output, jobs)
+        return
+    with ExitStack() as showing:
+        shown = _Progress(output, showing)
+        report = run_recipe(
+            recipe,
+            out,
+            force=force,
+            strict=strict,
+            allow_pickle=allow_pickle,
+            jobs=jobs,
+            device=device,
+            on_plan=shown.begin,
+            on_module=lambda _: shown.advance(),
+        )
+    for note in report.notes[len(shown.notes) :]:
+        output.note(note)
+    output.data(report.to_dict(), *report_view(report))
+
+
+class _Progress:
+    """What is shown while a plan runs."""
+
+    def __init__(self, output: "Output", showing: ExitStack) -> None:
+        self.output, self.showing = output, showing
+        self.notes: tuple[str, ...] = ()
+
+    def begin(self, plan: "MergePlan") -> None:
+        from lora_merge.cli.shared.malloc import return_large_blocks
+
+        self.notes = plan.notes
+        for note in plan.notes:
+            self.output.note(note)
+        return_large_blocks(plan.peak_bytes(1))
+        bar = self.output.progress("merging", len(plan.alignment.modules))
+        self.advance = self.showing.enter_context(bar)
+
+
+def _show_plan(plan: "MergePlan", output: "Output", jobs: int | None) -> None:
+    from lora_merge.cli.views.merge import plan_data, plan_view
+    from lora_merge.machine.parallel import default_jobs
+
+    for note in plan.notes:
+        output.note(note)
+    workers = jobs or default_jobs()
+    output.data(plan_data(plan, workers), *plan_view(plan, workers))
+
+
+def explain_clusters(
+    recipe: Recipe,
+    *,
+    device: str,
+    jobs: int | None,
+    as_json: bool,
+    allow_pickle: bool,
+    **_: Any,
+) -> None:
+    """Run a clustering in memory and show what its units are made of."""
+    from lora_merge.adapters.in_memory import MemoryWriter
+    from lora_merge.cli.shared.output import Output
+    from lora_merge.cli.views.clusters import clusters_data, clusters_view
+    from lora_merge.merge.api import plan_recipe
+    from lora_merge.merge.clusters import clusters_of
+    from lora_merge.merge.executor import execute
+
+    output = Output(as_json)
+    plan = plan_recipe(recipe, allow_pickle=allow_pickle)
+    with output.progress("clustering", len(plan.alignment.modules)) as advance:
+        reports = execute(
+            plan,
+            MemoryWriter(plan.output),
+            jobs=jobs,
+            device=device,
+            on_module=lambda _: advance(),
+        )
+    names = [adapter.name for adapter in plan.alignment.adapters]
+    clusters = clusters_of(reports)
+    output.data(clusters_data(clusters, names), *clusters_view(clusters, names))

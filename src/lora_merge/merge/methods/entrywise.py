@@ -20,7 +20,7 @@ from lora_merge.merge.elementwise.delta import merge_delta
 from lora_merge.merge.elementwise.rule import Compat, Rule, Scope, preset
 from lora_merge.merge.elementwise.thresholds import brackets_of, sample_entries
 from lora_merge.merge.methods.method import Job, Outcome, Survey, equal_ranks
-from lora_merge.merge.methods.options import option
+from lora_merge.options import option
 
 # One entry of so many is sampled to guess the thresholds of all modules together, but no fewer of a
 # module than; with fewer than the last number in all, a guess is not worth making.

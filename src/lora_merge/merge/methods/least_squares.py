@@ -16,8 +16,8 @@ from torch import Tensor
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
 from lora_merge.merge.methods.method import Job, Outcome
-from lora_merge.merge.methods.options import option
 from lora_merge.merge.methods.spectral import flatten, share_of_energy, triplets, truncated_svd
+from lora_merge.options import option
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from lora_merge.linalg.kmeans import KMeansResult, kmeans
 from lora_merge.merge.methods.least_squares import Target, output_target
 from lora_merge.merge.methods.lego import members_of
 from lora_merge.merge.methods.method import Job, Outcome
-from lora_merge.merge.methods.options import option
 from lora_merge.merge.methods.spaces import core_of
 from lora_merge.merge.methods.spectral import flatten, triplets, truncated_svd
+from lora_merge.options import option
 
 
 @dataclass(frozen=True)

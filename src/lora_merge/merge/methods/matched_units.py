@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.merge.calibrate import shares
 from lora_merge.merge.methods.method import Job, Outcome, equal_ranks
-from lora_merge.merge.methods.options import option
+from lora_merge.options import option
 
 _RESIZE = "resize the adapters to one rank first, or use a method on deltas"
 

@@ -3,19 +3,15 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
-from lora_merge.merge.methods.options import NoOptions, Parameter, describe_options, parse_options
-
-# units: the stack as it is. factors: A and B apart. delta: the dense matrix, in row blocks.
-# aligned: the stack in the columns' common orthonormal basis (KnOTS). core: in both (Core Space).
-Space = Literal["units", "factors", "delta", "aligned", "core"]
-Normalize = Literal["none", "sum", "abs-sum"]
+from lora_merge.merge.recipe.recipe import Normalize, Space
+from lora_merge.options import NoOptions, Parameter, describe_options, parse_options
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,9 +21,11 @@ from lora_merge.merge.methods import (
     sphere,
     tucker,
 )
-from lora_merge.merge.methods.lego import LegoOptions, lego, members_of
+from lora_merge.merge.methods.lego import lego, members_of
+from lora_merge.merge.methods.lego_options import LegoOptions
 from lora_merge.merge.methods.lego_refit import LegoRefitOptions, lego_refit
-from lora_merge.merge.methods.method import Job, Method, Outcome, Space
+from lora_merge.merge.methods.method import Job, Method, Outcome
+from lora_merge.merge.recipe.recipe import Space
 
 __all__ = ["METHODS", "Job", "Method", "Outcome", "find_method", "methods"]
 

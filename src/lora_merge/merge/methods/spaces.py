@@ -7,13 +7,13 @@ left basis alone, Core Space both (arXiv 2410.19735, 2509.17786).
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.linalg.factors import gram, pivot_sign
+from lora_merge.merge.recipe.recipe import Anchor
 
 # Basis vectors are x @ mix with a triangular inverse in mix, so their error is the condition
 # number times the epsilon of the product. Up to the first number float32 is enough, up to the
@@ -24,8 +24,6 @@ _FLOAT64_MAX_CONDITION = 1e5
 _RTOL = {torch.float32: 1e-6, torch.float64: 1e-13}
 # Rows of a float64 copy at a time while lifting.
 _BLOCK = 2048
-
-Anchor = Literal["stacks", "deltas"]
 
 
 @dataclass(frozen=True, eq=False)

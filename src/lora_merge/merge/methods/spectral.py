@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.merge.methods.method import Job, Outcome
-from lora_merge.merge.methods.options import option
+from lora_merge.options import option
 
 # Singular values below this fraction of the largest are rounding of float32 inputs.
 RTOL = 1e-6

@@ -14,7 +14,7 @@ from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
 from lora_merge.merge.calibrate import shares
 from lora_merge.merge.methods.method import Job, Outcome
-from lora_merge.merge.methods.options import option
+from lora_merge.options import option
 
 # A length comes from squares that carry rounding of 1e-16, so below 1e-8 it is noise.
 _VANISHING = 1e-7

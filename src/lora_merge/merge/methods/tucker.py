@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.merge.methods.method import Job, Outcome
-from lora_merge.merge.methods.options import option
 from lora_merge.merge.methods.spectral import IsoOptions, TsvOptions, iso_c, triplets, tsv
+from lora_merge.options import option
 
 
 @dataclass(frozen=True)

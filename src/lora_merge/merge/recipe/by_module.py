@@ -1,17 +1,15 @@
 """Numbers by module: constants, gradients over layers, filters on names, in mergekit's words."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import isfinite
 from typing import Any
 
 import numpy as np
 
+from lora_merge.adapters.module_names import place_of
+from lora_merge.adapters.patterns import matches, refuse_unmatched
 from lora_merge.errors import MethodError
-
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -19,7 +17,7 @@ class Filtered:
     """A value for the modules that a filter matches.
 
     Attributes:
-        filter: Part of a module's name, or a glob if it has `*` or `?`; None matches all.
+        filter: Pattern of module names (`adapters.patterns`); None matches all.
         value: A number, or numbers spread over the layers.
     """
 
@@ -28,11 +26,7 @@ class Filtered:
 
     def matches(self, module: str) -> bool:
         """Whether this value is for the module."""
-        if self.filter is None:
-            return True
-        if any(sign in self.filter for sign in "*?["):
-            return fnmatchcase(module, self.filter)
-        return self.filter in module
+        return self.filter is None or matches(module, self.filter)
 
 
 @dataclass(frozen=True)
@@ -100,20 +94,21 @@ class ByModule:
         return plain[0]["value"] if len(plain) == 1 and "filter" not in plain[0] else plain
 
 
-def layer_of(module: str) -> int | None:
-    """The first number in a module's path: its layer, None outside of layers."""
-    match = _LAYER.search(module)
-    return int(match[1]) if match else None
+def refuse_unmatched_filters(
+    values: Iterable[ByModule], modules: Sequence[str], owner: str
+) -> None:
+    """Refuse filters that no module matches: what they were to decide would not happen.
 
-
-def count_layers(modules: Sequence[str]) -> int:
-    """One more than the last layer's number; 0 if there are no layers."""
-    return max((layer + 1 for m in modules if (layer := layer_of(m)) is not None), default=0)
+    Raises:
+        MethodError: Naming the adapter, the filter and names that come near.
+    """
+    filters = [case.filter for value in values for case in value.cases if case.filter is not None]
+    refuse_unmatched(filters, modules, owner)
 
 
 def _depth(module: str, num_layers: int) -> float:
     """0 at the first layer and before it (embeddings), 1 at the last one and after it (heads)."""
-    layer = layer_of(module)
+    layer = place_of(module).layer
     if layer is None:
         return 0.0 if "emb" in module or "wte" in module else 1.0
     return layer / (num_layers - 1) if num_layers > 1 else 0.0

@@ -1,81 +1,61 @@
 """How a gate is trained."""
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
-from lora_merge.errors import MethodError
-
-_AT_LEAST_0 = (
-    "lr", "weight_decay", "clip", "task_loss", "balance_loss", "z_loss", "bias_rate", "expert_lr",
-    "rank_l1",
-)  # fmt: skip
+from lora_merge.options import check_options, option
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train.
+    """How to train."""
 
-    Attributes:
-        steps: Optimizer steps.
-        batch_size: Rows of one pass, over all processes together.
-        accumulate: Passes per step.
-        lr: Peak learning rate of the gate. None takes 5e-3, 2e-3 for gates over single ranks, and
-            1e-3 for a classifier that was fitted to labels first.
-        warmup: Steps of linear warm-up.
-        schedule: "cosine" to a tenth of the peak, or "constant".
-        weight_decay: AdamW's, on the gate.
-        clip: Largest norm of the gradient; 0 for none.
-        task_loss: Coefficient of the gate's own cross-entropy on labelled tokens (MeteoRA has 50).
-            None takes 1 where rows are labelled and the gate weighs experts, else 0.
-        balance_loss: Coefficient of the load balance loss.
-        z_loss: Coefficient of the squared log-partition of the scores.
-        bias_rate: Step of a rank gate's selection bias against its load.
-        train_experts: Train the experts' factors as well; they are saved as new adapters.
-        expert_lr: Peak learning rate of the factors.
-        rank_l1: SoRA: a rank is pruned if the loss would gain less than this, in nats per token and
-            unit of the rank's weight; 0 prunes none.
-        rank_lr: Step of the proximal gradient; None takes 2 / (rank_l1 * steps), with which a rank
-            without any gradient reaches zero soon after half of the steps.
-        bf16: Autocast the passes to bfloat16; the gate's weights stay float32.
-        seed: Of the order of the rows and of dropout.
-        save_every: Steps between checkpoints; 0 for none but the last.
-        eval_every: Steps between evaluations; 0 for the last step only.
-    """
-
-    steps: int = 200
-    batch_size: int = 8
-    accumulate: int = 1
-    lr: float | None = None
-    warmup: int = 10
-    schedule: str = "cosine"
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    task_loss: float | None = None
-    balance_loss: float = 0.0
-    z_loss: float = 0.0
-    bias_rate: float = 0.0
-    train_experts: bool = False
-    expert_lr: float = 1e-4
-    rank_l1: float = 0.0
-    rank_lr: float | None = None
-    bf16: bool = False
-    seed: int = 0
-    save_every: int = 50
-    eval_every: int = 0
+    steps: int = option(200, "optimizer steps", low=1)
+    # Over all processes together.
+    batch_size: int = option(8, "rows of one pass", low=1)
+    accumulate: int = option(1, "passes per step", low=1)
+    lr: float | None = option(
+        None,
+        "peak learning rate of the gate",
+        low=0,
+        unset="5e-3; 2e-3 for gates over ranks, 1e-3 for a classifier fitted to labels first",
+    )
+    warmup: int = option(10, "steps of linear warm-up", low=0)
+    schedule: Literal["cosine", "constant"] = option(
+        "cosine", "of the learning rate: down to a tenth of its peak, or constant"
+    )
+    weight_decay: float = option(0.01, "AdamW's, on the gate", low=0)
+    clip: float = option(1.0, "largest norm of the gradient; 0 for none", low=0)
+    # On labelled tokens; MeteoRA has 50.
+    task_loss: float | None = option(
+        None,
+        "coefficient of the gate's own cross-entropy on rows with an expert",
+        low=0,
+        unset="1 where rows have one and the gate weighs experts, else 0",
+    )
+    balance_loss: float = option(0.0, "coefficient of the load balance loss", low=0)
+    z_loss: float = option(0.0, "coefficient of the squared log-partition of the scores", low=0)
+    bias_rate: float = option(
+        0.0, "step of a rank gate's selection bias against its load (smora)", low=0
+    )
+    train_experts: bool = option(False, "train the experts as well; they are saved as new adapters")
+    expert_lr: float = option(1e-4, "peak learning rate of the experts' factors", low=0)
+    # In nats per token and unit of the rank's weight.
+    rank_l1: float = option(
+        0.0, "prune ranks whose loss gain per unit of weight is below this (SoRA); 0: none", low=0
+    )
+    # With 2 / (rank_l1 * steps) a rank without any gradient reaches 0 soon after half of the steps.
+    rank_lr: float | None = option(
+        None, "step of the proximal gradient", above=0, unset="2 / (rank_l1 * steps)"
+    )
+    bf16: bool = option(False, "run the passes in bfloat16; the gate's weights stay float32")
+    seed: int = option(0, "of the order of the rows and of dropout")
+    save_every: int = option(50, "steps between checkpoints; 0 for none but the last", low=0)
+    eval_every: int = option(0, "steps between evaluations; 0 for the last step only", low=0)
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot mean anything."""
-        for name in _AT_LEAST_0:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise MethodError(f"{name} is {value}", "a number, at least 0")
-        for name in ("steps", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise MethodError(f"{name} is {getattr(self, name)}", "at least 1")
-        if self.schedule not in ("cosine", "constant"):
-            raise MethodError(f"schedule is {self.schedule}", "cosine or constant")
-        if self.rank_lr is not None and not 0 < self.rank_lr < math.inf:
-            raise MethodError(f"rank_lr is {self.rank_lr}", "a number above 0")
+        check_options(self, "a training")
 
     @property
     def rank_step(self) -> float:

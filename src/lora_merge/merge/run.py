@@ -1,11 +1,13 @@
-"""Run a plan into a directory: weights, config, card and recipe, whole or not at all."""
+"""Run a plan: into a directory, whole or not at all, or in memory."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from lora_merge._version import __version__
+from lora_merge.adapters.in_memory import MadeAdapter, MemoryWriter
 from lora_merge.adapters.writer import AdapterWriter
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory
@@ -13,7 +15,7 @@ from lora_merge.files.cards import model_card
 from lora_merge.merge.clusters import clusters_text
 from lora_merge.merge.executor import execute, settle
 from lora_merge.merge.plan import MergePlan
-from lora_merge.merge.recipe.recipe import RECIPE_NAME, Recipe
+from lora_merge.merge.recipe.recipe import RECIPE_NAME
 from lora_merge.merge.report import MergeReport, ModuleReport
 
 # Below this share of energy kept, the result is not what the method made.
@@ -23,11 +25,10 @@ _LITTLE_ENERGY = 0.5
 _SHRUNK = 0.1
 
 
-def save_merge(
+def run_plan(
     plan: MergePlan,
     out: Path,
     *,
-    recipe: Callable[[], Recipe],
     force: bool = False,
     strict: bool = False,
     jobs: int | None = None,
@@ -39,8 +40,7 @@ def save_merge(
     Args:
         plan: What to do.
         out: The directory to make.
-        recipe: Makes the resolved recipe; called beside the merge, because it hashes the inputs.
-        force: Replace an existing adapter directory.
+        force: Replace an adapter directory that is there.
         strict: Treat it as an error if the cut to a rank lost most of the result.
         jobs: Worker threads.
         device: Where to compute.
@@ -56,7 +56,7 @@ def save_merge(
     needed = plan.output.num_bytes
     with atomic_directory(out, force=force, inputs=inputs, needed=needed) as folder:
         with ThreadPoolExecutor(1) as beside:
-            resolved = beside.submit(recipe)
+            resolved = beside.submit(plan.resolved_recipe)  # hashes the inputs meanwhile
             if plan.measured:
                 spool = folder / ".spool"
                 spool.mkdir()
@@ -66,12 +66,41 @@ def save_merge(
             if plan.spool is not None:
                 plan.spool.folder.rmdir()
             text = f"# made by lora-merge {__version__}\n" + resolved.result().to_yaml()
-        report = finish_report(plan, modules, str(out), strict=strict)
-        names = [a.name for a in plan.alignment.adapters]
-        members = clusters_text(modules, names) if plan.units_survive else ""
-        (folder / RECIPE_NAME).write_text(text + members, encoding="utf-8")
-        (folder / "README.md").write_text(card_of(plan, text), encoding="utf-8")
+        report = _finish_report(plan, modules, str(out), strict=strict)
+        (folder / RECIPE_NAME).write_text(text + _members(plan, modules), encoding="utf-8")
+        (folder / "README.md").write_text(_card(plan, text), encoding="utf-8")
     return report
+
+
+def run_in_memory(
+    plan: MergePlan, *, strict: bool = False, jobs: int | None = None, device: str = "auto"
+) -> MadeAdapter[MergeReport]:
+    """Merge into an adapter in memory, which knows its card and its recipe.
+
+    Args:
+        plan: What to do.
+        strict: Treat it as an error if the cut to a rank lost most of the result.
+        jobs: Worker threads.
+        device: Where to compute.
+
+    Raises:
+        AdapterError: If an input turns out damaged.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if plan.measured:
+            plan = settle(plan, Path(folder), jobs=jobs, device=device)
+        writer = MemoryWriter(plan.output)
+        modules = execute(plan, writer, jobs=jobs, device=device)
+    report = _finish_report(plan, modules, None, strict=strict)
+    text = f"# made by lora-merge {__version__}\n" + plan.resolved_recipe().to_yaml()
+    texts = {RECIPE_NAME: text + _members(plan, modules), "README.md": _card(plan, text)}
+    return MadeAdapter.of(writer.adapter("merged"), report, texts=texts, notes=report.notes)
+
+
+def _members(plan: MergePlan, modules: Sequence[ModuleReport]) -> str:
+    """What each unit was made of, for the recipe; nothing where units are cut afterwards."""
+    names = [adapter.name for adapter in plan.alignment.adapters]
+    return clusters_text(modules, names) if plan.units_survive else ""
 
 
 def _silent_adapters(plan: MergePlan, modules: Sequence[ModuleReport]) -> list[str]:
@@ -84,7 +113,7 @@ def _silent_adapters(plan: MergePlan, modules: Sequence[ModuleReport]) -> list[s
     ]
 
 
-def finish_report(
+def _finish_report(
     plan: MergePlan, modules: Sequence[ModuleReport], out: str | None, *, strict: bool
 ) -> MergeReport:
     """The report of a merge, with what the cut to ranks did to it.
@@ -118,7 +147,7 @@ def _ranks_text(plan: MergePlan) -> str:
     return f"rank {low}" if low == high else f"ranks {low} to {high}"
 
 
-def card_of(plan: MergePlan, recipe: str) -> str:
+def _card(plan: MergePlan, recipe: str) -> str:
     """The model card of a merged adapter."""
     adapters, weights = plan.alignment.adapters, plan.weights
     return model_card(

@@ -1,4 +1,4 @@
-"""Parameters of methods: declared once; checking, help and documentation come from there."""
+"""Fields of options dataclasses: checks, help, command lines and documents follow from them."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -45,6 +45,8 @@ def option(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    below: float | None = None,
+    unset: str = "",
 ) -> Any:
     """A field of an options dataclass: default, one line of help, inclusive limits.
 
@@ -54,9 +56,11 @@ def option(
         low: Smallest value.
         high: Largest value.
         above: Largest value that is too small.
+        below: Smallest value that is too large.
+        unset: What None stands for, in words.
     """
-    limits = {"low": low, "high": high, "above": above}
-    return field(default=default, metadata={"about": about, **limits})
+    limits = {"low": low, "high": high, "above": above, "below": below}
+    return field(default=default, metadata={"about": about, "unset": unset, **limits})
 
 
 def parse_options(kind: type[T], given: Mapping[str, Any], owner: str) -> T:
@@ -83,6 +87,17 @@ def parse_options(kind: type[T], given: Mapping[str, Any], owner: str) -> T:
     return kind(**given)
 
 
+def check_options(values: Any, owner: str) -> None:
+    """Refuse an options object that was made without `parse_options`.
+
+    Raises:
+        MethodError: On a value of the wrong kind or out of range.
+    """
+    for spec in fields(values):
+        if "about" in spec.metadata:
+            _check(owner, spec.name, spec.type, spec.metadata, getattr(values, spec.name))
+
+
 def describe_options(kind: type[Any], presets: Mapping[str, Any] | None = None) -> list[Parameter]:
     """Every parameter of an options dataclass, with a preset's defaults in place."""
     presets = presets or {}
@@ -98,11 +113,17 @@ def describe_options(kind: type[Any], presets: Mapping[str, Any] | None = None) 
     ]
 
 
-def _check(owner: str, name: str, kind: Any, limits: Mapping[str, Any], value: Any) -> None:
+def bare_type(kind: Any) -> Any:
+    """A field's type without None."""
     if get_origin(kind) in _UNIONS:
-        if value is None and NoneType in get_args(kind):
-            return
-        kind = next(k for k in get_args(kind) if k is not NoneType)
+        return next(k for k in get_args(kind) if k is not NoneType)
+    return kind
+
+
+def _check(owner: str, name: str, kind: Any, limits: Mapping[str, Any], value: Any) -> None:
+    if value is None and NoneType in get_args(kind):
+        return
+    kind = bare_type(kind)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             choices = ", ".join(get_args(kind))
@@ -110,13 +131,15 @@ def _check(owner: str, name: str, kind: Any, limits: Mapping[str, Any], value: A
         return
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise MethodError(f"{owner}: {name} is {value!r}, not {kind.__name__}", "correct it")
-    low, high, above = limits.get("low"), limits.get("high"), limits.get("above")
+    low, high = limits.get("low"), limits.get("high")
+    above, below = limits.get("above"), limits.get("below")
     if isinstance(value, float) and not isfinite(value):
         raise MethodError(f"{owner}: {name} is {value!r}", "it must be a finite number")
     fits = (
         (low is None or value >= low)
         and (high is None or value <= high)
         and (above is None or value > above)
+        and (below is None or value < below)
     )
     if not fits:
         raise MethodError(f"{owner}: {name} is {value!r}", f"it must be {_limits_text(limits)}")
@@ -133,7 +156,8 @@ def _kind_text(kind: Any) -> str:
 
 
 def _limits_text(limits: Mapping[str, Any]) -> str:
-    low, high, above = limits.get("low"), limits.get("high"), limits.get("above")
+    low, high = limits.get("low"), limits.get("high")
+    above, below = limits.get("above"), limits.get("below")
     parts = []
     if low is not None:
         parts.append(f"at least {low:g}")
@@ -141,4 +165,6 @@ def _limits_text(limits: Mapping[str, Any]) -> str:
         parts.append(f"above {above:g}")
     if high is not None:
         parts.append(f"at most {high:g}")
+    if below is not None:
+        parts.append(f"below {below:g}")
     return ", ".join(parts)
