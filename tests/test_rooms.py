@@ -18,6 +18,7 @@ FLOORS = [
     ["adapters"],
     ["analysis", "reshape", "merge", "kernels"],
     ["mixture"],
+    ["evaluation"],
     ["cli"],
     ["__main__"],
 ]

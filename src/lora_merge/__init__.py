@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lora_merge.adapters.rank_stack import RankStack as RankStack
     from lora_merge.analysis.compare import compare as compare
     from lora_merge.errors import LoraMergeError as LoraMergeError
+    from lora_merge.evaluation.evaluate import evaluate as evaluate
     from lora_merge.merge.api import merge as merge
     from lora_merge.merge.api import run_recipe as run_recipe
     from lora_merge.mixture.mixture import Mixture as Mixture
@@ -32,6 +33,7 @@ _PUBLIC = {
     "collect_statistics": "lora_merge.adapters.measured.activations",
     "compare": "lora_merge.analysis.compare",
     "run_recipe": "lora_merge.merge.api",
+    "evaluate": "lora_merge.evaluation.evaluate",
     "load_mixture": "lora_merge.mixture.runtime.attach",
     "train_gate": "lora_merge.mixture.training.train",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "choose_ranks",
     "collect_statistics",
     "compare",
+    "evaluate",
     "load_mixture",
     "merge",
     "run_recipe",

@@ -36,7 +36,8 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for rule, split in ((dense, 1), (Rule(top_k=2), 1), (odd, 8), (None, 8)):
             constants = {"MEMBERS": 2, "SPLIT": split, "SCORE_SPLIT": 3 if split == 1 else split,
                          "BIAS": False, "SKIP": rule != dense, "BT": tiles.m, "BN": tiles.n,
-                         "BR": tiles.k, "ONE_CHUNK": tiles.k >= 224, **_launch._rule(rule, experts), **exact}  # fmt: skip
+                         "BR": tiles.k, "ONE_CHUNK": tiles.k >= 224,
+                         **_launch._rule(rule, experts), **exact}  # fmt: skip
             done["gate and expand", tokens, rule, split] = compile_kernel(
                 _triton_gate_expand.gate_expand_kernel, constants, tmp_path, warps=tiles.warps,
                 stages=tiles.stages, y="*fp32", widths=("i32", "i32"),

@@ -27,6 +27,7 @@ _COMMANDS = {
     "info": "lora_merge.cli.commands.info",
     "spectra": "lora_merge.cli.commands.spectra",
     "compare": "lora_merge.cli.commands.compare",
+    "evaluate": "lora_merge.cli.commands.evaluate",
     "gate": "lora_merge.cli.commands.gate",
     "train": "lora_merge.cli.commands.train",
     "usage": "lora_merge.cli.commands.usage",

@@ -17,12 +17,13 @@ from lora_merge.mixture.runtime.attach import AttachedMixture
 from lora_merge.mixture.training.data import Example, in_order
 
 
-def load_base(base: str, device: str = "auto") -> tuple[Any, Any]:
-    """(model, tokenizer) of a causal language model.
+def load_base(base: str, device: str = "auto", *, head: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) of a causal language model, or of a classifier.
 
     Args:
         base: A directory or a Hub id.
         device: "auto", "cpu", "cuda", ...
+        head: Load it with its classification head instead of its language model's.
 
     Raises:
         LoraMergeError: If transformers is not installed.
@@ -32,13 +33,20 @@ def load_base(base: str, device: str = "auto") -> tuple[Any, Any]:
     if Path(base).is_dir():
         note_input(base)
     with _told(base):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import (
+            AutoModelForCausalLM,
+            AutoModelForSequenceClassification,
+            AutoTokenizer,
+        )
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         tokenizer = AutoTokenizer.from_pretrained(base)
-        model: Any = AutoModelForCausalLM.from_pretrained(base)
+        kind: Any = AutoModelForSequenceClassification if head else AutoModelForCausalLM
+        model: Any = kind.from_pretrained(base)
+        if place.type == "cpu" and model.dtype == torch.float16:
+            model = model.float()  # CPUs have no arithmetic in half precision
         model = model.to(place)
     return model.eval(), tokenizer
 

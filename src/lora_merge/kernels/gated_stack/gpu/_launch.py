@@ -68,7 +68,7 @@ def gate_expand_tiles(tokens: int, width: int) -> Tiles:
     """How to gate and expand at once; `width` is that of all members together."""
     if tokens > 1:
         return Tiles(16, 32 if width <= 8192 else 64, 128, warps=8, stages=1)
-    # 16 kB of `up` asked for at once per 4 warps, in at most 64 registers: all programs fit at once.
+    # 16 kB of `up` asked for at once per 4 warps, in 64 registers at most: all programs fit in.
     return (
         Tiles(1, 32, 256, warps=4, stages=1)
         if width <= 8192
