@@ -155,7 +155,7 @@ def main() -> None:
         train(adapter, skills, 200, 2e-3)
         print(f"{skill}: {accuracy(fresh, skill):.2f}")
         adapter.peft_config["default"].base_model_name_or_path = "examples/base"
-        adapter.half().save_pretrained(HERE / "adapters" / skill, save_embedding_layers=False)
+        adapter.half().save_pretrained(str(HERE / "adapters" / skill), save_embedding_layers=False)
         (HERE / "adapters" / skill / "README.md").unlink()
     (HERE / "data").mkdir(exist_ok=True)
     save_rows(HERE / "data" / "train.jsonl", 3, 200)

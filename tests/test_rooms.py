@@ -19,6 +19,7 @@ FLOORS = [
     ["analysis", "reshape", "merge", "kernels"],
     ["mixture"],
     ["evaluation"],
+    ["api"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,6 +1,7 @@
 """Cluster, merge, gate and analyse LoRA adapters, rank by rank.
 
 Names are resolved on first use (PEP 562), so that `lora-merge --help` never imports torch.
+docs/api.md says what is stable.
 """
 
 from importlib import import_module
@@ -9,51 +10,150 @@ from typing import TYPE_CHECKING, Any
 from lora_merge._version import __version__
 
 if TYPE_CHECKING:
+    from lora_merge.adapters.access.coerce import AdapterLike as AdapterLike
+    from lora_merge.adapters.access.coerce import AdaptersLike as AdaptersLike
+    from lora_merge.adapters.access.coerce import open_adapter as open_adapter
+    from lora_merge.adapters.access.coerce import open_adapters as open_adapters
     from lora_merge.adapters.adapter import Adapter as Adapter
+    from lora_merge.adapters.in_memory import MadeAdapter as MadeAdapter
     from lora_merge.adapters.measured.activations import collect_statistics as collect_statistics
-    from lora_merge.adapters.measured.spectra import adapter_spectra as adapter_spectra
     from lora_merge.adapters.rank_stack import RankStack as RankStack
-    from lora_merge.analysis.compare import compare as compare
+    from lora_merge.api.looking import choose_ranks as choose_ranks
+    from lora_merge.api.looking import compare as compare
+    from lora_merge.api.looking import group as group
+    from lora_merge.api.looking import info as info
+    from lora_merge.api.looking import judge as judge
+    from lora_merge.api.looking import spectra as spectra
+    from lora_merge.api.looking import spectra_beside_base as spectra_beside_base
+    from lora_merge.api.merging import cluster as cluster
+    from lora_merge.api.merging import methods as methods
+    from lora_merge.api.mixing import append_experts as append_experts
+    from lora_merge.api.mixing import export as export
+    from lora_merge.api.mixing import import_mixture as import_mixture
+    from lora_merge.api.mixing import train as train
+    from lora_merge.api.reshaping import extract as extract
+    from lora_merge.api.reshaping import fuse as fuse
+    from lora_merge.api.reshaping import resize as resize
+    from lora_merge.api.texts import consolidate as consolidate
+    from lora_merge.api.texts import describe as describe
+    from lora_merge.api.texts import novelty as novelty
+    from lora_merge.api.texts import usage as usage
+    from lora_merge.api.tuning import tune as tune
+    from lora_merge.arguments import ArgumentError as ArgumentError
+    from lora_merge.errors import AdapterError as AdapterError
+    from lora_merge.errors import AlignmentError as AlignmentError
     from lora_merge.errors import LoraMergeError as LoraMergeError
+    from lora_merge.errors import MethodError as MethodError
+    from lora_merge.errors import OutputError as OutputError
+    from lora_merge.errors import SourceError as SourceError
     from lora_merge.evaluation.evaluate import evaluate as evaluate
     from lora_merge.merge.api import merge as merge
     from lora_merge.merge.api import run_recipe as run_recipe
+    from lora_merge.merge.methods.lego_options import LegoOptions as LegoOptions
     from lora_merge.mixture.mixture import Mixture as Mixture
     from lora_merge.mixture.runtime.attach import load_mixture as load_mixture
-    from lora_merge.mixture.training.train import train_gate as train_gate
-    from lora_merge.ranks.choose import choose_ranks as choose_ranks
+    from lora_merge.mixture.training.data import Example as Example
+    from lora_merge.mixture.training.settings import TrainSettings as TrainSettings
 
+# Name → module; each is loaded when it is first asked for.
 _PUBLIC = {
     "Adapter": "lora_merge.adapters.adapter",
+    "AdapterError": "lora_merge.errors",
+    "AdapterLike": "lora_merge.adapters.access.coerce",
+    "AdaptersLike": "lora_merge.adapters.access.coerce",
+    "AlignmentError": "lora_merge.errors",
+    "ArgumentError": "lora_merge.arguments",
+    "Example": "lora_merge.mixture.training.data",
+    "LegoOptions": "lora_merge.merge.methods.lego_options",
     "LoraMergeError": "lora_merge.errors",
+    "MadeAdapter": "lora_merge.adapters.in_memory",
+    "MethodError": "lora_merge.errors",
     "Mixture": "lora_merge.mixture.mixture",
+    "OutputError": "lora_merge.errors",
     "RankStack": "lora_merge.adapters.rank_stack",
-    "adapter_spectra": "lora_merge.adapters.measured.spectra",
-    "choose_ranks": "lora_merge.ranks.choose",
+    "SourceError": "lora_merge.errors",
+    "TrainSettings": "lora_merge.mixture.training.settings",
+    "append_experts": "lora_merge.api.mixing",
+    "choose_ranks": "lora_merge.api.looking",
+    "cluster": "lora_merge.api.merging",
     "collect_statistics": "lora_merge.adapters.measured.activations",
-    "compare": "lora_merge.analysis.compare",
-    "run_recipe": "lora_merge.merge.api",
     "evaluate": "lora_merge.evaluation.evaluate",
+    "compare": "lora_merge.api.looking",
+    "consolidate": "lora_merge.api.texts",
+    "describe": "lora_merge.api.texts",
+    "export": "lora_merge.api.mixing",
+    "extract": "lora_merge.api.reshaping",
+    "fuse": "lora_merge.api.reshaping",
+    "group": "lora_merge.api.looking",
+    "import_mixture": "lora_merge.api.mixing",
+    "info": "lora_merge.api.looking",
+    "judge": "lora_merge.api.looking",
     "load_mixture": "lora_merge.mixture.runtime.attach",
-    "train_gate": "lora_merge.mixture.training.train",
+    "methods": "lora_merge.api.merging",
+    "novelty": "lora_merge.api.texts",
+    "open_adapter": "lora_merge.adapters.access.coerce",
+    "open_adapters": "lora_merge.adapters.access.coerce",
+    "resize": "lora_merge.api.reshaping",
+    "run_recipe": "lora_merge.merge.api",
+    "spectra": "lora_merge.api.looking",
+    "spectra_beside_base": "lora_merge.api.looking",
+    "train": "lora_merge.api.mixing",
+    "tune": "lora_merge.api.tuning",
+    "usage": "lora_merge.api.texts",
 }
 _MODULES = ("merge",)  # callable modules
+# Old name → (its module, what to use, the version it goes with); see docs/api.md.
+_DEPRECATED = {
+    "adapter_spectra": ("lora_merge.adapters.measured.spectra", "spectra", "0.3"),
+    "train_gate": ("lora_merge.mixture.training.train", "train", "0.3"),
+}
 
 __all__ = [
     "Adapter",
+    "AdapterError",
+    "AdapterLike",
+    "AdaptersLike",
+    "AlignmentError",
+    "ArgumentError",
+    "Example",
+    "LegoOptions",
     "LoraMergeError",
+    "MadeAdapter",
+    "MethodError",
     "Mixture",
+    "OutputError",
     "RankStack",
+    "SourceError",
+    "TrainSettings",
     "__version__",
-    "adapter_spectra",
+    "append_experts",
     "choose_ranks",
+    "cluster",
     "collect_statistics",
     "compare",
+    "consolidate",
+    "describe",
     "evaluate",
+    "export",
+    "extract",
+    "fuse",
+    "group",
+    "import_mixture",
+    "info",
+    "judge",
     "load_mixture",
     "merge",
+    "methods",
+    "novelty",
+    "open_adapter",
+    "open_adapters",
+    "resize",
     "run_recipe",
-    "train_gate",
+    "spectra",
+    "spectra_beside_base",
+    "train",
+    "tune",
+    "usage",
 ]
 
 
@@ -62,8 +162,22 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_PUBLIC[name]), name)
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
+    if name in _DEPRECATED:
+        return _deprecated(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _deprecated(name: str) -> Any:
+    import warnings
+
+    module, better, until = _DEPRECATED[name]
+    warnings.warn(
+        f"lora_merge.{name} goes with {until}: use lora_merge.{better}",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return getattr(import_module(module), name)

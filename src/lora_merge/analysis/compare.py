@@ -17,6 +17,7 @@ from lora_merge.adapters.patterns import select_names
 from lora_merge.analysis.overlap import PairTables, pair_tables
 from lora_merge.errors import AdapterError, MethodError
 from lora_merge.machine.parallel import in_order
+from lora_merge.printing import Report, Summary
 
 # Total samples for sign conflicts: a standard error below 0.2 % for every pair.
 _SAMPLES = 65_536
@@ -98,8 +99,8 @@ class PairMatrices:
         return document
 
 
-@dataclass(frozen=True, eq=False)
-class Comparison:
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Report):
     """The comparison of N adapters.
 
     Attributes:
@@ -143,6 +144,43 @@ class Comparison:
         products = torch.stack([t.products for t in self.tables.values()]).sum(0)
         w = torch.tensor(weights, dtype=torch.float64)
         return math.sqrt(max(float(w @ products @ w), 0.0))
+
+    def summary(self) -> Summary:
+        """The pairs with the largest cosines, up to six."""
+        short = [name.rstrip("/").rpartition("/")[2] for name in self.adapters]
+        names = short if len(set(short)) == len(short) else list(self.adapters)
+        shown = dict(zip(self.adapters, names, strict=True))
+        pairs = sorted(self.rows(), key=lambda row: -abs(row["cosine"]))
+        facts = [
+            (
+                f"{shown[row['first']]} ~ {shown[row['second']]}",
+                f"cosine {row['cosine']:.3f}, interference {row['interference']:.3f} "
+                f"(chance {row['chance_interference']:.3f}), signs differ {row['conflict']:.0%}",
+            )
+            for row in pairs[:6]
+        ]
+        if len(pairs) > 6:
+            facts.append(("and", f"{len(pairs) - 6} pairs more"))
+        title = f"Comparison of {len(self.adapters)} adapters on {self.total.modules} modules"
+        return Summary(title, tuple(facts))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per pair, over all modules."""
+        count = len(self.adapters)
+        matrices = {
+            name: value
+            for name, value in vars(self.total).items()
+            if isinstance(value, Tensor) and value.shape == (count, count)
+        }
+        return [
+            {
+                "first": self.adapters[i],
+                "second": self.adapters[j],
+                **{name: float(value[i, j]) for name, value in matrices.items()},
+            }
+            for i in range(count)
+            for j in range(i + 1, count)
+        ]
 
     def to_dict(self, *, per_module: bool = False) -> dict[str, Any]:
         """JSON-ready; matrices of single modules only where asked for."""

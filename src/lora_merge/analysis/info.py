@@ -9,6 +9,7 @@ from typing import Any
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.files.tensor_file import DTYPES
+from lora_merge.printing import Report, Summary, notes, span
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class ModuleInfo:
     norm: float
 
 
-@dataclass(frozen=True)
-class AdapterInfo:
+@dataclass(frozen=True, repr=False)
+class AdapterInfo(Report):
     """What an adapter is.
 
     Attributes:
@@ -63,6 +64,20 @@ class AdapterInfo:
     extras: tuple[str, ...]
     norm: float
     oddities: tuple[str, ...]
+
+    def summary(self) -> Summary:
+        """Base model, size, norm, and what is odd about it."""
+        facts = [
+            ("base model", self.base_model or "not said"),
+            ("modules", f"{len(self.modules)}, rank {span([m.rank for m in self.modules] or [0])}"),
+            ("parameters", f"{self.num_parameters:,}"),
+            ("norm", f"{self.norm:.4g} (Frobenius, all deltas together)"),
+        ]
+        return Summary(f"Adapter {self.name}", (*facts, *notes(self.oddities)))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per module."""
+        return [asdict(module) for module in self.modules]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_merge.arguments import checked
 from lora_merge.evaluation.bench import ALL, Judge, Subject, open_bench, open_subjects
 from lora_merge.evaluation.score_cache import cached, keep
 
@@ -53,6 +54,7 @@ class Evaluation:
         return {"schema": 1, **asdict(self)}
 
 
+@checked()
 def evaluate(
     subjects: Any,
     *,

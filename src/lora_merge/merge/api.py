@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_merge.adapters.access.coerce import AdaptersLike, open_adapters
 from lora_merge.adapters.config import RankLayout
+from lora_merge.adapters.identity.rename import rename_all
 from lora_merge.adapters.in_memory import MadeAdapter
 from lora_merge.arguments import checked
 from lora_merge.errors import MethodError
@@ -63,6 +64,7 @@ def merge(
     extras: ExtrasPolicy = "average",
     accept_base_models: bool = False,
     base_model: str | None = None,
+    rename: tuple[str, ...] = (),
 ) -> MadeAdapter[MergeReport]:
     """Merge adapters into one.
 
@@ -93,6 +95,7 @@ def merge(
         extras: What becomes of tensors that are not low-rank factors.
         accept_base_models: Merge adapters of different base models.
         base_model: The base model that one of the adapters must have, if given.
+        rename: Changes of module names, FROM=TO, done on every adapter that has such names.
 
     Returns:
         The merged adapter with its `report`; `save_pretrained` and `push_to_hub` write it with
@@ -108,7 +111,7 @@ def merge(
         >>> merged.report.total().rank
         (8, 8)
     """
-    opened = open_adapters(adapters)
+    opened = rename_all(open_adapters(adapters), rename)
     values = [1.0] * len(opened) if weights is None else list(weights)
     own = [{}] * len(opened) if own_parameters is None else list(own_parameters)
     for what, given in (("weights", values), ("mappings in own_parameters", own)):
@@ -139,6 +142,7 @@ def merge(
         extras=extras,
         accept_base_models=accept_base_models,
         base_model=base_model,
+        rename=tuple(rename),
     )
     plan = plan_merge(recipe, opened)
     return run_in_memory(plan, strict=strict, jobs=jobs, device=device)
@@ -165,6 +169,7 @@ def plan_recipe(
     return plan_merge(recipe, open_recipe(recipe, allow_pickle=allow_pickle))
 
 
+@checked()
 def run_recipe(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     out: str | Path,
@@ -197,6 +202,13 @@ def run_recipe(
     Raises:
         LoraMergeError: If recipe, adapters and request do not fit together, or nothing can be
             written there; nothing is left behind.
+
+    Example:
+        >>> import lora_merge
+        >>> adapters = [{"adapter": "examples/adapters/*"}]
+        >>> recipe = {"merge_method": "ties", "rank": 8, "adapters": adapters}
+        >>> lora_merge.run_recipe(recipe, "merged").total().rank
+        (8, 8)
     """
     recipe, out = as_recipe(recipe), Path(out)
     named = [item.adapter for item in recipe.adapters]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.errors import MethodError
+from lora_merge.printing import Report, Summary, span
 from lora_merge.ranks.budget import (
     Certificate,
     Choice,
@@ -40,8 +41,8 @@ class ModuleRank:
     frobenius: float
 
 
-@dataclass(frozen=True)
-class RankPlan:
+@dataclass(frozen=True, repr=False)
+class RankPlan(Report):
     """Ranks for all modules and what they keep.
 
     Attributes:
@@ -77,6 +78,24 @@ class RankPlan:
         total = math.fsum(m.frobenius**2 for m in self.modules.values())
         kept = math.fsum(m.energy * m.frobenius**2 for m in self.modules.values())
         return min(kept / total, 1.0) if total > 0 else 1.0
+
+    def summary(self) -> Summary:
+        """Rule, ranks, parameters and energy."""
+        ranks = list(self.ranks.values()) or [0]
+        before = [m.before for m in self.modules.values()] or [0]
+        return Summary(
+            "Rank plan",
+            (
+                ("rule", str(self.rule)),
+                ("ranks", f"{span(ranks)} (were {span(before)}), {len(self.modules)} modules"),
+                ("parameters", f"{self.parameters:,} (were {self.parameters_before:,})"),
+                ("energy kept", f"{100 * self.energy:.2f} %"),
+            ),
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per module."""
+        return [{"module": name, **module.__dict__} for name, module in self.modules.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

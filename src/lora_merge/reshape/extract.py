@@ -6,6 +6,7 @@ choose below it.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from lora_merge.files.tensor_file import TensorDict, commonest_dtype
 from lora_merge.linalg.factors import frobenius
 from lora_merge.linalg.range_finder import leading_svd
 from lora_merge.machine.parallel import in_order
+from lora_merge.printing import Report, Summary
 from lora_merge.ranks.choose import RankPlan, choose_ranks
 from lora_merge.ranks.rule import RankRule
 from lora_merge.reshape.coverage import Coverage, measured, survey
@@ -61,8 +63,8 @@ class Difference:
     noise_rank: int
 
 
-@dataclass(frozen=True)
-class ExtractReport:
+@dataclass(frozen=True, repr=False)
+class ExtractReport(Report):
     """What an extraction did.
 
     Attributes:
@@ -78,6 +80,21 @@ class ExtractReport:
     capped: tuple[str, ...]
     out: str
     num_bytes: int
+
+    def summary(self) -> Summary:
+        """Ranks, energy, and what was not extracted."""
+        counts = Counter(entry.what for entry in self.coverage)
+        facts = [
+            *self.plan.summary().facts,
+            *((what, f"{count} tensors") for what, count in counts.items()),
+            ("capped", f"{len(self.capped)} ranks, at the noise threshold"),
+            ("written to", self.out),
+        ]
+        return Summary("Extract report", tuple(facts))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per tensor of either checkpoint."""
+        return [dict(entry.__dict__) for entry in self.coverage]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -28,6 +28,8 @@ from lora_merge.files.checkpoint import Checkpoint, TensorPlace, open_checkpoint
 from lora_merge.files.shards import ShardEditor, copy_shard
 from lora_merge.files.tensor_file import DTYPES
 from lora_merge.files.tensor_stream import cast_to
+from lora_merge.printing import Printed, Summary
+from lora_merge.printing import notes as noted
 from lora_merge.reshape.fuse_targets import Match, Target, match_adapter
 
 # What a trainer saves beside an adapter when it changed the tokenizer or the chat format.
@@ -46,8 +48,8 @@ _TOKENIZER = (
 _BAND_ENTRIES = 1 << 18
 
 
-@dataclass(frozen=True)
-class FuseReport:
+@dataclass(frozen=True, repr=False)
+class FuseReport(Printed):
     """What was done.
 
     Attributes:
@@ -69,6 +71,17 @@ class FuseReport:
     relative_change: float
     num_bytes: int
     notes: tuple[str, ...]
+
+    def summary(self) -> Summary:
+        """What changed, by how much, and where it lies."""
+        facts = [
+            ("modules", f"{self.modules} changed by {100 * self.relative_change:.2g} %"),
+            ("written to", f"{self.out}, {self.num_bytes:,} bytes"),
+        ]
+        for what in ("replaced", "added", "untied"):
+            if getattr(self, what):
+                facts.append((what, f"{len(getattr(self, what))} tensors"))
+        return Summary("Fuse report", (*facts, *noted(self.notes)))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""

@@ -18,15 +18,17 @@ from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.config import RankLayout
 from lora_merge.adapters.formats.table import format_of
 from lora_merge.adapters.forms import to_matrix
+from lora_merge.adapters.in_memory import MadeAdapter, MemoryWriter
 from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum, require_finite
 from lora_merge.adapters.rank_stack import RankStack
-from lora_merge.adapters.writer import AdapterWriter, OutputPlan, plan_output
+from lora_merge.adapters.writer import AdapterWriter, OutputPlan, Writer, plan_output
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.cards import short_card
 from lora_merge.files.tensor_file import DTYPES, commonest_dtype
 from lora_merge.linalg.factors import gram, pivot_sign
 from lora_merge.machine.parallel import in_order
+from lora_merge.printing import Report, Summary
 from lora_merge.ranks.choose import RankPlan
 from lora_merge.reshape.stored_units import keeps_stored_units, split_units
 
@@ -55,21 +57,21 @@ class ResizedModule:
     cast: float
 
 
-@dataclass(frozen=True)
-class ResizeReport:
+@dataclass(frozen=True, repr=False)
+class ResizeReport(Report):
     """What a resize did.
 
     Attributes:
         plan: The ranks and the rule they came from.
         modules: One entry per module.
-        out: The directory written.
+        out: The directory written, None for a result in memory.
         num_bytes: Size of the weights.
         dtype: safetensors dtype code of the factors.
     """
 
     plan: RankPlan
     modules: tuple[ResizedModule, ...]
-    out: str
+    out: str | None
     num_bytes: int
     dtype: str
 
@@ -82,6 +84,19 @@ class ResizeReport:
     def cast(self) -> float:
         """Rounding error of all modules together, relative to their norm."""
         return _relative([(m.cast, m.delta_norm) for m in self.modules])
+
+    def summary(self) -> Summary:
+        """Rule, parameters, and both errors."""
+        facts = [
+            *self.plan.summary().facts,
+            ("truncation", f"{100 * self.truncation:.2g} % of the norm"),
+            ("rounding", f"{100 * self.cast:.2g} % of the norm, {self.dtype}"),
+        ]
+        return Summary("Resize report", (*facts, *([("written to", self.out)] if self.out else [])))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per module."""
+        return [dict(m.__dict__) for m in self.modules]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -170,25 +185,54 @@ def resize(
     """
     source = adapter.source
     inputs = [path for path in (source.weights, source.config) if path] if source else []
+    needed = output.num_bytes
+    with atomic_directory(out, force=force, inputs=inputs, needed=needed) as folder:
+        with AdapterWriter(folder, output) as writer:
+            done = _fill(writer, adapter, spectra, plan, jobs, on_module)
+        (folder / "README.md").write_text(_card(adapter, plan), encoding="utf-8")
+    return ResizeReport(plan, done, str(out), output.num_bytes, output.dtype)
+
+
+def resize_in_memory(
+    adapter: Adapter,
+    spectra: AdapterSpectra,
+    plan: RankPlan,
+    output: OutputPlan,
+    *,
+    jobs: int | None = None,
+    on_module: Callable[[], None] | None = None,
+) -> MadeAdapter[ResizeReport]:
+    """The adapter with new ranks, and its report; arguments as for `resize`."""
+    writer = MemoryWriter(output)
+    done = _fill(writer, adapter, spectra, plan, jobs, on_module)
+    report = ResizeReport(plan, done, None, output.num_bytes, output.dtype)
+    texts = {"README.md": _card(adapter, plan)}
+    return MadeAdapter.of(writer.adapter(adapter.name), report, texts=texts)
+
+
+def _fill(
+    writer: Writer,
+    adapter: Adapter,
+    spectra: AdapterSpectra,
+    plan: RankPlan,
+    jobs: int | None,
+    on_module: Callable[[], None] | None,
+) -> tuple[ResizedModule, ...]:
     cores: dict[str, list[ModuleSpectrum]] = {}
     for module in spectra.modules:
         cores.setdefault(module.module, []).append(module)
     done: list[ResizedModule] = []
 
     def one(name: str) -> ResizedModule:
-        return _resize_module(adapter, cores[name], plan, output, writer)
+        return _resize_module(adapter, cores[name], plan, writer.plan, writer)
 
-    needed = output.num_bytes
-    with atomic_directory(out, force=force, inputs=inputs, needed=needed) as folder:
-        with AdapterWriter(folder, output) as writer:
-            for result in in_order(one, list(plan.ranks), jobs=jobs):
-                done.append(result)
-                if on_module:
-                    on_module()
-            for name in output.extras:
-                writer.add_extra(name, adapter.read_extra(name))
-        (folder / "README.md").write_text(_card(adapter, plan), encoding="utf-8")
-    return ResizeReport(plan, tuple(done), str(out), output.num_bytes, output.dtype)
+    for result in in_order(one, list(plan.ranks), jobs=jobs):
+        done.append(result)
+        if on_module:
+            on_module()
+    for name in writer.plan.extras:
+        writer.add_extra(name, adapter.read_extra(name))
+    return tuple(done)
 
 
 def truncated(module: ModuleSpectrum, up: Tensor, down: Tensor, rank: int) -> RankStack:
@@ -231,7 +275,7 @@ def _resize_module(
     experts: Sequence[ModuleSpectrum],
     plan: RankPlan,
     output: OutputPlan,
-    writer: AdapterWriter,
+    writer: Writer,
 ) -> ResizedModule:
     spec = experts[0].spec
     rank = plan.ranks[spec.name]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lora_merge.adapters.access.coerce import AdaptersLike, open_adapters
 from lora_merge.adapters.alignment import Alignment, align, read_stacks
 from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.arguments import checked
 from lora_merge.errors import LoraMergeError
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.inputs import note_input
@@ -98,6 +99,7 @@ class Statistics:
         return found
 
 
+@checked()
 def collect_statistics(
     model: nn.Module,
     adapters: AdaptersLike,
@@ -118,6 +120,16 @@ def collect_statistics(
 
     Raises:
         StatisticsError: If a module is not in the model, or an adapter has no batches.
+
+    Example:
+        >>> import lora_merge, torch
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("examples/base")
+        >>> texts = [torch.arange(1, 13)[None]]
+        >>> found = lora_merge.collect_statistics(
+        ...     model, "examples/adapters/*", [texts] * 3, "statistics.safetensors")
+        >>> len(found.adapters)
+        3
     """
     opened = open_adapters(adapters)
     alignment = align(opened)

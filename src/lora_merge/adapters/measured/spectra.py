@@ -1,5 +1,6 @@
 """Exact singular values of every module's delta, scaling included, from the factors alone."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ from lora_merge.adapters.patterns import select_names
 from lora_merge.errors import AdapterError
 from lora_merge.linalg.core_svd import CoreSVD, core_svd
 from lora_merge.machine.parallel import in_order
+from lora_merge.printing import Report, Summary, span
 from lora_merge.ranks.measures import Measures, measure
 
 Status = Literal["ok", "untrained", "zero", "not finite"]
@@ -83,8 +85,8 @@ class ModuleSpectrum:
         }
 
 
-@dataclass(frozen=True, eq=False)
-class AdapterSpectra:
+@dataclass(frozen=True, eq=False, repr=False)
+class AdapterSpectra(Report):
     """The spectra of one adapter.
 
     Attributes:
@@ -136,6 +138,31 @@ class AdapterSpectra:
     def frobenius(self) -> float:
         """Norm of all deltas together."""
         return sqrt(fsum(float(m.values.square().sum()) for m in self.modules))
+
+    def summary(self) -> Summary:
+        """Norm, ranks stored, and ranks that would do."""
+        measured = [m.measures for m in self.modules if m.measures is not None]
+        stored = span(list(self.ranks.values()) or [0])
+        erank = [measures.effective_rank for measures in measured] or [0.0]
+        facts = [
+            (
+                "modules",
+                f"{len(self.modules)}, stored rank {stored}",
+            ),
+            ("norm", f"{self.frobenius:.4g} (Frobenius, all deltas together)"),
+            ("effective rank", f"{min(erank):.1f} to {max(erank):.1f}"),
+        ]
+        for level in sorted({level for measures in measured for level in measures.ranks_at}):
+            ranks = span([measures.ranks_at[level] for measures in measured])
+            facts.append((f"{100 * level:g} % energy", f"rank {ranks}"))
+        odd = Counter(m.status for m in self.modules if m.status != "ok")
+        facts += [("note", f"{count} modules are {status}") for status, count in odd.items()]
+        return Summary(f"Spectra of {self.adapter}", tuple(facts))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per module, without the singular values themselves."""
+        skipped = ("singular_values", "ranks_at")
+        return [{k: v for k, v in m.to_dict().items() if k not in skipped} for m in self.modules]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -79,12 +79,19 @@ def _entries(
 
 _TABLE = (
     Method(
-        name="svd",
-        summary="weighted sum of the deltas (task arithmetic), at its best for a rank",
-        paper="Ilharco et al. 2023, arXiv 2212.04089; Eckart & Young 1936; PEFT's svd",
+        name="task-arithmetic",
+        summary="weighted sum of the deltas, cut to the largest input rank",
+        paper="Ilharco et al. 2023, arXiv 2212.04089",
         combine=linear.weighted_sum,
         space="units",
-        aliases=("task-arithmetic", "linear"),
+        aliases=("linear",),
+    ),
+    Method(
+        name="svd",
+        summary="best approximation of the weighted sum at a rank (Eckart-Young)",
+        paper="Eckart & Young 1936; PEFT's svd",
+        combine=linear.weighted_sum,
+        space="units",
     ),
     Method(
         name="cat",
@@ -232,7 +239,6 @@ _TABLE = (
         paper="Gargiulo et al., CVPR 2025, arXiv 2412.00081",
         combine=spectral.tsv,
         options=spectral.TsvOptions,
-        aliases=("core-tsv",),  # it always runs in Core Space (arXiv 2509.17786)
     ),
     Method(
         name="iso-c",
@@ -241,7 +247,6 @@ _TABLE = (
         combine=spectral.iso_c,
         options=spectral.IsoOptions,
         makes_rank=True,
-        aliases=("core-iso",),  # the same
     ),
     Method(
         name="iso-cts",
@@ -249,6 +254,21 @@ _TABLE = (
         paper="Marczak et al., ICML 2025, arXiv 2502.04959",
         combine=spectral.iso_cts,
         options=spectral.IsoCtsOptions,
+        makes_rank=True,
+    ),
+    Method(
+        name="core-tsv",
+        summary="tsv in Core Space: the same result as tsv, which always runs there",
+        paper="Panariello et al., NeurIPS 2025, arXiv 2509.17786",
+        combine=spectral.tsv,
+        options=spectral.TsvOptions,
+    ),
+    Method(
+        name="core-iso",
+        summary="iso-c in Core Space: the same result as iso-c, which always runs there",
+        paper="Panariello et al., NeurIPS 2025, arXiv 2509.17786",
+        combine=spectral.iso_c,
+        options=spectral.IsoOptions,
         makes_rank=True,
     ),
     Method(

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lora_merge.arguments import checked
 from lora_merge.errors import MethodError
 from lora_merge.kernels.gated_stack import dispatch
 from lora_merge.mixture.gates.gate import GateSpec
@@ -37,6 +38,7 @@ _SHORTCUT = "mixture"
 Layout = Literal["stack", "rows", "border"]
 
 
+@checked()
 def load_mixture(
     model: nn.Module,
     source: Mixture | str | Path,
@@ -65,6 +67,13 @@ def load_mixture(
         MethodError: If the model has not the modules, has a mixture of that name already, or has
             weights that cannot be moved (tied, quantised, offloaded); or if the layout or
             LORA_MERGE_KERNELS is none of the names.
+
+    Example:
+        >>> import lora_merge
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("examples/base")
+        >>> handle = lora_merge.load_mixture(model, lora_merge.Mixture("examples/adapters/*"))
+        >>> handle.detach()  # the model as it was
     """
     forced = dispatch.forced()  # a name that is none is told now, whatever will run
     if layout is not None and layout not in get_args(Layout):

@@ -1,0 +1,102 @@
+"""Every public function on three small adapters: `python examples/public_api.py`.
+
+Needs `pip install 'lora-merge[peft]'` for the parts that run a model. Writes to a temporary folder.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+import lora_merge
+
+HERE = Path(__file__).resolve().parent
+ADAPTERS = str(HERE / "adapters" / "*")
+BASE = HERE / "base"
+ROWS = HERE / "data" / "test.jsonl"
+UPPER = HERE / "adapters" / "upper"
+
+
+def look() -> None:
+    """What adapters are, how they relate, what ranks to keep."""
+    upper = lora_merge.open_adapter(UPPER)
+    several = lora_merge.open_adapters([upper, str(HERE / "adapters" / "[dr]*")])
+    print(lora_merge.info(upper))
+    print(lora_merge.spectra(upper))
+    comparison = lora_merge.compare(several)
+    print(comparison)
+    print([verdict.kind for verdict in lora_merge.judge(comparison)])
+    print(lora_merge.group(comparison, 2))
+    print(lora_merge.choose_ranks(upper, "budget:x0.5"))
+
+
+def make(folder: Path) -> None:
+    """Many adapters in, one out; one adapter at other ranks."""
+    print(len(lora_merge.methods()), "methods")
+    merged = lora_merge.merge(ADAPTERS, method="ties", rank=8, parameters={"density": 0.4})
+    print(merged.report)
+    merged.save_pretrained(folder / "merged")
+    print(lora_merge.run_recipe(folder / "merged" / "lora_merge.yaml", folder / "again").out)
+    options = lora_merge.LegoOptions(units="normalized")
+    print(lora_merge.cluster(ADAPTERS, 16, options=options))
+    small = lora_merge.resize(merged, "energy:0.9")
+    print(small.report)
+
+
+def beside_a_model(folder: Path, model: torch.nn.Module) -> None:
+    """Adapters and their base: fuse, extract, look at both."""
+    print(lora_merge.spectra_beside_base(UPPER, BASE).missing)
+    print(lora_merge.fuse(UPPER, BASE, folder / "tuned"))
+    again = lora_merge.extract(BASE, folder / "tuned", folder / "extracted", 8)
+    print(again.report)
+    live = again.to_peft(model, "again")
+    print(lora_merge.open_adapters(live))
+
+
+def mix(folder: Path, model: torch.nn.Module) -> None:
+    """Adapters behind a gate: trained, used, made smaller, written for others."""
+    arrow = lora_merge.Mixture([UPPER, HERE / "adapters" / "double"], "arrow")
+    arrow = lora_merge.append_experts(arrow, HERE / "adapters" / "reverse")
+    handle = lora_merge.load_mixture(model, arrow)
+    handle.detach()
+    gate = lora_merge.Mixture(ADAPTERS, "meteora")
+    print(lora_merge.train(gate, BASE, ROWS, lora_merge.TrainSettings(steps=2)))
+    seen = lora_merge.usage(arrow, BASE, ROWS)
+    print(lora_merge.consolidate(arrow, seen, experts=2).groups)
+    known = lora_merge.describe(arrow, BASE, ROWS)
+    print(lora_merge.novelty(known, BASE, ROWS).is_new)
+    print(lora_merge.export(arrow, folder / "static", "static", weights=seen, rank=8))
+    print(len(lora_merge.tune(arrow, device="cpu", tokens=[1], rounds=1, dry_run=True)), "cases")
+    try:
+        lora_merge.import_mixture(folder / "nothing")
+    except lora_merge.LoraMergeError as error:
+        print(error)
+
+
+def measure(folder: Path, model: torch.nn.Module) -> None:
+    """Statistics of activations, for the methods that need them."""
+    texts = [torch.arange(start, start + 12)[None] for start in range(1, 5)]
+    statistics = lora_merge.collect_statistics(
+        model, ADAPTERS, [texts] * 3, folder / "statistics.safetensors"
+    )
+    merged = lora_merge.merge(ADAPTERS, method="ssr", statistics=str(statistics.path))
+    print(merged)
+    print(len(lora_merge.evaluate(ADAPTERS, base=BASE, data=ROWS, cache=False).lines), "scored")
+
+
+def main() -> None:
+    """Call them all."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        look()
+        make(folder)
+        beside_a_model(folder, AutoModelForCausalLM.from_pretrained(BASE))
+        mix(folder, AutoModelForCausalLM.from_pretrained(BASE))
+        measure(folder, AutoModelForCausalLM.from_pretrained(BASE))
+    print("every public function was called")
+
+
+if __name__ == "__main__":
+    main()

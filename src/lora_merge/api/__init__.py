@@ -1,0 +1,1 @@
+"""The public functions: whatever a command can do, one call."""
