@@ -13,8 +13,9 @@ from lora_merge.adapters.adapter import Adapter, build_adapter
 from lora_merge.adapters.config import parse_config
 from lora_merge.adapters.measured.spectra import adapter_spectra, require_finite
 from lora_merge.adapters.module_names import Place, labels, place_of
-from lora_merge.analysis.advice import METRICS, advise, group_modules, sort_modules
+from lora_merge.analysis.advice import advise, group_modules, sort_modules
 from lora_merge.analysis.export import spectra_document, write_csv
+from lora_merge.analysis.metrics import METRICS
 from lora_merge.errors import AdapterError, MethodError
 from lora_merge.files.tensor_file import TensorDict
 

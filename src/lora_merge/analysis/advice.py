@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import median, median_high
@@ -10,19 +10,10 @@ from typing import Any
 
 from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.adapters.module_names import labels
+from lora_merge.analysis.metrics import METRICS
 from lora_merge.ranks.choose import RankPlan, choose_ranks
-from lora_merge.ranks.measures import Measures, tail_energy
+from lora_merge.ranks.measures import tail_energy
 
-# Metric → how to read it off a module's measures; shown in heat maps and used for sorting.
-METRICS: dict[str, Callable[[Measures], float]] = {
-    "frobenius": lambda m: m.frobenius,
-    "spectral": lambda m: m.spectral,
-    "stable": lambda m: m.stable_rank,
-    "erank": lambda m: m.effective_rank,
-    "k95": lambda m: float(m.ranks_at[0.95]),
-    "top1": lambda m: m.top1_share,
-}
-LOG_METRICS = ("frobenius", "spectral")
 _RANGES = (3, 2, 1)
 _MOST_ROWS = 12
 

@@ -11,7 +11,8 @@ import torch
 
 from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.adapters.module_names import labels
-from lora_merge.analysis.advice import LOG_METRICS, METRICS, advise, group_modules
+from lora_merge.analysis.advice import advise, group_modules
+from lora_merge.analysis.metrics import LOG_METRICS, METRICS
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.pictures import figure_class
 from lora_merge.files.targets import MARK

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_merge.analysis.metrics import METRICS
 from lora_merge.cli.shared.open import open_all
 from lora_merge.cli.shared.options import json_option, open_options
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from lora_merge.adapters.measured.spectra import AdapterSpectra
     from lora_merge.analysis.beside_base import BaseReport
 
-_METRICS = ["frobenius", "spectral", "stable", "erank", "k95", "top1"]
+_METRICS = list(METRICS)
 
 
 @click.command(

@@ -1,0 +1,18 @@
+"""Metrics of spectra, to show and to sort by; apart, because `--help` needs no torch."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lora_merge.ranks.measures import Measures
+
+# Metric → how to read it off a module's measures; shown in heat maps and used for sorting.
+METRICS: dict[str, Callable[["Measures"], float]] = {
+    "frobenius": lambda m: m.frobenius,
+    "spectral": lambda m: m.spectral,
+    "stable": lambda m: m.stable_rank,
+    "erank": lambda m: m.effective_rank,
+    "k95": lambda m: float(m.ranks_at[0.95]),
+    "top1": lambda m: m.top1_share,
+}
+LOG_METRICS = ("frobenius", "spectral")
