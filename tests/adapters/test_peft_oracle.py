@@ -136,12 +136,18 @@ def load(folder: Path) -> peft.PeftModel:
 
 
 def peft_deltas(model: peft.PeftModel) -> dict[str, Tensor]:
-    """Module path (with PEFT's nested wrappers) → delta weight."""
+    """Path of the module, or of the parameter that PEFT wraps → delta weight."""
     return {
-        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
+        canonical_name(name, module): module.get_delta_weight("default").detach()
         for name, module in model.named_modules()
         if isinstance(module, peft.tuners.lora.LoraLayer) and module.r
     }
+
+
+def canonical_name(name: str, layer: nn.Module) -> str:
+    name = name.removeprefix("base_model.model.")
+    parameter = getattr(layer, "parameter_name", None)
+    return name if parameter is None else f"{name.replace('.base_layer', '')}.{parameter}"
 
 
 def as_weight(spec: ModuleSpec, deltas: list[Tensor], like: Tensor) -> Tensor:

@@ -128,9 +128,11 @@ def test_patterns_experts_and_convolutions_use_their_own_rank():
 
 def test_experts_are_measured_apart_and_ranked_together():
     name = "model.layers.0.mlp.experts"
-    raw = {"r": 2, "lora_alpha": 2, "target_parameters": ["mlp.experts.up"]}
+    raw = {"r": 2, "lora_alpha": 2, "peft_version": "0.19.0"}
     a, b = torch.randn(6, 7), torch.randn(5, 6)
-    spectra = adapter_spectra(adapter_of(b, a, name, **raw))
+    adapter = adapter_of(b, a, name, target_parameters=["mlp.experts.up"], **raw)
+    spectra = adapter_spectra(adapter)
+    name += ".up"
     assert [m.name for m in spectra.modules] == [f"{name}[{e}]" for e in range(3)]
     for e, module in enumerate(spectra.modules):
         dense = b.reshape(5, 2, 3)[:, :, e].double() @ a.reshape(3, 2, 7)[e].double()

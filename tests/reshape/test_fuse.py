@@ -150,7 +150,7 @@ def test_a_tied_head_that_is_stored_all_the_same_stays_what_it_was(tmp_path):
     state = load_file(tmp_path / "base" / "model.safetensors")
     head = state["model.embed_tokens.weight"]
     save_file({**state, "lm_head.weight": head.clone()}, tmp_path / "base" / "model.safetensors")
-    config, _ = adapter_parts()
+    config, _ = adapter_parts(target_modules=["embed_tokens"])
     tensors = {
         "base_model.model.model.embed_tokens.lora_embedding_A": torch.randn(4, 40),
         "base_model.model.model.embed_tokens.lora_embedding_B": torch.randn(16, 4),

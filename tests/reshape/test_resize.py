@@ -218,6 +218,7 @@ def special_forms() -> tuple[dict, dict[str, torch.Tensor]]:
         "lora_alpha": 6,
         "target_modules": ["conv", "embed"],
         "target_parameters": ["mlp.experts.up"],
+        "peft_version": "0.19.0",
     }
     return config, {
         f"{stem}conv.lora_A.weight": normal(4, 3, 5, 5),

@@ -11,6 +11,7 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.formats.table import check_naming
 from lora_merge.adapters.forms import ModuleSpec, to_matrix
+from lora_merge.adapters.identity.expert_layout import one_layout
 from lora_merge.adapters.identity.twins import one_spelling, possible_twins
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import AlignmentError
@@ -73,13 +74,13 @@ def align(adapters: Sequence[Adapter], *, accept_base_models: bool = False) -> A
     twins, rename = possible_twins(adapters)
     if twins:
         raise AlignmentError(twins, rename)
+    adapters = one_layout(adapters)
     names = sorted({name for adapter in adapters for name in adapter.modules})
     modules = []
     for name in names:
         specs = {i: a.modules[name] for i, a in enumerate(adapters) if name in a.modules}
         modules.append(AlignedModule(name, specs))
         _check_geometry(name, specs, adapters, mismatches)
-    _check_parameters(adapters, mismatches)
     if mismatches:
         raise AlignmentError(mismatches, remedy)
     return Alignment(tuple(adapters), tuple(modules), base)
@@ -180,16 +181,6 @@ def _check_geometry(
         mismatches.append(
             f"{name}: "
             + ", ".join(f"{_describe(specs[i])} ({adapters[i].name})" for i in groups.values())
-        )
-
-
-def _check_parameters(adapters: Sequence[Adapter], mismatches: list[str]) -> None:
-    """PEFT wraps expert parameters in the order of target_parameters, so it must agree."""
-    lists = {a.config.target_parameters: a.name for a in adapters if a.config.target_parameters}
-    if len(lists) > 1:
-        mismatches.append(
-            "target_parameters differ: "
-            + ", ".join(f"{list(names)} ({adapter})" for names, adapter in lists.items())
         )
 
 

@@ -1,7 +1,7 @@
 """From an adapter's names to a base checkpoint's: which prefix to take away or to add."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ class Naming:
         return self.add + name.removeprefix(self.strip)
 
 
-def find_naming(adapter: Adapter, modules: Iterable[AlignedModule], base: Checkpoint) -> Naming:
+def find_naming(adapter: Adapter, modules: Sequence[AlignedModule], base: Checkpoint) -> Naming:
     """The prefix change under which every module has a tensor; none, if that will do.
 
     A checkpoint saved from a bare model lacks the prefix that the module has inside a task model
@@ -40,19 +40,17 @@ def find_naming(adapter: Adapter, modules: Iterable[AlignedModule], base: Checkp
     Raises:
         AdapterError: If no prefix finds every module.
     """
-    names = [unwrapped(m.name) for m in modules]
-    leaves = {"weight"} | {p.rpartition(".")[2] for p in adapter.config.target_parameters}
+    names = [unwrapped(m.first.tensor) for m in modules]
 
     def missing(naming: Naming) -> list[str]:
-        stems = ((name, naming.base_name(name)) for name in names)
         return [
             name
-            for name, stem in stems
-            if name != "lm_head" and not any(f"{stem}.{leaf}" in base.tensors for leaf in leaves)
+            for name in names
+            if name != "lm_head.weight" and naming.base_name(name) not in base.tensors
         ]
 
-    heads = _prefixes(base.tensors)
-    candidates = [Naming(strip, add) for strip in _prefixes(names) for add in heads]
+    heads, ours = _prefixes(base.tensors), _prefixes(unwrapped(m.name) for m in modules)
+    candidates = [Naming(strip, add) for strip in ours for add in heads]
     candidates.sort(key=lambda n: (len(n.strip) + len(n.add), n.strip, n.add))  # none at all first
     best = min(candidates, key=lambda naming: len(missing(naming)))
     lost = missing(best)
@@ -68,7 +66,8 @@ def find_naming(adapter: Adapter, modules: Iterable[AlignedModule], base: Checkp
 
 def _refuse_other_experts(adapter: Adapter, module: str, stem: str, base: Checkpoint) -> None:
     """Name the reason where the base stores its experts apart and the adapter does not, or so."""
-    apart = [name for name in base.tensors if name.startswith(f"{stem}.0.")]
+    stems = {stem.removesuffix(".weight"), stem.rpartition(".")[0]}
+    apart = [n for n in base.tensors if n.startswith(tuple(f"{one}.0." for one in stems))]
     together = [
         name
         for name in base.tensors
@@ -81,8 +80,8 @@ def _refuse_other_experts(adapter: Adapter, module: str, stem: str, base: Checkp
     raise AdapterError(
         f"{adapter.name}: {module} was trained with its experts {ours}, {base.folder} stores them "
         f"{theirs} ({found[0]})",
-        "load the base with the transformers version that trained the adapter, save_pretrained it, "
-        "and fuse into that",
+        "load the base with transformers 5, save_pretrained(DIR, save_original_format="
+        f"{'False' if apart else 'True'}), and fuse into that",
     )
 
 

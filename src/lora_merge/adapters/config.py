@@ -187,9 +187,13 @@ def _check_patterns(config: AdapterConfig, adapter: str) -> None:
                 ) from error
 
 
+def matching_keys(pattern: Iterable[str], module: str) -> list[str]:
+    """Patterns that match the module's name or a dotted suffix of it, as PEFT does, in order."""
+    return [key for key in pattern if _pattern(key).match(module)]
+
+
 def _matching(pattern: Iterable[str], module: str) -> str | None:
-    """First pattern that matches the module's name or a dotted suffix of it, as PEFT does."""
-    return next((key for key in pattern if _pattern(key).match(module)), None)
+    return next(iter(matching_keys(pattern, module)), None)
 
 
 def _pattern(key: str) -> re.Pattern[str]:

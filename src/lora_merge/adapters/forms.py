@@ -36,6 +36,8 @@ class ModuleSpec:
         kernel: Kernel shape of a convolution, otherwise ().
         num_experts: E of a 3-D expert parameter, otherwise 1.
         key_bias: Tensor name of B's bias (`lora_bias`), or None.
+        parameter: Own name of the parameter that is adapted instead of a module, or None.
+        wrapper: Where PEFT has its factors in a file to be written; None: at its name.
     """
 
     name: str
@@ -49,11 +51,18 @@ class ModuleSpec:
     kernel: tuple[int, ...] = ()
     num_experts: int = 1
     key_bias: str | None = None
+    parameter: str | None = None
+    wrapper: str | None = None
 
     @property
     def geometry(self) -> tuple[Form, int, int, tuple[int, ...], int]:
         """What must agree for two adapters to be stacked on this module."""
         return (self.form, self.d_out, self.d_in, self.kernel, self.num_experts)
+
+    @property
+    def tensor(self) -> str:
+        """Name of the base model's tensor that is changed."""
+        return f"{self.name}.weight" if self.parameter in (None, "weight") else self.name
 
     @property
     def keys(self) -> tuple[str, ...]:

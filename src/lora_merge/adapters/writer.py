@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.config import AdapterConfig, RankLayout
+from lora_merge.adapters.expert_names import equal_experts, is_expert_module, with_wrappers
 from lora_merge.adapters.formats.file_format import FileFormat
 from lora_merge.adapters.formats.peft import PEFT
 from lora_merge.adapters.formats.table import naming_of
@@ -138,11 +139,14 @@ def plan_output(
     largest = max(ranks.values())
     if layout == "uniform":
         ranks = dict.fromkeys(ranks, largest)
-    specs = {module.name: module.first for module in modules}
+    specs = with_wrappers({module.name: module.first for module in modules})
+    if layout == "per-module":
+        ranks = equal_experts(ranks)
     has_bias = any(spec.key_bias for module in modules for spec in module.specs.values())
     biases = [n for n, s in specs.items() if s.form != "experts" and s.form != "embedding"]
     kept_bias = any(name.endswith(".bias") for name in extras)
-    different = {name: rank for name, rank in ranks.items() if rank != largest}
+    common = next((r for n, r in ranks.items() if is_expert_module(n)), largest)
+    different = {specs[n].name: rank for n, rank in ranks.items() if rank != common}
     config: dict[str, Any] = {
         "base_model_name_or_path": base_model or _first(a.config.base_model for a in adapters),
         "bias": _first(a.config.bias for a in adapters if a.config.bias != "none") or "none"
@@ -151,20 +155,21 @@ def plan_output(
         "fan_in_fan_out": any(a.config.fan_in_fan_out for a in adapters),
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": largest,
+        "lora_alpha": common,
         "lora_bias": has_bias,
         "lora_dropout": 0.0,
         "modules_to_save": sorted({m for a in adapters for m in a.config.modules_to_save}) or None
         if extras
         else None,
         "peft_type": "LORA",
-        "r": largest,
+        # The first PEFT that stores experts the way they are written here.
+        "peft_version": "0.19.0",
+        "r": common,
         "rank_pattern": _exact(different),
         "alpha_pattern": _exact(different),
         "revision": _common([a.config.revision for a in adapters]),
         "target_modules": _targets(adapters, specs),
-        "target_parameters": list(_first(a.config.target_parameters for a in adapters) or ())
-        or None,
+        "target_parameters": _target_parameters(adapters, specs) or None,
         "task_type": _first(a.config.task_type for a in adapters),
         "use_dora": False,
         "use_rslora": False,
@@ -276,15 +281,27 @@ class TensorWriter(Writer):
 
 def _targets(adapters: Sequence[Origin], specs: Mapping[str, ModuleSpec]) -> list[str]:
     """Names for `target_modules`: the adapters' own short names where they say the same thing."""
-    names = [name for name, spec in specs.items() if spec.form != "experts"]
+    names = [name for name, spec in specs.items() if spec.parameter is None]
     lists = [a.config.target_modules for a in adapters]
     whole = all(name in specs for a in adapters for name in a.modules)
     named = all(isinstance(one, tuple) for one in lists)
     if whole and named and not any(a.config.partial for a in adapters):
-        short = sorted({target for one in lists for target in one or ()})
+        said = {target for one in lists for target in one or ()}
+        short = sorted(t for t in said if any(n == t or n.endswith("." + t) for n in names))
         if all(any(n == t or n.endswith("." + t) for t in short) for n in names):
             return short
     return names
+
+
+def _target_parameters(adapters: Sequence[Origin], specs: Mapping[str, ModuleSpec]) -> list[str]:
+    """Names for `target_parameters`: the adapters' own where they say the same thing."""
+    names = [spec.tensor for spec in specs.values() if spec.parameter is not None]
+    own = sorted({target for a in adapters for target in a.config.target_parameters})
+    found = {t: [n for n in names if n == t or n.endswith("." + t)] for t in own}
+    whole = all(name in specs for a in adapters for name in a.modules)
+    if whole and all(found.values()) and set().union(*found.values()) == set(names):
+        return own
+    return sorted(names)
 
 
 def _exact(values: Mapping[str, int]) -> dict[str, int]:

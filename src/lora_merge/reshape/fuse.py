@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
+from lora_merge.adapters.identity.expert_layout import fit_to
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import AdapterError, MethodError
 from lora_merge.files.atomic import atomic_directory
@@ -116,6 +117,7 @@ def fuse(
     if not isfinite(weight):
         raise MethodError(f"the weight is {weight}", "give a finite number")
     checkpoint = open_checkpoint(base)
+    adapter = fit_to(adapter, {name: place.shape for name, place in checkpoint.tensors.items()})
     match = match_adapter(adapter, checkpoint)
     new_bytes = sum(prod(shape) * DTYPES[code].itemsize for code, shape in match.new.values())
     inputs = [base, *checkpoint.paths, *([adapter.source.weights] if adapter.source else [])]

@@ -91,7 +91,8 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Match:
     targets = []
     for module in modules:
         stem = naming.base_name(unwrapped(module.name))
-        name = _tensor_name(adapter, module, stem, base)
+        spec = module.first
+        name = naming.base_name(spec.tensor)
         if name not in base.tensors and name == HEAD:
             untied[name] = embedding_of(adapter, base)
         place = base.tensors[untied.get(name, name)]
@@ -127,33 +128,6 @@ def _refuse_quantised(adapter: Adapter, base: Checkpoint) -> None:
             "no delta can be added to quantised weights",
             "fuse into the unquantised base model, then quantise the result",
         )
-
-
-def _tensor_name(adapter: Adapter, module: AlignedModule, stem: str, base: Checkpoint) -> str:
-    spec = module.first
-    if spec.form != "experts":
-        return f"{stem}.weight"
-    # Wrapped parameters of one module are told apart by their shapes, which differ.
-    shapes = ((spec.d_out, spec.d_in), (spec.d_in, spec.d_out))
-    leaves = sorted(
-        parameter.rpartition(".")[2]
-        for parameter in adapter.config.target_parameters
-        if f".{unwrapped(module.name)}".endswith("." + parameter.rpartition(".")[0])
-    )
-    fitting = [
-        name
-        for name in (f"{stem}.{leaf}" for leaf in leaves)
-        if name in base.tensors
-        and _matrices(base.tensors[name].shape) in [(spec.num_experts, *shape) for shape in shapes]
-    ]
-    if len(fitting) != 1:
-        raise AdapterError(
-            f"{adapter.name}: {module.name} fits {len(fitting)} parameters of the base "
-            f"({', '.join(leaves)}; {spec.num_experts} x {spec.d_out} x {spec.d_in})",
-            "the base may store its experts apart: save it with the transformers version that "
-            "trained the adapter",
-        )
-    return fitting[0]
 
 
 def _matrices(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ def _keys(spec: ModuleSpec) -> tuple[str, str]:
     if spec.form == "embedding":
         stem = f"{PREFIX}{spec.name}.lora_embedding_"
         return stem + "A", stem + "B"
-    return f"{PREFIX}{spec.name}.lora_A.weight", f"{PREFIX}{spec.name}.lora_B.weight"
+    place = PREFIX + (spec.wrapper or spec.name)
+    return f"{place}.lora_A.weight", f"{place}.lora_B.weight"
 
 
 PEFT = FileFormat(

@@ -1,0 +1,55 @@
+"""Names of stacked experts' parameters, and the order in which models define them."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from lora_merge.adapters.forms import ModuleSpec
+
+_EXPERT_MODULE = re.compile(r"(^|\.)experts\.\d+\.[^.]+$")
+# As transformers' experts define them; PEFT nests its wrappers in this order.
+_DEFINED = ("gate_proj", "w1", "gate_up_proj", "up_proj", "w3", "v1", "down_proj", "w2")
+
+
+def definition_order(parameters: Iterable[str]) -> list[str] | None:
+    """Parameters of one module as the model defines them; None where that is not known."""
+    names = set(parameters)
+    if len(names) == 1:
+        return list(names)
+    return sorted(names, key=_DEFINED.index) if names <= set(_DEFINED) else None
+
+
+def is_expert_module(name: str) -> bool:
+    """Whether a module is a projection of one expert (`experts.3.up_proj`), as transformers 4."""
+    return _EXPERT_MODULE.search(name) is not None
+
+
+def equal_experts(ranks: Mapping[str, int]) -> dict[str, int]:
+    """Ranks in which all experts' own modules have one.
+
+    PEFT stacks them under transformers 5, which takes one rank, and takes it from the config's `r`.
+    """
+    largest = max((rank for name, rank in ranks.items() if is_expert_module(name)), default=0)
+    return {n: largest if is_expert_module(n) else rank for n, rank in ranks.items()}
+
+
+def with_wrappers(modules: Mapping[str, ModuleSpec]) -> dict[str, ModuleSpec]:
+    """Modules that will be written together, each with the place where PEFT has its factors."""
+    stems: dict[str, list[str]] = {}
+    for spec in modules.values():
+        if spec.parameter is not None:
+            stems.setdefault(_stem(spec), []).append(spec.parameter)
+    placed = {}
+    for name, spec in modules.items():
+        if spec.parameter is not None:
+            parameters = stems[_stem(spec)]
+            order = definition_order(parameters) or sorted(parameters)
+            depth = len(order) - 1 - order.index(spec.parameter)
+            spec = replace(spec, wrapper=_stem(spec) + ".base_layer" * depth)
+        placed[name] = spec
+    return placed
+
+
+def _stem(spec: ModuleSpec) -> str:
+    """The module that owns an adapted parameter."""
+    return spec.tensor.removesuffix(f".{spec.parameter}")

@@ -1,0 +1,249 @@
+"""Experts under two layouts, and each as the other: exact, and decided from headers alone.
+
+transformers 4 has a module per expert (`experts.3.up_proj`; Mixtral: `w1`, `w3`, `w2`),
+transformers 5 one parameter for all (`experts.gate_up_proj`, the rows of gate above those of up).
+Stacking puts the units of gate and up beside each other, B block-diagonal, as PEFT does at loading.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.forms import ModuleSpec
+from lora_merge.adapters.units import Recipe, Units
+from lora_merge.errors import AdapterError
+from lora_merge.files.tensor_file import widest_dtype
+
+_MODULE = re.compile(r"^(?P<stem>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>[^.]+)$")
+# A projection of one expert → the parameter of all, and its place among the parts of that.
+_PARTS = {
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+    "down_proj": ("down_proj", 0),
+    "w1": ("gate_up_proj", 0),
+    "w3": ("gate_up_proj", 1),
+    "w2": ("down_proj", 0),
+}
+# What transformers 5 renamed on the way.
+_STEMS = (("block_sparse_moe.experts", "mlp.experts"),)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One expert's projection inside the stacked parameter."""
+
+    expert: int
+    row: int
+    unit: int
+    recipe: Recipe
+    factor: float
+
+
+def has_expert_modules(adapter: Adapter) -> bool:
+    """Whether an adapter has modules of single experts."""
+    return any(_MODULE.match(name) for name in adapter.modules)
+
+
+def one_layout(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Stack the experts of adapters that have them apart, where others have them stacked."""
+    counts = {
+        name.rpartition(".")[0]: spec.num_experts
+        for adapter in adapters
+        for name, spec in adapter.modules.items()
+        if spec.form == "experts"
+    }
+    if not counts:
+        return list(adapters)
+    return [stacked(a, counts) if has_expert_modules(a) else a for a in adapters]
+
+
+def stacked(adapter: Adapter, counts: Mapping[str, int]) -> Adapter:
+    """An adapter with its expert modules as parameters.
+
+    Args:
+        adapter: The adapter.
+        counts: Number of experts by stem ("model.layers.0.mlp.experts"); stems that are not there
+            stay as they are.
+
+    Raises:
+        AdapterError: If it has an expert that the model has not, or one with a bias on B.
+    """
+    groups: dict[tuple[str, str], list[tuple[int, int, ModuleSpec]]] = {}
+    modules = {}
+    for name, spec in adapter.modules.items():
+        match = _MODULE.match(name)
+        stem = "" if match is None else _new_stem(match["stem"])
+        if match is None or match["leaf"] not in _PARTS or stem not in counts:
+            modules[name] = spec
+            continue
+        parameter, place = _PARTS[match["leaf"]]
+        if spec.key_bias is not None or int(match["expert"]) >= counts[stem]:
+            raise AdapterError(
+                f"{adapter.name}: {name} has no place among the {counts[stem]} experts of {stem}",
+                "take adapters of one base model",
+            )
+        groups.setdefault((stem, parameter), []).append((int(match["expert"]), place, spec))
+    for (stem, parameter), members in groups.items():
+        name = f"{stem}.{parameter}"
+        modules[name] = _stack(name, parameter, counts[stem], members, adapter.name)
+    return replace(adapter, modules=dict(sorted(modules.items())))
+
+
+def _new_stem(stem: str) -> str:
+    for old, new in _STEMS:
+        stem = stem.replace(old, new)
+    return stem
+
+
+def _stack(
+    name: str,
+    parameter: str,
+    count: int,
+    members: Sequence[tuple[int, int, ModuleSpec]],
+    adapter: str,
+) -> ModuleSpec:
+    """The stacked parameter's spec; the parts keep their own units."""
+    places = 1 + max(place for owner, place in _PARTS.values() if owner == parameter)
+    shapes = {(spec.d_out, spec.d_in) for _, _, spec in members}
+    if len(shapes) != 1:
+        raise AdapterError(
+            f"{adapter}: experts of {name} have different shapes", "take adapters of one base model"
+        )
+    ((d_out, d_in),) = shapes
+    used = sorted({place for _, place, _ in members})
+    ranks = {p: max(s.rank for _, place, s in members if place == p) for p in used}
+    scalings = {spec.scaling for _, _, spec in members}
+    common = scalings.pop() if len(scalings) == 1 else 1.0
+    parts = tuple(
+        _Part(
+            expert=expert,
+            row=place * d_out,
+            unit=sum(ranks[p] for p in used if p < place),
+            recipe=spec.recipe,
+            factor=spec.scaling / common if common else 1.0,
+        )
+        for expert, place, spec in sorted(members, key=lambda m: m[:2])
+    )
+    rank, rows = sum(ranks.values()), places * d_out
+    return ModuleSpec(
+        name=name,
+        form="experts",
+        d_out=rows,
+        d_in=d_in,
+        rank=rank,
+        scaling=common,
+        dtype=widest_dtype(spec.dtype for _, _, spec in members),
+        recipe=Recipe(
+            tuple(key for part in parts for key in part.recipe.keys),
+            partial(_joined, parts=parts, shape=(count, rank, rows, d_in)),
+        ),
+        num_experts=count,
+        parameter=parameter,
+    )
+
+
+def _joined(*tensors: Tensor, parts: Sequence[_Part], shape: tuple[int, int, int, int]) -> Units:
+    """Factors of a stacked parameter; what no expert's part fills is zero."""
+    count, rank, rows, columns = shape
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    if any(part.factor != 1.0 for part in parts):
+        dtype = torch.promote_types(dtype, torch.float32)
+    down = torch.zeros(count, rank, columns, dtype=dtype)
+    up = torch.zeros(rows, rank, count, dtype=dtype)
+    read = iter(tensors)
+    for part in parts:
+        a, b = part.recipe.units(*(next(read) for _ in part.recipe.keys))
+        units = slice(part.unit, part.unit + a.shape[0])
+        down[part.expert, units] = a.to(dtype)
+        up[part.row : part.row + b.shape[0], units, part.expert] = b.to(dtype) * part.factor
+    return down.reshape(count * rank, columns), up.reshape(rows, rank * count)
+
+
+def fit_to(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
+    """An adapter with its experts in a base's layout, as far as the base's names tell.
+
+    Args:
+        adapter: The adapter.
+        shapes: Name → shape of the base's tensors.
+    """
+    counts = {
+        name.rpartition(".")[0]: shape[0]
+        for name, shape in shapes.items()
+        if name.endswith(".experts.down_proj") and len(shape) == 3
+    }
+    return apart(stacked(adapter, counts) if counts else adapter, shapes)
+
+
+def apart(adapter: Adapter, names: Collection[str]) -> Adapter:
+    """An adapter with its expert parameters as modules, where a base has them so.
+
+    Args:
+        adapter: The adapter.
+        names: Names of the base's tensors; parameters that are among them stay.
+    """
+    modules: dict[str, ModuleSpec] = {}
+    for name, spec in adapter.modules.items():
+        found = {} if spec.form != "experts" or name in names else _split(spec, names)
+        modules |= found or {name: spec}
+    return replace(adapter, modules=dict(sorted(modules.items())))
+
+
+def _split(spec: ModuleSpec, names: Collection[str]) -> dict[str, ModuleSpec]:
+    """One spec per expert and part, or nothing where the base does not have all of them."""
+    stem = spec.name.rpartition(".")[0]
+    stems = [stem, *(stem.replace(new, old) for old, new in _STEMS)]
+    for candidate in stems:
+        parts = {
+            leaf: place
+            for leaf, (parameter, place) in _PARTS.items()
+            if parameter == spec.parameter and f"{candidate}.0.{leaf}.weight" in names
+        }
+        if not parts:
+            continue
+        rows = spec.d_out // len(parts)
+        return {
+            f"{candidate}.{expert}.{leaf}": replace(
+                spec,
+                name=f"{candidate}.{expert}.{leaf}",
+                form="linear",
+                d_out=rows,
+                num_experts=1,
+                parameter=None,
+                recipe=replace(
+                    spec.recipe,
+                    units=partial(
+                        _one,
+                        units=spec.recipe.units,
+                        spec=spec,
+                        expert=expert,
+                        row=place * rows,
+                        rows=rows,
+                    ),
+                ),
+            )
+            for leaf, place in parts.items()
+            for expert in range(spec.num_experts)
+        }
+    return {}
+
+
+def _one(
+    *tensors: Tensor,
+    units: Callable[..., Units],
+    spec: ModuleSpec,
+    expert: int,
+    row: int,
+    rows: int,
+) -> Units:
+    """One expert's rows of a stacked parameter."""
+    a, b = units(*tensors)
+    down = a.reshape(spec.num_experts, spec.rank, spec.d_in)[expert]
+    up = b.reshape(spec.d_out, spec.rank, spec.num_experts)[row : row + rows, :, expert]
+    return down.contiguous(), up.contiguous()
