@@ -18,11 +18,11 @@ from torch import Tensor
 
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.config import AdapterConfig, RankLayout
-from lora_merge.adapters.expert_names import equal_experts, is_expert_module, with_wrappers
 from lora_merge.adapters.formats.file_format import FileFormat
 from lora_merge.adapters.formats.peft import PEFT
 from lora_merge.adapters.formats.table import naming_of
 from lora_merge.adapters.forms import ModuleSpec, to_stored
+from lora_merge.adapters.identity.expert_names import equal_experts, is_expert_module, with_wrappers
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.references import CONFIG_NAME
 from lora_merge.errors import AdapterError

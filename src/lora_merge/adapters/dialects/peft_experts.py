@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.dialects.peft_targets import is_targeted
-from lora_merge.adapters.expert_names import definition_order
 from lora_merge.adapters.forms import ModuleSpec
+from lora_merge.adapters.identity.expert_names import definition_order
 from lora_merge.adapters.units import Units
 from lora_merge.errors import AdapterError
 
