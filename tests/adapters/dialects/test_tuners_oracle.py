@@ -1,7 +1,9 @@
 """Our delta of every PEFT tuner is what PEFT's own layers do to an input."""
 
+import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -81,8 +83,35 @@ TUNERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"r": 4, "use_cayley_neumann": True, "cayley_neumann_eps": 0.5, "psoft_alpha": 9},
     ),
     "peanut": ("PeanutConfig", {"r": 3, "depth": 2, "scaling": 0.5}),
+    "velora": ("LoraConfig", {"r": 4, "lora_alpha": 6, "velora_config": "VeloraConfig"}),
+    "montec": ("LoraConfig", {"r": 4, "lora_alpha": 6, "monteclora_config": "MontecloraConfig"}),
+    "kasa": ("LoraConfig", {"r": 4, "lora_alpha": 6, "kasa_config": "KasaConfig"}),
+    "pissa": ("LoraConfig", {"r": 4, "lora_alpha": 6, "init_lora_weights": "pissa"}),
+    "olora": ("LoraConfig", {"r": 4, "lora_alpha": 6, "init_lora_weights": "olora"}),
+    "mica": ("LoraConfig", {"r": 4, "lora_alpha": 6, "init_lora_weights": "mica"}),
+    "bdlora": (
+        "LoraConfig",
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "use_bdlora": {
+                "nblocks": 2,
+                "target_modules_bd_a": ["first"],
+                "target_modules_bd_b": ["second"],
+            },
+        },
+    ),
 }
-TRAINED = ("delora_w_norm", "tinylora_P", "tinylora_A", "tinylora_B", "bias", "_scales_")
+
+FROZEN = (
+    "delora_w_norm",
+    "tinylora_P",
+    "tinylora_A",
+    "tinylora_B",
+    "bias",
+    "_scales_",
+    "monteclora",
+)
 
 
 def train(name: str, folder: Path) -> peft.PeftModel:
@@ -93,11 +122,15 @@ def train(name: str, folder: Path) -> peft.PeftModel:
     save_file(base.state_dict(), folder / "base" / "model.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        fields = {
+            k: getattr(peft, v)() if isinstance(v, str) and v.endswith("Config") else v
+            for k, v in fields.items()
+        }
         config = getattr(peft, kind)(target_modules=["first", "second"], **fields)
         model = peft.get_peft_model(base, config)
         torch.manual_seed(1)
         for key, parameter in model.named_parameters():
-            if "base_layer" not in key and not any(part in key for part in TRAINED):
+            if "base_layer" not in key and not any(part in key for part in FROZEN):
                 nn.init.normal_(parameter, std=0.3)
         model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     return model.eval()
@@ -105,12 +138,12 @@ def train(name: str, folder: Path) -> peft.PeftModel:
 
 def their_deltas(model: peft.PeftModel) -> dict[str, Tensor]:
     """What each layer adds to an input: identity and zero through it, the base's part taken off."""
-    deltas = {}
+    deltas, original = {}, dict(Model().named_children())
     for name, layer in model.base_model.model.named_children():
         base = layer.get_base_layer()
         probe = torch.cat([torch.eye(base.in_features), torch.zeros(1, base.in_features)])
         with torch.no_grad():
-            change = layer(probe) - base(probe)
+            change = layer(probe) - original[name](probe)
         assert change[-1].abs().max() < 1e-6
         deltas[name] = change[:-1].mT
     return deltas
@@ -142,7 +175,9 @@ def test_our_delta_is_what_pefts_layer_does(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(ours[module], delta, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["vera", "miss", "hra", "deft", "psoft", "peanut"])
+@pytest.mark.parametrize(
+    "name", ["vera", "miss", "hra", "deft", "psoft", "peanut", "kasa", "pissa", "olora"]
+)
 def test_what_needs_the_base_says_so(name: str, tmp_path: Path) -> None:
     train(name, tmp_path)
     with pytest.raises(AdapterError) as refusal:
@@ -162,6 +197,8 @@ def test_every_tensor_is_claimed_or_named(name: str, tmp_path: Path) -> None:
         return set(build_adapter("adapter", config, TensorDict(tensors), base=base).modules)
 
     for key in whole:
+        if "velora_embed" in key or "monteclora_sampler" in key:
+            continue  # state of the training, which changes nothing
         stem = ".".join(key.split(".")[:3])
         lost = {k: t for k, t in whole.items() if k != key}
         shared = not key.startswith("base_model.model.")
@@ -199,3 +236,30 @@ def test_saved_as_a_lora_it_is_the_same_in_peft(name: str, tmp_path: Path) -> No
     assert again.peft_config["default"].peft_type == "LORA"
     for module, delta in their_deltas(again).items():
         torch.testing.assert_close(delta, theirs[module], rtol=1e-4, atol=2e-6)
+
+
+def test_qalora_is_what_pefts_forward_does(tmp_path: Path) -> None:
+    """PEFT has it for GPTQ layers alone, so its forward runs here on a stand-in for one."""
+    from peft.tuners.lora.variants import QALoraLinearVariant
+
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 6, generator=g), torch.randn(10, 4, generator=g)
+    stem = "base_model.model.first.lora_"
+    (tmp_path / "adapter").mkdir()
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({f"{stem}A.weight": a, f"{stem}B.weight": b}, path)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "use_qalora": True}
+    config["qalora_group_size"] = 4
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    layer = SimpleNamespace(
+        lora_A={"x": SimpleNamespace(weight=a)},
+        lora_B={"x": SimpleNamespace(weight=b)},
+        lora_dropout={"x": nn.Identity()},
+        scaling={"x": 1.5},
+        qalora_group_size={"x": 4},
+        training=False,
+        in_features=24,
+    )
+    eye = torch.eye(24)
+    theirs = QALoraLinearVariant.forward(layer, "x", eye, torch.zeros(24, 10)).mT
+    torch.testing.assert_close(our_deltas(opened(tmp_path, base=False))["first"], theirs)

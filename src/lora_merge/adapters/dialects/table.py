@@ -7,11 +7,13 @@ from lora_merge.adapters.dialects.language.torchtune import TORCHTUNE
 from lora_merge.adapters.dialects.looks_like import refuse_unclaimed
 from lora_merge.adapters.dialects.peft_lora import PEFT_LORA
 from lora_merge.adapters.dialects.tuners.dialect import PEFT_TUNERS
+from lora_merge.adapters.dialects.tuners.lora_variants import LORA_VARIANTS
 from lora_merge.errors import AdapterError
 
 # PEFT's own names are also those of its many variants, so its row stands last.
 DIALECTS: tuple[Dialect, ...] = (
     PEFT_TUNERS,
+    LORA_VARIANTS,
     MLX,
     TORCHTUNE,
     KOHYA,

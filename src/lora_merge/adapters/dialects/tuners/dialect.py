@@ -1,6 +1,5 @@
 """The dialect of PEFT's other tuners: `peft_type` in the config says which."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -8,11 +7,10 @@ from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
 from lora_merge.adapters.dialects.grouping import Group
 from lora_merge.adapters.dialects.peft_whole import whole_parameters
-from lora_merge.adapters.dialects.spelling import canonical
 from lora_merge.adapters.dialects.tuners import low_rank, with_base
 from lora_merge.adapters.dialects.tuners.settings import Settings
+from lora_merge.adapters.dialects.tuners.sort import sort_keys
 from lora_merge.adapters.forms import ExtraSpec, ModuleSpec
-from lora_merge.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def _recognises(header: Header) -> bool:
 def _claim(header: Header) -> Claims:
     config = header.said()
     tuner = TUNERS[config.peft_type]
-    keys, shared, rest = _sort(header, tuner.prefix)
+    keys, shared, rest = sort_keys(header, tuner.prefix)
     settings = Settings(header, config, shared, len(keys))
     if config.peft_type == "UNILORA" and not keys:
         low_rank.unilora_without_indices(settings)
@@ -75,31 +73,6 @@ def _claim(header: Header) -> Claims:
         if is_whole(name, key)
     }
     return Claims(plain, modules, extras)
-
-
-def _sort(
-    header: Header, prefix: str
-) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:
-    """(module → part → key, shared part → key, other canonical names → key)."""
-    pattern = re.compile(rf"^(?P<module>.+?)\.(?P<part>{prefix}\w+(?:\..+)?)$")
-    keys: dict[str, dict[str, str]] = {}
-    shared: dict[str, str] = {}
-    rest: dict[str, str] = {}
-    for key in sorted(header.entries):
-        name = canonical(key)
-        match = pattern.match(name)
-        if match is None:
-            rest[name] = key
-            continue
-        parts = shared if match["module"] == "base_model" else keys.setdefault(match["module"], {})
-        if match["part"] in parts:
-            raise AdapterError(
-                f"{header.adapter}: {key} and {parts[match['part']]} are both {match['part']} of "
-                f"{match['module']}",
-                "take one of the two out of the file",
-            )
-        parts[match["part"]] = key
-    return keys, shared, rest
 
 
 def _as_lora(config: AdapterConfig) -> AdapterConfig:
