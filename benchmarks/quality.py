@@ -43,6 +43,7 @@ class Entry:
         reference: Scores of others by rank, from the arena's REFERENCE.md.
         anchors: Numbers to choose per adapter besides the scale: none, one weight, or weights
             between which the layers' are interpolated.
+        auto: The scale is the rule's (`scale: auto`), not chosen on the validation split.
     """
 
     method: str
@@ -51,17 +52,27 @@ class Entry:
     ranks: tuple[Rank, ...] = (16, 32, "full")
     reference: dict[Rank, float] = field(default_factory=dict)
     anchors: int = 0
+    auto: bool = False
 
     @property
     def label(self) -> str:
         """Method and what differs from its defaults."""
         extras = {**self.parameters, **self.settings}
         words = [self.method, *(f"{k}={v}" for k, v in extras.items())]
+        words += ["scale=auto"] if self.auto else []
         return " ".join(words) + ("", " + weights", " + weights by layer")[self.anchors]
 
 
 OUTPUT = {"side": "output", "ridge": 0.01}
 ENTRIES = (
+    Entry("lego-refit", auto=True, ranks=(16, 32)),
+    Entry("wudi-iso", auto=True),
+    Entry("svd", auto=True, ranks=(16, 32, "full")),
+    Entry("tsv", auto=True),
+    Entry("ties", auto=True, ranks=(16,)),
+    Entry("lego-refit", ranks=(16, 32)),
+    Entry("lego-refit", {"importance": "none"}, ranks=(16, 32)),
+    Entry("lego-refit", {"refit": "up", "importance": "size"}, ranks=(16, 32)),
     Entry("wudi-iso"),
     Entry("wudi", OUTPUT, reference={16: 0.9308, "full": 0.9473}),
     Entry("wudi-iso", anchors=1),
@@ -131,7 +142,7 @@ def main() -> None:
         for rank in entry.ranks:
             key = (entry.label, str(rank))
             if key in rows:
-                place = _place_of(rows[key], place)
+                place = place if entry.auto else _place_of(rows[key], place)
             elif (not only or entry.method in only) and (not ranks or str(rank) in ranks):
                 trial = Trial(arena, arguments.arena, entry, rank, arguments.val)
                 rows[key], place = _row(trial, place)
@@ -163,8 +174,16 @@ class Trial:
     val: int
 
     def merged(self, weights: Weights) -> dict[str, Tensor]:
-        """The merge's dense deltas by module."""
-        merged = lora_merge.merge(
+        """The merge's dense deltas by module, at scale 1."""
+        alignment = align([self.adapter(weights, 1.0)])
+        return {
+            module.name.removeprefix("bert."): next(read_stacks(alignment, module)).delta()
+            for module in alignment.modules
+        }
+
+    def adapter(self, weights: Weights, scale: Any) -> Any:
+        """The merge."""
+        return lora_merge.merge(
             [self.folder / "adapters" / task for task in self.arena.tasks],
             method=self.entry.method,
             rank=self.rank,
@@ -172,13 +191,9 @@ class Trial:
             parameters=self.entry.parameters,
             dtype="float32",
             jobs=1,
+            scale=scale,
             **self.entry.settings,
         )
-        alignment = align([merged])
-        return {
-            module.name.removeprefix("bert."): next(read_stacks(alignment, module)).delta()
-            for module in alignment.modules
-        }
 
     def validation(self, deltas: dict[str, Tensor], scale: float) -> float:
         """Mean smoothed accuracy over that of the own adapters."""
@@ -193,8 +208,11 @@ def _row(trial: Trial, place: Place) -> tuple[str, Place]:
     arena = trial.arena
     weights = place.weights or ((1.0,) * trial.entry.anchors,) * len(arena.tasks)
     deltas = trial.merged(weights)
-    step = _climb(lambda k: trial.validation(deltas, START * STEP**k), place.step)
-    scale = START * STEP**step
+    if trial.entry.auto:
+        step, scale = 0, trial.adapter(weights, "auto").report.scale
+    else:
+        step = _climb(lambda k: trial.validation(deltas, START * STEP**k), place.step)
+        scale = START * STEP**step
     if place.weights is None:
         weights = _best_weights(trial, weights, scale)
         deltas = trial.merged(weights)

@@ -123,6 +123,8 @@ def bare_type(kind: Any) -> Any:
 def _check(owner: str, name: str, kind: Any, limits: Mapping[str, Any], value: Any) -> None:
     if value is None and NoneType in get_args(kind):
         return
+    if any(value in get_args(k) for k in get_args(kind) if get_origin(k) is Literal):
+        return
     kind = bare_type(kind)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):

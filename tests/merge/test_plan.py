@@ -138,12 +138,13 @@ def test_parameters_of_single_adapters(tmp_path: Path, capsys) -> None:
     parameters = {"compat": "peft", "density": 0.5}
     own = [{"density": 0.3}, {"density": [0.2, 0.8]}, {"density": filtered}]
     merged = lora_merge.merge(
-        adapters, method="ties", parameters=parameters, own_parameters=own, rank="full"
+        adapters, method="ties", parameters=parameters, own_parameters=own, rank="full", scale=1
     )
     for name, delta in deltas(merged).items():
         torch.testing.assert_close(delta, expected[name])
     # The same from the command line, through the printed recipe, and from the resolved one.
     flags = ["--density", "0.3", "-p", "density=[0.2, 0.8]", "--compat", "peft", "--rank", "full"]
+    flags += ["--scale", "1"]
     flags += ["--density", "[{filter: q_proj, value: 0.9}, {value: 0.5}]"]
     command = ["merge", *folders, "-M", "ties", *flags]
     assert run([*command, "-o", str(tmp_path / "one")]) == 0
@@ -163,7 +164,7 @@ def test_a_gradient_among_the_methods_parameters_is_every_adapters() -> None:
     adapters = [make_adapter(f"adapter-{i}", r=3, seed=i) for i in range(3)]
     by_layer = {n: 0.2 if ".0." in n else 0.8 for n in SHAPES}
     parameters = {"compat": "peft", "density": [0.2, 0.8]}
-    merged = lora_merge.merge(adapters, method="ties", parameters=parameters, rank="full")
+    merged = lora_merge.merge(adapters, method="ties", parameters=parameters, rank="full", scale=1)
     expected = dense_ties(adapters, list(SHAPES), [by_layer] * 3)
     for name, delta in deltas(merged).items():
         torch.testing.assert_close(delta, expected[name])
@@ -249,14 +250,16 @@ def test_rank_rules_choose_over_all_modules() -> None:
     adapters = [make_adapter(f"adapter-{i}", r=4, seed=i) for i in range(2)]
     whole = lora_merge.merge(adapters, method="cat")
     spectra = {n: torch.linalg.svdvals(d.double()) for n, d in deltas(whole).items()}
-    merged = lora_merge.merge(adapters, method="svd", rank="energy:0.8", ranks="per-module")
+    merged = lora_merge.merge(
+        adapters, method="svd", rank="energy:0.8", ranks="per-module", scale=1
+    )
     for name, spec in merged.modules.items():
         energy = spectra[name].square().cumsum(0) / spectra[name].square().sum()
         assert energy[spec.rank - 1] >= 0.8 and (spec.rank == 1 or energy[spec.rank - 2] < 0.8)
         u, s, vh = torch.linalg.svd(deltas(whole)[name].double(), full_matrices=False)
         best = (u[:, : spec.rank] * s[: spec.rank]) @ vh[: spec.rank]
         torch.testing.assert_close(deltas(merged)[name].double(), best, rtol=1e-4, atol=1e-6)
-    half = lora_merge.merge(adapters, method="svd", rank="budget:x0.5", ranks="per-module")
+    half = lora_merge.merge(adapters, method="svd", rank="budget:x0.5", ranks="per-module", scale=1)
     assert half.num_parameters <= whole.num_parameters / 2
     assert len(half.ranks()) > 1
 
@@ -287,11 +290,11 @@ def test_the_report_says_what_an_elementwise_merge_lost(tmp_path: Path, capsys) 
 
     folders = [str(save_adapter(tmp_path / n, r=2, seed=i)) for i, n in enumerate("abc")]
     adapters = [Adapter.from_pretrained(f) for f in folders]
-    exact = deltas(lora_merge.merge(adapters, method="ties", rank="full"))
+    exact = deltas(lora_merge.merge(adapters, method="ties", rank="full", scale=1))
     for rank in ("2", "energy:0.7", "full"):
         out = tmp_path / rank
         command = ["merge", *folders, "-M", "ties", "--rank", rank, "-o", str(out), "--json"]
-        assert run([*command, "--ranks", "per-module"]) == 0
+        assert run([*command, "--ranks", "per-module", "--scale", "1"]) == 0
         report = json.loads(capsys.readouterr().out)
         written = deltas(Adapter.from_pretrained(out))
         for module in report["modules"]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_merge.adapters.access.coerce import AdaptersLike, open_adapters
 from lora_merge.adapters.config import RankLayout
@@ -11,6 +11,7 @@ from lora_merge.adapters.in_memory import MadeAdapter
 from lora_merge.arguments import checked
 from lora_merge.errors import MethodError
 from lora_merge.files.targets import check_target
+from lora_merge.merge.auto.scale import with_scale
 from lora_merge.merge.methods.registry import methods
 from lora_merge.merge.plan import MergePlan, plan_merge
 from lora_merge.merge.recipe.read import expanded, open_recipe, parse_recipe, read_recipe
@@ -50,7 +51,7 @@ def merge(
     jobs: int | None = None,
     device: str = "auto",
     normalize: Normalize | None = None,
-    scale: float = 1.0,
+    scale: float | Literal["auto"] = "auto",
     norm_equalise: bool = False,
     restore_norm: RestoreNorm = "none",
     pico: bool = False,
@@ -81,7 +82,8 @@ def merge(
         device: Where to compute.
         normalize: Divide the weights by their "sum" or "abs-sum", or not ("none"); default: the
             method's.
-        scale: Factor on the merged delta.
+        scale: Factor on the merged delta; 1 is every method as published, "auto" is decided from
+            the adapters and the method, and 1 for exact methods and where weights are given.
         norm_equalise: Bring every adapter to the mean norm first.
         restore_norm: Bring the result to the "mean" or "weighted-mean" norm of the adapters.
         pico: Shrink shared output directions before the merge.
@@ -144,12 +146,15 @@ def merge(
         base_model=base_model,
         rename=tuple(rename),
     )
-    plan = plan_merge(recipe, opened)
+    plan = with_scale(plan_merge(recipe, opened), device=device)
     return run_in_memory(plan, strict=strict, jobs=jobs, device=device)
 
 
 def plan_recipe(
-    recipe: Recipe | Mapping[str, Any] | str | Path, *, allow_pickle: bool = False
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    allow_pickle: bool = False,
+    device: str = "cpu",
 ) -> MergePlan:
     """Open a recipe's adapters and decide everything about the merge, from headers.
 
@@ -157,6 +162,7 @@ def plan_recipe(
         recipe: A recipe, whose references are taken as they are; or its YAML file or the same as
             plain data, in which a glob stands for the adapters it matches.
         allow_pickle: Load `.bin` files, with weights_only=True.
+        device: Where a few modules are merged if the scale is "auto"; all else is from headers.
 
     Returns:
         What `merge.run.run_plan` executes.
@@ -166,7 +172,8 @@ def plan_recipe(
         LoraMergeError: If the adapters or the request do not fit.
     """
     recipe = as_recipe(recipe)
-    return plan_merge(recipe, open_recipe(recipe, allow_pickle=allow_pickle))
+    plan = plan_merge(recipe, open_recipe(recipe, allow_pickle=allow_pickle))
+    return with_scale(plan, device=device)
 
 
 @checked()
@@ -214,7 +221,7 @@ def run_recipe(
     named = [item.adapter for item in recipe.adapters]
     named += [recipe.statistics] if recipe.statistics else []
     check_target(out, force=force, inputs=[Path(path) for path in named if Path(path).exists()])
-    plan = plan_recipe(recipe, allow_pickle=allow_pickle)
+    plan = plan_recipe(recipe, allow_pickle=allow_pickle, device=device)
     if on_plan:
         on_plan(plan)
     return run_plan(

@@ -60,6 +60,15 @@ def execute(
     return reports
 
 
+def merged_modules(plan: MergePlan, device: torch.device) -> Iterator[Finished]:
+    """Every module's (expert's) result at the plan's rank, written nowhere."""
+    shared = _prepare(plan, device, 1)
+    for module in plan.alignment.modules:
+        rank = None if plan.measured else plan.ranks[module.name]
+        for merged in _merge(plan, module, device, shared):
+            yield finish(merged, rank)
+
+
 def settle(
     plan: MergePlan,
     folder: Path,
@@ -202,7 +211,7 @@ def _merge_bias(plan: MergePlan, module: AlignedModule) -> Tensor | None:
     total = None
     how = plan.semantics.normalize or plan.method.normalize
     raw = torch.tensor(plan.weights_at(module.name), dtype=torch.float64)
-    weights = present_weights(raw, list(module.specs), how, module.name) * plan.semantics.scale
+    weights = present_weights(raw, list(module.specs), how, module.name) * plan.semantics.factor
     for index in module.specs:
         bias = plan.alignment.adapters[index].read_bias(module.name)
         if bias is not None:

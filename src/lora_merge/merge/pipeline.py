@@ -172,7 +172,7 @@ def merge_stack(
     """
     how = semantics.normalize or method.normalize
     weights = calibrate.present_weights(job.weights, stack.adapters, how, job.module)
-    exact = stack.weighted(weights * semantics.scale)
+    exact = stack.weighted(weights * semantics.factor)
     source = calibrate.equalised(stack) if semantics.norm_equalise else stack
     wanted = calibrate.wanted_norm(source, weights, semantics.restore_norm)
     source, view, place = _view(source, method, semantics)
@@ -184,7 +184,7 @@ def merge_stack(
     merged = Merged(outcome.stack, place, exact, outcome, squares)
     if semantics.svc:
         merged = _calibrated(merged, source, weights)
-    return _scaled(merged, semantics.scale, wanted)
+    return _scaled(merged, semantics.factor, wanted)
 
 
 def finish(merged: Merged, rank: int | None) -> Finished:

@@ -52,6 +52,7 @@ class MergePlan:
         notes: What the user should know before the work starts.
         semantics: Weights, scale, norms and steps that all methods share.
         statistics: Collected activations, for methods that need them.
+        scale_reason: Why the scale is what it is, where nobody gave it.
         spool: Results that wait for their ranks, where ranks depend on the data.
     """
 
@@ -70,6 +71,7 @@ class MergePlan:
     semantics: Semantics
     spool: "Spool | None" = None
     statistics: Statistics | None = None
+    scale_reason: str = ""
 
     @property
     def measured(self) -> bool:
@@ -135,6 +137,7 @@ class MergePlan:
             adapters=tuple(items),
             rank=self._rank_value(),
             parameters={n: v for n, v in asdict(self.options).items() if v is not None},
+            scale=self.semantics.scale,
             accept_base_models=len(bases) > 1,
         )
 

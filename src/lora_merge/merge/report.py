@@ -107,12 +107,16 @@ class MergeReport(Report):
         notes: What the user should know, in words.
         out: The directory written, None for a merge in memory.
         num_bytes: Size of the weights file.
+        scale: Factor on the merged delta that was used.
+        scale_reason: Why, where it was left to the adapters.
     """
 
     modules: tuple[ModuleReport, ...]
     notes: tuple[str, ...]
     out: str | None
     num_bytes: int
+    scale: float = 1.0
+    scale_reason: str = ""
 
     def groups(self) -> list[GroupReport]:
         """The modules by kind, in order of first appearance."""
@@ -153,6 +157,8 @@ class MergeReport(Report):
             "out": self.out,
             "bytes": self.num_bytes,
             "notes": list(self.notes),
+            "scale": self.scale,
+            "scale_reason": self.scale_reason,
             "total": asdict(self.total()),
             "groups": [asdict(group) for group in self.groups()],
             "modules": [module.to_dict() for module in self.modules],

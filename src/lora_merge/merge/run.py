@@ -122,7 +122,14 @@ def _finish_report(
         MethodError: With `strict`, if less than half of the energy was kept.
     """
     notes = [*plan.notes, *_silent_adapters(plan, modules)]
-    report = MergeReport(tuple(modules), plan.notes, out, plan.output.num_bytes)
+    report = MergeReport(
+        tuple(modules),
+        plan.notes,
+        out,
+        plan.output.num_bytes,
+        scale=plan.semantics.factor,
+        scale_reason=plan.scale_reason,
+    )
     retained = report.total().retained
     if retained < _LITTLE_ENERGY:
         share = f"the cut to {_ranks_text(plan)} kept {100 * retained:.0f} % of the result's energy"

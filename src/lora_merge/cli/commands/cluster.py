@@ -12,6 +12,7 @@ from lora_merge.cli.shared.recipe_options import (
     parse_parameters,
     recipe_from,
     run_merge,
+    scale_option,
     split_run_options,
 )
 from lora_merge.merge.methods.lego_options import LegoOptions
@@ -56,6 +57,7 @@ Examples:
 )
 @adapters_argument
 @click.option("--rank", type=click.IntRange(min=1), required=True, help="Rank of the result (k).")
+@scale_option
 @_published_options
 @_further_options
 @merging_options

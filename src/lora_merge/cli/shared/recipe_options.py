@@ -17,8 +17,32 @@ if TYPE_CHECKING:
 
 _RUN_OPTIONS = ("out", "force", "device", "jobs", "dry_run", "as_json", "allow_pickle")
 
+
+class ScaleType(click.ParamType):  # type: ignore[type-arg]
+    """A number, or "auto"."""
+
+    name = "number|auto"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The number, or the word."""
+        try:
+            return value if value == "auto" else float(value)
+        except ValueError:
+            self.fail(f"{value!r} is no number; auto lets the adapters decide", param, ctx)
+
+
+# A recipe that says nothing means 1; who types a command and says nothing leaves it to us.
+scale_option = click.option(
+    "--scale",
+    type=ScaleType(),
+    default="auto",
+    show_default=True,
+    help="Factor on the merged delta; auto is decided from the adapters and the method, 1 is the "
+    "method as published.",
+)
 semantics_options = together(
-    options_of(Semantics),
+    scale_option,
+    options_of(Semantics, without=("scale",)),
     options_of(Recipe, only=("statistics",)),
 )
 merging_options = together(
@@ -153,7 +177,7 @@ def run_merge(
     output = Output(as_json)
     pick_device(device)
     if dry_run:
-        _show_plan(plan_recipe(recipe, allow_pickle=allow_pickle), output, jobs)
+        _show_plan(plan_recipe(recipe, allow_pickle=allow_pickle, device=device), output, jobs)
         return
     with ExitStack() as showing:
         shown = _Progress(output, showing)
@@ -219,7 +243,7 @@ def explain_clusters(
     from lora_merge.merge.executor import execute
 
     output = Output(as_json)
-    plan = plan_recipe(recipe, allow_pickle=allow_pickle)
+    plan = plan_recipe(recipe, allow_pickle=allow_pickle, device=device)
     with output.progress("clustering", len(plan.alignment.modules)) as advance:
         reports = execute(
             plan,

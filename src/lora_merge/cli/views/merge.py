@@ -43,6 +43,8 @@ def plan_data(plan: MergePlan, jobs: int) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes(jobs),
         "dtype": plan.output.dtype,
         "notes": list(plan.notes),
+        "scale": plan.semantics.factor,
+        "scale_reason": plan.scale_reason,
     }
 
 
@@ -103,6 +105,7 @@ def report_view(report: MergeReport) -> list[RenderableType]:
         grid,
         "error: distance from the exact sum; norm: of the result; both over the sum's"
         + ("\nkept: share of the result's energy that the cut to its rank left" if kept else ""),
+        f"scale: {report.scale:g}" + (" (auto)" if report.scale_reason else ""),
         escape(f"wrote {report.out} ({size(report.num_bytes)})"),
     ]
 

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from threading import Lock
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ from lora_merge.merge.elementwise.combine import measure, merge_tensor
 from lora_merge.merge.elementwise.delta import merge_delta
 from lora_merge.merge.elementwise.rule import Compat, Rule, Scope, preset
 from lora_merge.merge.elementwise.thresholds import brackets_of, sample_entries
-from lora_merge.merge.methods.method import Job, Outcome, Survey, equal_ranks
+from lora_merge.merge.methods.method import Job, Method, Outcome, Survey, equal_ranks
+from lora_merge.merge.recipe.recipe import Space
 from lora_merge.options import option
 
 # One entry of so many is sampled to guess the thresholds of all modules together, but no fewer of a
@@ -226,3 +228,119 @@ def _on_factors(rule: Rule, stack: RankStack, job: Job) -> Outcome:
         keys=[keys[".B"][i] for i in present],
     )
     return Outcome(RankStack.single(up, down))
+
+
+def _row(
+    name: str,
+    rule: str,
+    summary: str,
+    paper: str,
+    *,
+    space: Space = "delta",
+    presets: Mapping[str, Any] | None = None,
+) -> Method:
+    """A row for an elementwise rule in a space."""
+    presets = presets or {}
+    per_adapter: dict[str, tuple[str, ...]] = {
+        "dare-ties": ("density", "trim"),
+        "della": ("density", "epsilon"),
+        "breadcrumbs": ("density", "gamma"),
+        "sce": (),  # what it keeps is decided for all adapters together
+    }
+    costs = {"delta": "d_in d_out R, in row blocks", "aligned": "d_in R²", "core": "R³"}
+    return Method(
+        name=name,
+        summary=summary,
+        paper=paper,
+        combine=partial(entries, rule),
+        prepare=partial(measure_entries, rule),
+        check=partial(rule_of, rule),
+        per_adapter=per_adapter.get(rule, ("density",)),
+        options=EntryOptions,
+        presets=presets,
+        shown={**rule_defaults(rule), **presets},
+        space=space,
+        spaces=("delta", "aligned", "core", "factors"),
+        makes_rank=True,
+        full_rank_in=("delta",),
+        anchored=True,
+        separates=rule in ("ties", "dare-ties", "della", "sce"),  # what disagrees is erased
+        cost=costs[space],
+    )
+
+
+# The elementwise rows of the table of methods.
+ROWS = (
+    _row(
+        "magnitude",
+        "magnitude",
+        "largest entries of each adapter, summed",
+        "PEFT's magnitude_prune",
+    ),
+    _row(
+        "ties",
+        "ties",
+        "trim small entries, elect a sign, average what agrees",
+        "Yadav et al., NeurIPS 2023, arXiv 2306.01708",
+    ),
+    _row(
+        "dare",
+        "dare",
+        "drop entries at random, rescale the rest, sum",
+        "Yu et al., ICML 2024, arXiv 2311.03099",
+    ),
+    _row(
+        "dare-ties",
+        "dare-ties",
+        "drop entries at random, rescale, then TIES",
+        "Yu et al., ICML 2024, arXiv 2311.03099",
+    ),
+    _row(
+        "della",
+        "della",
+        "drop by rank of magnitude in each row, rescale, elect a sign",
+        "Deep et al. 2024, arXiv 2406.11617",
+    ),
+    _row(
+        "breadcrumbs",
+        "breadcrumbs",
+        "drop the largest entries and the smallest, sum",
+        "Davari & Belilovsky, ECCV 2024, arXiv 2312.06795",
+    ),
+    _row(
+        "sce",
+        "sce",
+        "positions where adapters differ, weighted by energy, minority signs erased",
+        "FuseChat, Wan et al. 2024, arXiv 2408.07990",
+    ),
+    _row(
+        "knots-ties",
+        "ties",
+        "TIES in the adapters' common left singular basis",
+        "KnOTS, Stoica et al., ICLR 2025, arXiv 2410.19735",
+        space="aligned",
+    ),
+    _row(
+        "knots-dare-ties",
+        "dare-ties",
+        "DARE-TIES in the adapters' common left singular basis",
+        "KnOTS, Stoica et al., ICLR 2025, arXiv 2410.19735",
+        space="aligned",
+        presets={"density": 0.9},
+    ),
+    _row(
+        "core-ties",
+        "ties",
+        "TIES on the R x R cores",
+        "Core Space, Panariello et al., NeurIPS 2025, arXiv 2509.17786",
+        space="core",
+    ),
+    _row(
+        "core-dare-ties",
+        "dare-ties",
+        "DARE-TIES on the R x R cores",
+        "Core Space, Panariello et al., NeurIPS 2025, arXiv 2509.17786",
+        space="core",
+        presets={"density": 0.9},
+    ),
+)

@@ -17,6 +17,7 @@ from lora_merge.errors import MethodError
 from lora_merge.linalg.factors import gram, thin_svd
 from lora_merge.linalg.kmeans import kmeans
 from lora_merge.merge.methods.lego_options import LegoOptions
+from lora_merge.merge.methods.method import Job, Outcome
 
 # Singular values below this fraction of the largest are noise of the Gram (float64 squared).
 _RANK_ONE_RTOL = 1e-7
@@ -93,6 +94,16 @@ def lego(
     owner = torch.zeros(k, dtype=torch.int64, device=labels.device)
     mixes = None if options.canonical else (down_mix, up_mix)
     return LegoResult(RankStack(down, up, scale, owner), labels, mixes, stack)
+
+
+def lego_units(stack: RankStack, job: Job, options: LegoOptions) -> Outcome:
+    """`lego` as a row of the table of methods: at the rank asked for, saying who went where."""
+    weighted = stack.weighted(job.weights)
+    rank = min(job.rank or stack.num_units, stack.num_units)
+    result = lego(weighted, rank, options=options, rng=job.rng())
+    clusters = members_of(result.source, result.labels, result.stack)
+    details = {"cluster_sizes": result.cluster_sizes, "clusters": clusters}
+    return Outcome(result.stack, details, mixes=result.mixes)
 
 
 def members_of(units: RankStack, labels: Tensor, result: RankStack) -> list[list[list[Any]]]:

@@ -94,6 +94,8 @@ class Method:
         full_rank_in: Spaces where results have the rank of a matrix, not of the units that went in.
         normalize: What is done to the weights unless the user says otherwise.
         anchored: In core coordinates, the result depends on which bases are chosen.
+        exact: A law says what comes out, so that `scale: auto` leaves it alone.
+        separates: It keeps adapters out of each other's way, so that more of it can be applied.
         gauge_free: The result depends on the deltas alone, not on how they are factored.
         adapters: Smallest and largest number of adapters.
         ordered: The order of the adapters means something.
@@ -119,6 +121,8 @@ class Method:
     full_rank_in: tuple[Space, ...] = ()
     normalize: Normalize = "none"
     anchored: bool = False
+    exact: bool = False
+    separates: bool = False
     gauge_free: bool = True
     adapters: tuple[int, int | None] = (1, None)
     ordered: bool = False

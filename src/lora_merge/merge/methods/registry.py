@@ -6,11 +6,9 @@ Another package adds a method by an entry point of the group `lora_merge.methods
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
 
-from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
 from lora_merge.merge.methods import (
     entrywise,
@@ -21,60 +19,12 @@ from lora_merge.merge.methods import (
     sphere,
     tucker,
 )
-from lora_merge.merge.methods.lego import lego, members_of
+from lora_merge.merge.methods.lego import lego_units
 from lora_merge.merge.methods.lego_options import LegoOptions
 from lora_merge.merge.methods.lego_refit import LegoRefitOptions, lego_refit
 from lora_merge.merge.methods.method import Job, Method, Outcome
-from lora_merge.merge.recipe.recipe import Space
 
 __all__ = ["METHODS", "Job", "Method", "Outcome", "find_method", "methods"]
-
-
-def _lego(stack: RankStack, job: Job, options: LegoOptions) -> Outcome:
-    weighted = stack.weighted(job.weights)
-    rank = min(job.rank or stack.num_units, stack.num_units)
-    result = lego(weighted, rank, options=options, rng=job.rng())
-    clusters = members_of(result.source, result.labels, result.stack)
-    details = {"cluster_sizes": result.cluster_sizes, "clusters": clusters}
-    return Outcome(result.stack, details, mixes=result.mixes)
-
-
-def _entries(
-    name: str,
-    rule: str,
-    summary: str,
-    paper: str,
-    *,
-    space: Space = "delta",
-    presets: Mapping[str, Any] | None = None,
-) -> Method:
-    """A row for an elementwise rule in a space."""
-    presets = presets or {}
-    per_adapter: dict[str, tuple[str, ...]] = {
-        "dare-ties": ("density", "trim"),
-        "della": ("density", "epsilon"),
-        "breadcrumbs": ("density", "gamma"),
-        "sce": (),  # what it keeps is decided for all adapters together
-    }
-    costs = {"delta": "d_in d_out R, in row blocks", "aligned": "d_in R²", "core": "R³"}
-    return Method(
-        name=name,
-        summary=summary,
-        paper=paper,
-        combine=partial(entrywise.entries, rule),
-        prepare=partial(entrywise.measure_entries, rule),
-        check=partial(entrywise.rule_of, rule),
-        per_adapter=per_adapter.get(rule, ("density",)),
-        options=entrywise.EntryOptions,
-        presets=presets,
-        shown={**entrywise.rule_defaults(rule), **presets},
-        space=space,
-        spaces=("delta", "aligned", "core", "factors"),
-        makes_rank=True,
-        full_rank_in=("delta",),
-        anchored=True,
-        cost=costs[space],
-    )
 
 
 _TABLE = (
@@ -101,6 +51,7 @@ _TABLE = (
         space="units",
         rank="full",
         cost="(d_in + d_out) R",
+        exact=True,
     ),
     Method(
         name="mean",
@@ -109,6 +60,7 @@ _TABLE = (
         combine=linear.weighted_sum,
         space="units",
         normalize="sum",
+        exact=True,
     ),
     Method(
         name="fedavg",
@@ -119,6 +71,7 @@ _TABLE = (
         rank="units",
         normalize="sum",
         cost="(d_in + d_out) R",
+        exact=True,
     ),
     Method(
         name="linear-factors",
@@ -128,6 +81,7 @@ _TABLE = (
         space="factors",
         gauge_free=False,
         cost="(d_in + d_out) R",
+        exact=True,
     ),
     Method(
         name="slerp",
@@ -138,6 +92,7 @@ _TABLE = (
         space="units",
         adapters=(2, 2),
         ordered=True,
+        exact=True,
     ),
     Method(
         name="multislerp",
@@ -145,6 +100,7 @@ _TABLE = (
         paper="mergekit's multislerp, on deltas",
         combine=sphere.multislerp,
         space="units",
+        exact=True,
     ),
     Method(
         name="karcher",
@@ -153,6 +109,7 @@ _TABLE = (
         combine=sphere.karcher,
         options=sphere.KarcherOptions,
         space="units",
+        exact=True,
     ),
     Method(
         name="model-stock",
@@ -160,85 +117,16 @@ _TABLE = (
         paper="Jang et al. 2024, arXiv 2403.19522",
         combine=sphere.model_stock,
         space="units",
+        exact=True,
     ),
-    _entries(
-        "magnitude",
-        "magnitude",
-        "largest entries of each adapter, summed",
-        "PEFT's magnitude_prune",
-    ),
-    _entries(
-        "ties",
-        "ties",
-        "trim small entries, elect a sign, average what agrees",
-        "Yadav et al., NeurIPS 2023, arXiv 2306.01708",
-    ),
-    _entries(
-        "dare",
-        "dare",
-        "drop entries at random, rescale the rest, sum",
-        "Yu et al., ICML 2024, arXiv 2311.03099",
-    ),
-    _entries(
-        "dare-ties",
-        "dare-ties",
-        "drop entries at random, rescale, then TIES",
-        "Yu et al., ICML 2024, arXiv 2311.03099",
-    ),
-    _entries(
-        "della",
-        "della",
-        "drop by rank of magnitude in each row, rescale, elect a sign",
-        "Deep et al. 2024, arXiv 2406.11617",
-    ),
-    _entries(
-        "breadcrumbs",
-        "breadcrumbs",
-        "drop the largest entries and the smallest, sum",
-        "Davari & Belilovsky, ECCV 2024, arXiv 2312.06795",
-    ),
-    _entries(
-        "sce",
-        "sce",
-        "positions where adapters differ, weighted by energy, minority signs erased",
-        "FuseChat, Wan et al. 2024, arXiv 2408.07990",
-    ),
-    _entries(
-        "knots-ties",
-        "ties",
-        "TIES in the adapters' common left singular basis",
-        "KnOTS, Stoica et al., ICLR 2025, arXiv 2410.19735",
-        space="aligned",
-    ),
-    _entries(
-        "knots-dare-ties",
-        "dare-ties",
-        "DARE-TIES in the adapters' common left singular basis",
-        "KnOTS, Stoica et al., ICLR 2025, arXiv 2410.19735",
-        space="aligned",
-        presets={"density": 0.9},
-    ),
-    _entries(
-        "core-ties",
-        "ties",
-        "TIES on the R x R cores",
-        "Core Space, Panariello et al., NeurIPS 2025, arXiv 2509.17786",
-        space="core",
-    ),
-    _entries(
-        "core-dare-ties",
-        "dare-ties",
-        "DARE-TIES on the R x R cores",
-        "Core Space, Panariello et al., NeurIPS 2025, arXiv 2509.17786",
-        space="core",
-        presets={"density": 0.9},
-    ),
+    *entrywise.ROWS,
     Method(
         name="tsv",
         summary="singular vectors of all adapters, orthogonalised against each other",
         paper="Gargiulo et al., CVPR 2025, arXiv 2412.00081",
         combine=spectral.tsv,
         options=spectral.TsvOptions,
+        separates=True,
     ),
     Method(
         name="iso-c",
@@ -247,6 +135,7 @@ _TABLE = (
         combine=spectral.iso_c,
         options=spectral.IsoOptions,
         makes_rank=True,
+        separates=True,
     ),
     Method(
         name="iso-cts",
@@ -255,6 +144,7 @@ _TABLE = (
         combine=spectral.iso_cts,
         options=spectral.IsoCtsOptions,
         makes_rank=True,
+        separates=True,
     ),
     Method(
         name="core-tsv",
@@ -262,6 +152,7 @@ _TABLE = (
         paper="Panariello et al., NeurIPS 2025, arXiv 2509.17786",
         combine=spectral.tsv,
         options=spectral.TsvOptions,
+        separates=True,
     ),
     Method(
         name="core-iso",
@@ -270,6 +161,7 @@ _TABLE = (
         combine=spectral.iso_c,
         options=spectral.IsoOptions,
         makes_rank=True,
+        separates=True,
     ),
     Method(
         name="ctm",
@@ -296,6 +188,7 @@ _TABLE = (
         options=least_squares.WudiOptions,
         presets={"side": "output", "ridge": 0.01, "beta": 0.25},
         makes_rank=True,
+        separates=True,
     ),
     Method(
         name="regmean",
@@ -306,6 +199,7 @@ _TABLE = (
         space="units",
         needs="statistics (collect_statistics with inputs=True)",
         cost="d_in³",
+        exact=True,
     ),
     Method(
         name="ssr",
@@ -316,6 +210,7 @@ _TABLE = (
         space="units",
         gauge_free=False,  # its ridge is in A's own coordinates
         needs="statistics (collect_statistics)",
+        exact=True,
     ),
     Method(
         name="robustmerge",
@@ -334,16 +229,18 @@ _TABLE = (
         combine=matched_units.aligned_mean,
         space="factors",
         gauge_free=False,
+        exact=True,
     ),
     Method(
         name="lego",
         summary="cluster rank-wise units; centroids become the merged adapter, as published",
         paper="Zhao et al., ICLR 2025, arXiv 2409.16167",
-        combine=_lego,
+        combine=lego_units,
         options=LegoOptions,
         space="units",
         makes_rank=True,
         gauge_free=False,
+        exact=True,
     ),
     Method(
         name="lego-refit",
@@ -354,6 +251,7 @@ _TABLE = (
         space="units",
         makes_rank=True,
         aliases=("cluster",),
+        separates=True,
     ),
 )
 

@@ -38,7 +38,11 @@ class Semantics:
         "weights as they are, or divided by their sum or sum of magnitudes",
         unset="the method's",
     )
-    scale: float = option(1.0, "factor on the merged delta")
+    scale: float | Literal["auto"] = option(
+        1.0,
+        "factor on the merged delta; auto is decided from the adapters and the method, 1 is the "
+        "method as published",
+    )
     norm_equalise: bool = option(
         False, "bring every adapter to the mean norm first, module by module"
     )
@@ -51,6 +55,11 @@ class Semantics:
     basis: Anchor = option(
         "stacks", "core bases: of the factors (the authors'), or of the deltas (gauge-free)"
     )
+
+    @property
+    def factor(self) -> float:
+        """The scale as a number; 1 as long as it is to be decided."""
+        return 1.0 if self.scale == "auto" else self.scale
 
 
 @dataclass(frozen=True)
