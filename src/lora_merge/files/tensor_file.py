@@ -64,6 +64,10 @@ class SafetensorsFile:
                 "download it again",
             ) from error
 
+    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
+        """A copy, or what comes out of a pickle, opens the file by itself."""
+        return SafetensorsFile, (self.path, self.adapter)
+
     def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Name → (dtype code, shape), from the header."""
         return self._entries

@@ -100,6 +100,10 @@ class Mixture(Printed):
         self.spec = _fit_weights(spec, self.num_experts)
         _refuse_unmixable(self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Mixture":
+        """Itself: a copy of a model shares what its mixture was made of, which nothing changes."""
+        return self
+
     def summary(self) -> Summary:
         """Gate, experts, and what to know."""
         spec = self.spec

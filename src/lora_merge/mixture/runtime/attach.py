@@ -25,13 +25,21 @@ from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.base_matrix import join_groups
 from lora_merge.mixture.runtime.call.entry import Entry, parts_of
 from lora_merge.mixture.runtime.call.generation import stop_telling, tell_generation
-from lora_merge.mixture.runtime.call.hooks import REGISTRY, ModuleHook, body_of, forgive, hide
+from lora_merge.mixture.runtime.call.hooks import (
+    REGISTRY,
+    ModuleHook,
+    Registry,
+    body_of,
+    forgive,
+    hide,
+)
 from lora_merge.mixture.runtime.call.in_force import InForce, Switch, changed, within
 from lora_merge.mixture.runtime.call.passes import stop_carrying
 from lora_merge.mixture.runtime.fit_to_model import group_members, make_members
 from lora_merge.mixture.runtime.group import Group
 from lora_merge.mixture.runtime.learned import gate_tensors, learned_parameters
 from lora_merge.mixture.runtime.overhead import Overhead, overhead
+from lora_merge.mixture.runtime.precision import gate_dtype
 from lora_merge.mixture.runtime.two_pass import HiddenGate, TwoPass, refuse_two_sequences
 
 _SHORTCUT = "mixture"
@@ -124,7 +132,7 @@ class AttachedMixture(nn.Module):
         if spec.signal == "hidden":
             refuse_two_sequences(model)
         members, targets = make_members(model, mixture, dtype)
-        gate_dtype = _gate_dtype(members[0].down.dtype)
+        dtype_of_gate = gate_dtype(members[0].down.dtype)
         self.switch = Switch(InForce(spec))
         self.groups = nn.ModuleList(
             Group(
@@ -132,7 +140,7 @@ class AttachedMixture(nn.Module):
                 self.switch,
                 num_experts=mixture.num_experts,
                 num_general=len(mixture.experts) - mixture.num_experts,
-                gate_dtype=gate_dtype if spec.has_rows else None,
+                gate_dtype=dtype_of_gate if spec.has_rows else None,
             )
             for part in group_members(members)
         )
@@ -140,7 +148,7 @@ class AttachedMixture(nn.Module):
         self.two_pass: TwoPass | None = None
         if spec.signal == "hidden":
             device = members[0].down.device
-            gate = HiddenGate(spec, mixture.gate, len(mixture.modules), gate_dtype).to(device)
+            gate = HiddenGate(spec, mixture.gate, len(mixture.modules), dtype_of_gate).to(device)
             self.classifier, self.two_pass = gate, TwoPass(gate)
         self._entries: list[Entry] = []
         self._watched: Usage | None = None
@@ -192,7 +200,7 @@ class AttachedMixture(nn.Module):
         """Become a submodule, so that `.to` moves the experts; the state dict does not show it."""
         registry = getattr(model, REGISTRY, None)
         if registry is None:
-            registry = nn.ModuleDict()
+            registry = Registry()
             model.add_module(REGISTRY, registry)
             registry.hooks = (  # type: ignore[assignment]
                 model.register_state_dict_post_hook(hide),
@@ -377,8 +385,3 @@ class AttachedMixture(nn.Module):
     def overhead(self) -> Overhead:
         """What the mixture costs beside the base model."""
         return overhead(self.mixture, itemsize=self.parts[0].down.element_size())
-
-
-def _gate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Gates of half-precision models compute in float32: rounding would flip the top-k."""
-    return dtype if dtype == torch.float64 else torch.float32

@@ -119,7 +119,7 @@ def _check_prompt(
             others.
     """
     length = seen.length or 1
-    told = None if stage is None else stage.prompt
+    told = None if stage is None or _is_encoded(stage, seen) else stage.prompt
     past = 0 if stage is None or not cached else stage.past
     going_on = past > 0 and (length > 1 if told is None else past < told)
     in_pieces = told is not None and cached and past + length < told
@@ -178,8 +178,11 @@ def _by_itself(group: Modules, passed: Pass, x: Tensor, start: int) -> Tokens:
 def _store(passed: Pass, seen: Tokens) -> dict[object, Tensor] | None:
     """Where decisions live on: the cache's companion, but not for what an encoder has read."""
     stage = passed.stage
-    if stage is None or stage.companion is None:
+    if stage is None or stage.companion is None or _is_encoded(stage, seen):
         return None
+    return stage.companion.rows
+
+
+def _is_encoded(stage: Stage, seen: Tokens) -> bool:
     current = stage.current
-    encoded = current is not None and current.encoded is not None and current.encoded[1] is seen
-    return None if encoded else stage.companion.rows
+    return current is not None and current.encoded is not None and current.encoded[1] is seen

@@ -56,7 +56,7 @@ def make_members(
     for module in mixture.gated_modules:
         target = targets[module.name]
         weight = next(target.parameters(recurse=False), None)
-        device = weight.device if weight is not None else _device_of(target, model)
+        device = _device_of(target, model)
         floats = weight is not None and weight.dtype in (
             torch.float16,
             torch.bfloat16,
@@ -219,8 +219,15 @@ def _embedding_scale(target: nn.Module) -> float:
 
 
 def _device_of(target: nn.Module, model: nn.Module) -> torch.device:
+    """Where a module computes; offloaded weights lie elsewhere, or nowhere, until it is called."""
+    hook: Any = getattr(target, "_hf_hook", None)  # accelerate's
+    for each in getattr(hook, "hooks", (hook,)):
+        device = getattr(each, "execution_device", None)
+        if device is not None and getattr(each, "offload", False):
+            return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
     tensors = (*target.parameters(), *target.buffers(), *model.parameters())
-    return tensors[0].device if tensors else torch.device("cpu")
+    there = [tensor.device for tensor in tensors if tensor.device.type != "meta"]
+    return there[0] if there else torch.device("cpu")
 
 
 def _kind(target: nn.Module) -> str:

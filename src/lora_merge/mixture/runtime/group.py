@@ -22,6 +22,7 @@ from lora_merge.mixture.runtime.call.tokens import Tokens
 from lora_merge.mixture.runtime.decide import decide
 from lora_merge.mixture.runtime.decided_outside import decided_outside
 from lora_merge.mixture.runtime.member import Member
+from lora_merge.mixture.runtime.precision import kept_precise
 from lora_merge.mixture.runtime.shared_input import Siblings
 
 # Modules that may read what an encoder made, and those that get tokens sorted by who wants them.
@@ -162,7 +163,8 @@ class Group(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Group":
         """Keep the views after `.to`, `.half` and the like, which convert them one by one."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with kept_precise(self, "weight", "bias"):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._pack()
         return self
 
@@ -189,6 +191,8 @@ class Group(nn.Module):
             y: Output of its base module.
             in_place: Whether `y` may be overwritten.
         """
+        if x.device.type != self._rows[0].device.type:
+            self.to(x.device)  # the model has been offloaded since, to compute elsewhere
         up: Tensor = self._ups[index]
         if self._reads_two(passed):
             z = self.parts(passed, x, index, index + 1)[0]

@@ -4,6 +4,7 @@ Position t's weights depend on positions <= t of the base model alone, so two ca
 one of the first pass, one of the mixed pass. The first pass skips every expert and the LM head.
 """
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.gates.memory import REMEMBERED, remember
 from lora_merge.mixture.runtime.call.kv_state import CACHE_NAMES
 from lora_merge.mixture.runtime.call.passes import Pass, Stage
+from lora_merge.mixture.runtime.precision import kept_precise
 
 _WEIGHTS, _HIDDEN = "weights", "hidden"
 
@@ -45,6 +47,14 @@ class HiddenGate(nn.Module):
             linears.append(layer.requires_grad_(False))
         self.layers = nn.ModuleList(linears)
         self.num_scores = 1 if spec.granularity == "model" else num_modules
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "HiddenGate":
+        """Follow the model to other devices, and to no half precision."""
+        with contextlib.ExitStack() as stack:
+            for layer in self.linears:
+                stack.enter_context(kept_precise(layer, "weight", "bias"))
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Scores (B, S, N * n) from hidden states (B, S, width); N may be 1."""

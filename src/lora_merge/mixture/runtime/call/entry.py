@@ -13,7 +13,15 @@ from lora_merge.mixture.runtime.call.generation import generation
 from lora_merge.mixture.runtime.call.hooks import body_of
 from lora_merge.mixture.runtime.call.in_force import InForce, Switch
 from lora_merge.mixture.runtime.call.kv_state import Companion, cache_name, companion_of, tokens_in
-from lora_merge.mixture.runtime.call.passes import Pass, Stage, begin, carry_through, current, end
+from lora_merge.mixture.runtime.call.passes import (
+    Pass,
+    Stage,
+    begin,
+    carry_through,
+    current,
+    end,
+    is_checkpointing,
+)
 from lora_merge.mixture.runtime.call.tokens import PACKED_BY_SCHEDULER, Tokens, read_tokens
 
 
@@ -232,8 +240,7 @@ def _wants_cache(body: nn.Module, given: Mapping[str, Any]) -> bool:
     use = given.get("use_cache")
     if use is None:
         use = getattr(config, "use_cache", False)
-    checkpointing = body.training and getattr(body, "gradient_checkpointing", False)
-    return bool(use) and not checkpointing and _is_decoder(body, config)
+    return bool(use) and _is_decoder(body, config) and not is_checkpointing(body)
 
 
 def _is_decoder(body: nn.Module, config: Any) -> bool:

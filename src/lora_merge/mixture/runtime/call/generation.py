@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import update_wrapper
+from types import MethodType
 from typing import Any
 
 import torch
@@ -38,19 +38,26 @@ class Generate:
     """A model's `generate` that says what it was given.
 
     Args:
-        generate: The model's own.
+        model: The model.
         encodes: Whether what it is given goes to an encoder, and the decoder begins anew.
+        own: What was in the place of its class's `generate` before, or None.
     """
 
-    def __init__(self, generate: Callable[..., Any], *, encodes: bool) -> None:
-        self.generate, self.encodes = generate, encodes
-        update_wrapper(self, generate, updated=())
+    def __init__(
+        self, model: nn.Module, *, encodes: bool, own: Callable[..., Any] | None = None
+    ) -> None:
+        self.model, self.encodes, self.own = model, encodes, own
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        kind: Any = type(self.model)
+        return self.own or MethodType(kind.generate, self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own."""
         token = _CURRENT.set(_read(args, kwargs, encodes=self.encodes))
         try:
-            return self.generate(*args, **kwargs)
+            return self.__wrapped__(*args, **kwargs)
         finally:
             _CURRENT.reset(token)
 
@@ -74,13 +81,16 @@ def _is_text(value: Tensor) -> bool:
 
 def tell_generation(model: nn.Module) -> None:
     """Have `model.generate` say what it was given."""
-    generate = getattr(model, "generate", None)
-    if callable(generate) and not isinstance(generate, Generate):
+    own = model.__dict__.get("generate")
+    if callable(getattr(model, "generate", None)) and not isinstance(own, Generate):
         encodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        model.__dict__["generate"] = Generate(generate, encodes=encodes)
+        model.__dict__["generate"] = Generate(model, encodes=encodes, own=own)
 
 
 def stop_telling(model: nn.Module) -> None:
     """Give the model its own `generate` back."""
-    if isinstance(model.__dict__.get("generate"), Generate):
+    told = model.__dict__.get("generate")
+    if isinstance(told, Generate):
         del model.__dict__["generate"]
+        if told.own is not None:
+            model.__dict__["generate"] = told.own

@@ -1,6 +1,6 @@
 """What attaching leaves in a model: hooks on modules and on the state dict."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from threading import RLock
 from typing import Any
 
@@ -17,6 +17,22 @@ def body_of(model: nn.Module) -> nn.Module:
     """The transformer without its head: where tokens begin."""
     body = getattr(model, "base_model", model)
     return body if isinstance(body, nn.Module) else model
+
+
+class Registry(nn.ModuleDict):
+    """Where a model keeps its mixtures: moved and trained with it, and invisible to offloading.
+
+    accelerate walks over a model's named children to move their weights away until they are called;
+    experts are never called, and stay.
+    """
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Nobody."""
+        return iter(())
+
+    def children(self) -> Iterator[nn.Module]:
+        """The mixtures, for `.to`, `.train` and the like."""
+        return iter(m for m in self._modules.values() if m is not None)
 
 
 class ModuleHook:

@@ -149,13 +149,12 @@ class Carried:
         passed = current(self.switch)
         if passed is None or torch.compiler.is_compiling():
             return self.checkpoint(function, *args, **kwargs)
-        stage = passed.stage and replace(passed.stage)
-        kept = replace(passed, stage=stage, outer=None, replay=True, waiting={})
+        kept = _as_it_is(passed)
 
         def run(*inputs: Any, **named: Any) -> Any:
             if _CURRENT.get() is passed:  # the first time
                 return function(*inputs, **named)
-            again = replace(kept, outer=_CURRENT.get(), waiting={})
+            again = replace(_as_it_is(kept), outer=_CURRENT.get())
             counted(self.switch, 1)
             _CURRENT.set(again)
             try:
@@ -164,6 +163,25 @@ class Carried:
                 end(again)
 
         return self.checkpoint(run, *args, **kwargs)
+
+
+def _as_it_is(passed: Pass) -> Pass:
+    """A pass to compute again from here: what it will have decided by then, it has not yet."""
+    stage = passed.stage
+    if stage is not None and stage.companion is not None:
+        companion = replace(stage.companion, rows=dict(stage.companion.rows))
+        stage = replace(stage, companion=companion)
+    elif stage is not None:
+        stage = replace(stage)
+    return replace(passed, stage=stage, outer=None, replay=True, waiting={})
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether parts of a model are going to be computed again."""
+    return model.training and any(
+        module.training and getattr(module, "gradient_checkpointing", False)
+        for module in model.modules()
+    )
 
 
 def carry_through(model: nn.Module, switch: Switch) -> None:
