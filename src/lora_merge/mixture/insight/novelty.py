@@ -19,7 +19,7 @@ from lora_merge.adapters.module_names import layer_of, natural
 from lora_merge.errors import MethodError
 from lora_merge.mixture.insight.descriptors import Descriptors
 from lora_merge.mixture.mixture import Mixture
-from lora_merge.mixture.runtime.fit_to_model import find_targets
+from lora_merge.mixture.runtime.targets import find_targets
 from lora_merge.mixture.training.data import Batch, Example, in_order
 
 # Texts that are nearly alike have nearly no spread, and any other would be strange: a deviation is

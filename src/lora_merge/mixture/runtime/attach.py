@@ -23,13 +23,14 @@ from lora_merge.mixture.gates.named_weights import weight_row
 from lora_merge.mixture.insight.usage import Usage
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.base_matrix import join_groups
-from lora_merge.mixture.runtime.call.entry import Entry, parts_of
+from lora_merge.mixture.runtime.call.entry import Entry, parts_of, refuse_other_tokens
 from lora_merge.mixture.runtime.call.generation import stop_telling, tell_generation
 from lora_merge.mixture.runtime.call.hooks import (
     REGISTRY,
     ModuleHook,
     Registry,
     body_of,
+    forget_compiled,
     forgive,
     hide,
 )
@@ -40,6 +41,7 @@ from lora_merge.mixture.runtime.group import Group
 from lora_merge.mixture.runtime.learned import gate_tensors, learned_parameters
 from lora_merge.mixture.runtime.overhead import Overhead, overhead
 from lora_merge.mixture.runtime.precision import gate_dtype
+from lora_merge.mixture.runtime.targets import without_wrappers
 from lora_merge.mixture.runtime.two_pass import HiddenGate, TwoPass, refuse_two_sequences
 
 _SHORTCUT = "mixture"
@@ -120,6 +122,7 @@ class AttachedMixture(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.mixture = name, mixture
+        model = without_wrappers(model)
         others = getattr(model, REGISTRY, {})
         if not re.fullmatch(r"[\w-]+", name):
             raise MethodError(f"a mixture cannot be called {name!r}", "letters, digits, - and _")
@@ -132,6 +135,8 @@ class AttachedMixture(nn.Module):
         if spec.signal == "hidden":
             refuse_two_sequences(model)
         members, targets = make_members(model, mixture, dtype)
+        if spec.signal == "hidden":
+            refuse_other_tokens(model, targets)
         dtype_of_gate = gate_dtype(members[0].down.dtype)
         self.switch = Switch(InForce(spec))
         self.groups = nn.ModuleList(
@@ -207,6 +212,7 @@ class AttachedMixture(nn.Module):
                 model.register_load_state_dict_post_hook(forgive),
             )
         registry[self._key] = self
+        forget_compiled()
         self.activate()
 
     def activate(self) -> None:
@@ -235,6 +241,7 @@ class AttachedMixture(nn.Module):
             entry.remove()
         self._entries.clear()
         self.switch.hooks.clear()
+        forget_compiled()
         stop_carrying(model, self.switch)
         for joined in self._joined:
             joined.part()

@@ -8,17 +8,15 @@ from torch import Tensor, nn
 
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.alignment import read_stacks
-from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.adapters.rank_stack import RankStack
-from lora_merge.errors import AlignmentError, MethodError
+from lora_merge.errors import MethodError
 from lora_merge.kernels.gated_stack.tune_cases import StackShape
 from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.gates.initial import svd_form
 from lora_merge.mixture.gates.layer_norm import standardised_rows
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.member import Member
-
-_MISFIT = "the experts do not fit the model"
+from lora_merge.mixture.runtime.targets import device_of, find_targets
 
 # Names of modules that read one tensor, as the model families call them.
 _SIBLINGS = (
@@ -56,7 +54,7 @@ def make_members(
     for module in mixture.gated_modules:
         target = targets[module.name]
         weight = next(target.parameters(recurse=False), None)
-        device = _device_of(target, model)
+        device = device_of(target, model)
         floats = weight is not None and weight.dtype in (
             torch.float16,
             torch.bfloat16,
@@ -67,43 +65,6 @@ def make_members(
         stack = next(iter(read_stacks(mixture.alignment, module)))
         members.append(_member(mixture, module, numbers[module.name], stack, target, kind, device))
     return members, targets
-
-
-def find_targets(model: nn.Module, mixture: Mixture) -> dict[str, nn.Module]:
-    """The model's modules that the experts adapt, by the experts' names for them.
-
-    A body without its head, or a head around the body the experts were trained on, shifts all names
-    by the body's prefix; that is followed.
-    """
-    names = mixture.modules
-    table = dict(model.named_modules())
-    prefix = getattr(model, "base_model_prefix", "")
-    ways = [names]
-    if prefix:
-        ways.append([f"{prefix}.{name}" for name in names])
-        if all(name.startswith(f"{prefix}.") for name in names):
-            ways.append([name.removeprefix(f"{prefix}.") for name in names])
-    found = max(ways, key=lambda way: sum(name in table for name in way))
-    missing = [name for name, there in zip(names, found, strict=True) if there not in table]
-    if missing:
-        shown = [f"the model has no module {name}" for name in missing[:6]]
-        if len(missing) > 6:
-            shown.append(f"and {len(missing) - 6} more of {len(names)}")
-        base = mixture.alignment.base_model
-        raise AlignmentError(
-            shown, f"load the experts' base model ({base or 'not named'})", what=_MISFIT
-        )
-    targets = {name: table[there] for name, there in zip(names, found, strict=True)}
-    faults = [
-        fault
-        for module in mixture.alignment.modules
-        if (fault := _misfit(module.first, targets[module.name]))
-    ]
-    if faults:
-        raise AlignmentError(
-            faults[:8], "load the base model the experts were trained on", what=_MISFIT
-        )
-    return targets
 
 
 def siblings(name: str) -> list[str]:
@@ -178,30 +139,6 @@ def _gate_rows(
     return rows, gate.get(f"{module}.rank_bias")
 
 
-def _misfit(spec: ModuleSpec, target: nn.Module) -> str | None:
-    """What does not fit between an adapted module and the model's, in words."""
-    if spec.form == "conv":
-        if getattr(target, "groups", 1) != 1 or getattr(target, "padding_mode", "zeros") != "zeros":
-            return f"{spec.name}: a grouped or unusually padded convolution"
-        if not isinstance(target, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            return f"{spec.name}: a convolution's factors, but the model has {_kind(target)}"
-        have = (target.out_channels, target.in_channels * target.weight[0, 0].numel())
-    elif spec.form == "embedding":
-        if not isinstance(target, nn.Embedding):
-            return f"{spec.name}: an embedding's factors, but the model has {_kind(target)}"
-        have = (target.embedding_dim, target.num_embeddings)
-    else:
-        if isinstance(target, (nn.Embedding, nn.Conv2d, nn.Conv3d)):
-            return f"{spec.name}: a linear layer's factors, but the model has {_kind(target)}"
-        have = (
-            getattr(target, "out_features", getattr(target, "nf", spec.d_out)),
-            getattr(target, "in_features", getattr(target, "nx", spec.d_in)),
-        )
-    if have != (spec.d_out, spec.d_in):
-        return f"{spec.name}: experts {spec.d_out} x {spec.d_in}, the model {have[0]} x {have[1]}"
-    return None
-
-
 def _convolution(target: Any) -> dict[str, Any]:
     if isinstance(target.padding, str) and target.padding != "valid":
         raise MethodError(f"a convolution with padding={target.padding!r}", "leave it out")
@@ -216,22 +153,6 @@ def _embedding_scale(target: nn.Module) -> float:
     """What a scaled embedding (Gemma) multiplies its rows by."""
     scale = getattr(target, "embed_scale", None) if isinstance(target, nn.Embedding) else None
     return 1.0 if scale is None else float(scale)
-
-
-def _device_of(target: nn.Module, model: nn.Module) -> torch.device:
-    """Where a module computes; offloaded weights lie elsewhere, or nowhere, until it is called."""
-    hook: Any = getattr(target, "_hf_hook", None)  # accelerate's
-    for each in getattr(hook, "hooks", (hook,)):
-        device = getattr(each, "execution_device", None)
-        if device is not None and getattr(each, "offload", False):
-            return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
-    tensors = (*target.parameters(), *target.buffers(), *model.parameters())
-    there = [tensor.device for tensor in tensors if tensor.device.type != "meta"]
-    return there[0] if there else torch.device("cpu")
-
-
-def _kind(target: nn.Module) -> str:
-    return f"a {type(target).__name__}"
 
 
 def stack_shapes(mixture: Mixture) -> list[StackShape]:

@@ -182,12 +182,22 @@ def hidden_states(body: nn.Module, **inputs: Any) -> Tensor:
     return _hidden_of(body(**inputs))
 
 
+# Model types that keep the state of a text in their modules, where two passes would meet.
+_STATE_IN_MODULES = ("recurrent_gemma",)
+
+
 def refuse_two_sequences(model: nn.Module) -> None:
     """An encoder and its decoder see different tokens; X-LoRA is defined on one sequence.
 
     Raises:
-        MethodError: If the model has both.
+        MethodError: If the model has both, or has room for the state of one pass only.
     """
+    if getattr(getattr(model, "config", None), "model_type", None) in _STATE_IN_MODULES:
+        raise MethodError(
+            f"gate xlora: {type(model).__name__} keeps the state of a text in its modules, and two "
+            "passes would overwrite each other's",
+            "use a gate that looks at each module's own input: arrow, spectr, meteora, smora",
+        )
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         raise MethodError(
             f"gate xlora: {type(model).__name__} has an encoder and a decoder, with tokens "

@@ -12,7 +12,7 @@ from lora_merge.mixture.gates.memory import evidence
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.attach import AttachedMixture, load_mixture
 from lora_merge.mixture.runtime.call.passes import current
-from lora_merge.mixture.runtime.fit_to_model import find_targets
+from lora_merge.mixture.runtime.targets import find_targets
 from lora_merge.mixture.training.data import Example, in_order
 
 

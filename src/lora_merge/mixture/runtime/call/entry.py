@@ -95,6 +95,7 @@ class Entry:
         stage.past = self._past(stage, given, masks)
         stage.tokens = read_tokens(given, stage.past, masks=masks)
         _check_rows(gate, stage.tokens, told.rows if told else None)
+        self._refuse_unseen(gate, stage)
         if twice and self.two_pass is not None:
             self.two_pass.before(passed, module, args, kwargs)
         return args, kwargs
@@ -142,6 +143,19 @@ class Entry:
             return stage.companion.seen
         cache = given.get(self.cache) if self.cache and masks else None
         return (tokens_in(cache, exact=True) or 0) if hasattr(cache, "get_seq_length") else 0
+
+    def _refuse_unseen(self, gate: InForce, stage: Stage) -> None:
+        """Refuse a text of which some tokens are in a cache that nothing can be kept beside."""
+        tokens, told = stage.tokens, generation()
+        if self.cache is not None or told is None or told.prompt is None or tokens is None:
+            return
+        follows = gate.remembers or gate.spec.signal == "hidden"
+        if follows and tokens.length is not None and tokens.length < told.prompt:
+            raise MethodError(
+                f"the {gate.spec.preset} gate needs to know the tokens before, which this model "
+                "keeps where nothing can be kept beside them",
+                "generate with use_cache=False, or use a gate that looks at each token alone",
+            )
 
     def _refuse_schedulers(self, gate: InForce, given: Mapping[str, Any]) -> None:
         """Refuse batches of a scheduler, whose tokens are those of many requests at many places."""
@@ -210,6 +224,26 @@ def parts_of(model: nn.Module, targets: Iterable[nn.Module]) -> Iterator[nn.Modu
         holds = is_model and any(id(inner) in wrapped for inner in module.modules())
         if module is model or module is body or holds:
             yield module
+
+
+def refuse_other_tokens(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Refuse modules that read no text, of which a first pass over the text decides nothing.
+
+    Raises:
+        MethodError: Naming some.
+    """
+    body = body_of(model)
+    for part in parts_of(model, targets.values()):
+        reads = inspect.signature(part.forward).parameters
+        if part in (model, body) or "input_ids" in reads or "inputs_embeds" in reads:
+            continue
+        inside = {id(module) for module in part.modules()}
+        lost = [name for name, target in targets.items() if id(target) in inside]
+        raise MethodError(
+            f"a gate on the text's hidden states cannot decide for {lost[0]} ({len(lost)} modules), "
+            f"which reads no text but what goes into a {type(part).__name__}",
+            "leave those modules out, or use a gate that looks at each module's own input",
+        )
 
 
 def _stages(passed: Pass) -> Iterator[Stage]:

@@ -1,5 +1,6 @@
 """What attaching leaves in a model: hooks on modules and on the state dict."""
 
+import sys
 from collections.abc import Callable, Iterator
 from threading import RLock
 from typing import Any
@@ -15,8 +16,17 @@ _LOCK = RLock()  # one for all: hooks come and go seldom, and a lock cannot be c
 
 def body_of(model: nn.Module) -> nn.Module:
     """The transformer without its head: where tokens begin."""
+    unwrap = getattr(model, "get_base_model", None)  # PEFT's; its own body is no transformer
+    if callable(unwrap):
+        model = unwrap()
     body = getattr(model, "base_model", model)
     return body if isinstance(body, nn.Module) else model
+
+
+def forget_compiled() -> None:
+    """Have compiled models compile again: what they compiled does not look for new hooks."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 class Registry(nn.ModuleDict):
