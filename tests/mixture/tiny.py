@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from builders import make_adapter, save_adapter
 from lora_merge.adapters.adapter import Adapter
+from lora_merge.mixture.mixture import Mixture
 
 VOCABULARY = 61
 
@@ -65,3 +66,21 @@ def saved_experts(folder: Path, model: nn.Module, ranks: tuple[int, ...] = (4, 4
 def tokens(batch: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
     return torch.randint(2, VOCABULARY, (batch, length), generator=random)
+
+
+def sharp(model: nn.Module, preset: str, **settings: object) -> Mixture:
+    """A mixture whose gate says something else for every token."""
+    mixture = Mixture(experts_for(model), preset, hidden_size=32, **settings)
+    random = torch.Generator().manual_seed(7)
+    for name, tensor in mixture.gate.items():
+        if not name.endswith("prototype"):
+            mixture.gate[name] = torch.randn(tensor.shape, generator=random) * 2
+    return mixture
+
+
+def wild() -> nn.Module:
+    """A Llama whose padding looks like any other token."""
+    model = llama()
+    torch.manual_seed(9)
+    model.model.embed_tokens.weight.data[0] = torch.randn(32)
+    return model

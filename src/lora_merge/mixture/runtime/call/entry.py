@@ -56,7 +56,7 @@ class Entry:
         two_pass: Before | None = None,
     ) -> None:
         self.switch, self.name, self.two_pass = switch, name, two_pass
-        self.names = tuple(inspect.signature(module.forward).parameters)
+        self.names = _named(module)
         self.cache = cache_name(self.names)
         self.handles = [
             module.register_forward_pre_hook(self.enter, with_kwargs=True),
@@ -221,9 +221,16 @@ def parts_of(model: nn.Module, targets: Iterable[nn.Module]) -> Iterator[nn.Modu
     wrapped, body = {id(target) for target in targets}, body_of(model)
     for module in model.modules():
         is_model = hasattr(module, "config") and hasattr(module, "base_model_prefix")
+        is_model = is_model and bool(_named(module))  # PEFT's shells pass on whatever they get
         holds = is_model and any(id(inner) in wrapped for inner in module.modules())
         if module is model or module is body or holds:
             yield module
+
+
+def _named(module: nn.Module) -> tuple[str, ...]:
+    """What a part calls its arguments."""
+    found = inspect.signature(module.forward).parameters.values()
+    return tuple(p.name for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 
 def refuse_other_tokens(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
@@ -234,13 +241,13 @@ def refuse_other_tokens(model: nn.Module, targets: Mapping[str, nn.Module]) -> N
     """
     body = body_of(model)
     for part in parts_of(model, targets.values()):
-        reads = inspect.signature(part.forward).parameters
+        reads = _named(part)
         if part in (model, body) or "input_ids" in reads or "inputs_embeds" in reads:
             continue
         inside = {id(module) for module in part.modules()}
         lost = [name for name, target in targets.items() if id(target) in inside]
         raise MethodError(
-            f"a gate on the text's hidden states cannot decide for {lost[0]} ({len(lost)} modules), "
+            f"a first pass over the text cannot decide for {lost[0]} ({len(lost)} modules), "
             f"which reads no text but what goes into a {type(part).__name__}",
             "leave those modules out, or use a gate that looks at each module's own input",
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -189,17 +190,17 @@ def _begins(
         begins = torch.zeros(length + 1, dtype=torch.bool, device=bounds.device)
         begins[bounds.long().clamp(max=length)] = True
         return begins[None, 1:length]
-    places = given.get("position_ids")
+    found = []
+    places, mask = given.get("position_ids"), given.get("attention_mask")
     if isinstance(places, Tensor) and places.dim() == 2 and places.shape[1] == length:
         step = places.diff(dim=1)
         # As transformers reads them; with a mask or a cache, it does not look for documents.
-        return step != 1 if given.get("attention_mask") is None and not past else step < 1
-    mask = given.get("attention_mask")
+        found.append(step != 1 if mask is None and not past else step < 1)
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention")
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == length:
-        return ~_attends(mask, length, past, back=1)
-    return None
+        found.append(~_attends(mask, length, past, back=1))
+    return reduce(torch.logical_or, found) if found else None
 
 
 def _described(mask: Any) -> str:

@@ -1,0 +1,177 @@
+"""Copies of models, files of caches, other dtypes, offloaded, compiled and wrapped bases."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from tiny import llama, sharp, tokens
+
+from lora_merge.errors import AlignmentError, MethodError
+from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.runtime.attach import load_mixture
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+# -- copies --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["meteora", "xlora"])
+def test_a_copy_of_a_model_is_its_own(preset: str, tmp_path) -> None:
+    model = llama()
+    base = model(tokens()).logits
+    sharp(model, preset).save_pretrained(tmp_path / "mix")
+    load_mixture(model, tmp_path / "mix")
+    mixed = model(tokens()).logits
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    average = torch.optim.swa_utils.AveragedModel(model).module
+    for other in (copy.deepcopy(model), average, torch.load(file, weights_only=False)):
+        assert torch.equal(other(tokens()).logits, mixed)
+        other.mixture.set_gate(weights=[0.0, 0.0, 0.0])
+        assert torch.equal(other(tokens()).logits, base)
+        assert torch.equal(model(tokens()).logits, mixed)
+        other.mixture.set_gate()
+        model.mixture.set_gate(weights=[1.0, 0.0, 0.0])
+        assert torch.equal(other(tokens()).logits, mixed)
+        model.mixture.set_gate()
+        assert other.generate(tokens(), **GREEDY).shape == (2, 15)
+        other.mixture.detach()
+        assert torch.equal(other(tokens()).logits, base)
+    assert torch.equal(model(tokens()).logits, mixed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("preset", "settings"), [("xlora", {}), ("meteora", {"memory": 0.8}), ("sequence", {})]
+)
+def test_a_cache_comes_back_from_a_file(preset: str, settings: dict) -> None:
+    model = llama()
+    load_mixture(model, sharp(model, preset, **settings))
+    ids = tokens(1, 7)
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    again = pickle.loads(pickle.dumps(cache))
+    expected = model(ids[:, 6:], past_key_values=cache).logits
+    assert torch.equal(model(ids[:, 6:], past_key_values=again).logits, expected)
+    with model.mixture.disabled():
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+    with pytest.raises(MethodError, match="filled while the mixture was not active"):
+        model(ids[:, 6:], past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["meteora", "arrow", "smora", "recall"])
+def test_gates_stay_float32_when_the_model_becomes_half(preset: str) -> None:
+    after, before = llama(), llama().to(torch.bfloat16)
+    mixture = sharp(after, preset)
+    load_mixture(after, mixture)
+    after.to(torch.bfloat16)
+    load_mixture(before, mixture)
+    assert torch.equal(after(tokens()).logits, before(tokens()).logits)
+    for name, tensor in before.mixture.gate_tensors().items():
+        assert torch.equal(after.mixture.gate_tensors()[name], tensor)
+
+
+# -- where weights lie, and what modules are called -----------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["constant", "arrow", "meteora", "sequence", "xlora"])
+def test_an_offloaded_base(preset: str) -> None:
+    from accelerate import cpu_offload
+
+    plain, first, then = llama(), llama(), llama()
+    mixture = sharp(plain, preset)
+    for model in (plain, then):
+        load_mixture(model, mixture)
+    for model in (first, then):
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    load_mixture(first, mixture)
+    expected = plain(tokens()).logits
+    for model in (first, then):
+        assert torch.equal(model(tokens()).logits, expected)
+        assert model.model.layers[0].mlp.up_proj.weight.is_meta
+
+
+def test_a_model_that_was_compiled_before() -> None:
+    model = llama(num_hidden_layers=1)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        base = compiled(tokens(), use_cache=False).logits
+        handle = load_mixture(compiled, sharp(model, "meteora"))
+        mixed = model(tokens(), use_cache=False).logits
+        assert not torch.allclose(mixed, base, atol=1e-3)
+        torch.testing.assert_close(compiled(tokens(), use_cache=False).logits, mixed)
+        with handle.disabled():
+            torch.testing.assert_close(compiled(tokens(), use_cache=False).logits, base)
+        torch.testing.assert_close(compiled(tokens(), use_cache=False).logits, mixed)
+        handle.detach()
+        torch.testing.assert_close(compiled(tokens(), use_cache=False).logits, base)
+
+
+def test_names_of_wrappers_and_of_models_that_see(tmp_path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from tiny import shapes_of
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    from builders import make_adapter
+
+    wrapped = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    plain = llama()
+    mixture = sharp(plain, "xlora")
+    load_mixture(plain, mixture)
+    load_mixture(wrapped.eval(), mixture)  # its B is zero, so it is its base
+    torch.testing.assert_close(wrapped(tokens()).logits, plain(tokens()).logits)
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    text = LlamaConfig(hidden_size=32, intermediate_size=48, vocab_size=61, **sizes)
+    sees = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, image_size=8, patch_size=4, **sizes
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=sees, text_config=text, image_token_index=60)
+    ).eval()
+    names = {n: s for n, s in shapes_of(model, "q_proj").items() if "language_model" in n}
+    found = []
+    for old in ("model.language_model.", "language_model.model.", "model."):
+        shapes = {n.replace("model.language_model.", old): s for n, s in names.items()}
+        experts = [make_adapter(f"e{i}", seed=i, shapes=shapes) for i in range(2)]
+        handle = load_mixture(model, Mixture(experts, "constant"))
+        found.append(model(input_ids=tokens()).logits)
+        handle.detach()
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    vision = {n: s for n, s in shapes_of(model, "q_proj").items() if "vision" in n}
+    experts = [make_adapter(f"e{i}", seed=i, shapes={**names, **vision}) for i in range(2)]
+    with pytest.raises(MethodError, match="reads no text"):
+        load_mixture(model, Mixture(experts, "xlora", hidden_size=32))
+    assert not hasattr(model, "mixture")
+
+
+def test_what_a_mixture_cannot_weigh_of_a_moe_model() -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from builders import make_adapter
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_experts=4,
+        num_experts_per_tok=2, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=61,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).eval()
+    for shapes, message in (
+        ({"model.layers.0.mlp.gate": (4, 32)}, "a router"),
+        ({"model.layers.0.mlp.experts.1.up_proj": (16, 32)}, "as one stack"),
+    ):
+        with pytest.raises(AlignmentError, match=message):
+            load_mixture(model, Mixture([make_adapter("e", shapes=shapes)], "arrow"))
+    assert not any(m._forward_hooks for m in model.modules())
