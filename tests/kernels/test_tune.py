@@ -107,7 +107,7 @@ def test_a_damaged_table_is_replaced(cache: Path) -> None:
 def test_what_cannot_be_kept_is_said(cache: Path) -> None:
     cache.mkdir()
     (cache / "lora-merge").write_text("a file")
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match=r"cannot write|is no directory"):
         store(list(tune([SMALL], CPU, torch.float32, tokens=[1])), CPU)
     with pytest.raises(MethodError, match="float64"):
         list(tune([SMALL], CPU, torch.float64))

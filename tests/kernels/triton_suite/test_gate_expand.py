@@ -50,10 +50,10 @@ def check(
     extra = draw(members * count, device=device, seed=4) if bias else None
     all_units = Ungated(parts, scores, owners(ranks).to(device), dtype, rule, extra)
     flat = torch.cat([up.flatten() for up in ups])
+    tiles = _launch.gate_expand_tiles(tokens, sum(widths), flat.element_size())
     out = _launch.gate_expand(
-        y, parts, scores, flat, widths, all_units.columns,
-        _launch.gate_expand_tiles(tokens, sum(widths)), dtype, rule=rule, bias=extra,
-    )  # fmt: skip
+        y, parts, scores, flat, widths, all_units.columns, tiles, dtype, rule=rule, bias=extra
+    )
     assert out.dtype == dtype and out.shape == (tokens * sum(widths),)
     each = all_units.members(members)
     for got, one, base, up in zip(

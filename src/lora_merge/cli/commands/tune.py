@@ -19,6 +19,7 @@ Examples:
   lora-merge tune                   shapes of Llama-3-8B, 8 experts of rank 16
   lora-merge tune my-mixture        the mixture's own shapes
   lora-merge tune --tokens 1 --experts 28 --rank 8 --json
+  lora-merge tune --check           which kernels compile with the Triton that is installed
 """,
     short_help="Measure which kernels are fastest on this machine.",
 )
@@ -37,6 +38,7 @@ Examples:
 @click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True)
 @click.option("--graph", is_flag=True, help="Time CUDA graphs instead of separate launches.")
 @click.option("--dry-run", is_flag=True, help="Measure and show, keep nothing.")
+@click.option("--check", is_flag=True, help="Measure nothing: say which kernels compile here.")
 @json_option
 def command(
     mixture: Path | None,
@@ -48,12 +50,18 @@ def command(
     rounds: int,
     graph: bool,
     dry_run: bool,
+    check: bool,
     as_json: bool,
 ) -> None:
     """Time every implementation of the gated stack, and remember the fastest for each case.
 
-    Mixtures look it up from then on. Without MIXTURE, the modules of Llama-3-8B are timed.
+    Mixtures look it up from then on. Without MIXTURE, the modules of Llama-3-8B are timed. With
+    --check nothing is timed: every kernel is compiled, for this GPU, or without one for compute
+    capability 8.0, 8.9, 9.0 and 10.0; exit code 1 if one does not.
     """
+    if check:
+        _check(device, as_json)
+        return
     import torch
 
     from lora_merge.cli.shared.output import Output
@@ -104,6 +112,55 @@ def command(
         output.note(f"kept in {path}")
     if any(row.fastest in ("concat", "joined") for row in rows):
         output.note('concat and joined run where load_mixture is given layout="rows" or "border"')
+
+
+def _check(device: str, as_json: bool) -> None:
+    """Compile each kernel, with every tile, gate and dtype that it can be asked for."""
+    from lora_merge.cli.shared.output import Output, table
+    from lora_merge.errors import MethodError
+    from lora_merge.kernels.gated_stack.gpu.fused import HAS_TRITON
+    from lora_merge.machine.device import pick_device
+
+    output = Output(as_json)
+    reason = "" if HAS_TRITON else "triton is not installed"
+    if HAS_TRITON:
+        from lora_merge.kernels.gated_stack.gpu import compile_check as checking
+
+        reason = checking.refusal()
+    if reason:
+        raise MethodError(f"no kernel can be compiled: {reason}", "mixtures run eager here")
+    version, done = checking.triton_version(), []
+    targets = checking.targets(pick_device(device))
+    for capability in targets:
+        found = checking.chosen(capability)
+        with output.progress(f"compute capability {capability / 10}", len(found)) as step:
+            for one in checking.compile_all(found, capability):
+                done.append(one)
+                step()
+    failed = [one for one in done if one.error]
+    grid = table("kernel", "compute capability", "compiled", "failed", "registers", "spilled")
+    for kernel in dict.fromkeys(one.kernel for one in done):
+        for capability in targets:
+            own = [one for one in done if (one.kernel, one.capability) == (kernel, capability)]
+            bad = sum(bool(one.error) for one in own)
+            most = [
+                max((getattr(one, n) for one in own), default=0) for n in ("registers", "spilled")
+            ]
+            grid.add_row(
+                kernel, f"{capability / 10}", str(len(own) - bad), str(bad), *map(str, most)
+            )
+    result = {
+        "schema": 1, "triton": version, "capabilities": list(targets),
+        "compiled": len(done) - len(failed), "failed": [one.to_dict() for one in failed],
+    }  # fmt: skip
+    output.data(result, grid)
+    for one in failed:
+        output.note(f"{one.kernel}, compute capability {one.capability / 10}: {one.error}")
+    if failed:
+        raise MethodError(
+            f"triton {version}: {len(failed)} of {len(done)} launches do not compile",
+            "pip install 'lora-merge[kernels]', or leave it: mixtures run eager instead",
+        )
 
 
 def _view(rows: "list[Measured]") -> "Table":

@@ -16,7 +16,7 @@ from lora_merge.kernels.gated_stack.layout import WORD, Layout
 INTERPRETED = type(_triton.shrink_kernel).__name__ == "InterpretedFunction"
 _PIECE = 1024  # width of a piece of the scores' products; of the width alone, or bits would depend
 # on the tokens beside a token
-_NARROW = 64  # tokens up to which the own shrink is used; above, a library GEMM is
+NARROW = 64  # tokens up to which the own shrink is used; above, a library GEMM is
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,18 @@ class Tiles:
     stages: int = 3
 
 
-def shrink_tiles(tokens: int, width: int, num_rows: int, processors: int) -> Tiles | None:
-    """How to shrink, or None where a library's GEMM does it better.
+def shrink_tiles(
+    tokens: int, width: int, num_rows: int, processors: int, size: int = 2
+) -> Tiles | None:
+    """How to shrink entries of `size` bytes, or None where a library's GEMM does it better.
 
     Few rows make few programs, so the width is cut until every processor has two.
     """
-    if tokens > _NARROW:
+    if tokens > NARROW:
         return None
     if tokens == 1:
         return Tiles(1, 16, 512, split=min(8, _cdiv(width, 512)))
-    m, n, k = (16 if tokens <= 16 else 32), 32, 256
+    m, n, k = (16 if tokens <= 16 else 32), 32, 256 if size == 2 else 64
     split = max(1, min(2 * processors // _cdiv(num_rows, n), _cdiv(width, k), 16))
     return Tiles(m, n, k, split)
 
@@ -64,16 +66,14 @@ def expand_tiles(tokens: int, width: int) -> Tiles:
 
 
 @lru_cache
-def gate_expand_tiles(tokens: int, width: int) -> Tiles:
+def gate_expand_tiles(tokens: int, width: int, size: int = 2) -> Tiles:
     """How to gate and expand at once; `width` is that of all members together."""
-    if tokens > 1:
-        return Tiles(16, 32 if width <= 8192 else 64, 128, warps=8, stages=1)
-    # 16 kB of `up` asked for at once per 4 warps, in 64 registers at most: all programs fit in.
-    return (
-        Tiles(1, 32, 256, warps=4, stages=1)
-        if width <= 8192
-        else Tiles(1, 64, 256, warps=8, stages=1)
-    )
+    if tokens > 1:  # float32 products are made of plain registers
+        n, k = 32 if width <= 8192 else 64, 128 if size == 2 else 32
+        return Tiles(16, n, k, warps=8, stages=1)
+    # 16 kB of `up` asked for at once per 4 warps, in at most 64 registers, so all fit at once.
+    n, warps = (32, 4) if width <= 8192 else (64, 8)
+    return Tiles(1, n, 256, warps=warps, stages=1)
 
 
 def shrink(

@@ -132,7 +132,7 @@ def expand(y: Tensor, z: Tensor, up: Tensor, places: Places) -> Tensor:
     tokens, width = y.shape
     kept, num_blocks, _, rank = z.shape
     out = torch.empty(tokens, width, dtype=y.dtype, device=y.device)
-    columns = _columns(rank * z.element_size())
+    columns = _columns(rank * z.element_size()) // (z.element_size() // 2)
     often = min(_OFTEN, _cdiv(width, columns))
     step = columns * often
     most = _CACHE // (tokens * out.element_size()) // step if kept > 1 else width

@@ -94,8 +94,9 @@ class JoinedStack:
             count = self.scores
             shape = self.splits[2] // count, tokens, count
             scores = scores.as_strided(shape, (count, scores.stride(0), 1))
+        tiles = self.tiles(tokens, self.splits[0], self.up.element_size())
         out = self.launch(
-            y, u[None], scores, self.up, self.widths, self.columns,
-            self.tiles(tokens, self.splits[0]), self.up.dtype, rule=self.rule, bias=self.bias,
+            y, u[None], scores, self.up, self.widths, self.columns, tiles, self.up.dtype,
+            rule=self.rule, bias=self.bias,
         )  # fmt: skip
         return [*out.split_with_sizes([tokens * width for width in self.widths])]

@@ -125,9 +125,10 @@ def gate_expand(y: Tensor, units: Ungated, up: Tensor) -> Tensor:
     from lora_merge.kernels.gated_stack.gpu import _launch
 
     width = y.shape[1]
+    tiles = _launch.gate_expand_tiles(y.shape[0], width, up.element_size())
     out = _launch.gate_expand(
-        _rows(y), units.parts, units.scores, up.contiguous(), (width,), units.columns,
-        _launch.gate_expand_tiles(y.shape[0], width), y.dtype, rule=units.rule, bias=units.bias,
+        _rows(y), units.parts, units.scores, up.contiguous(), (width,), units.columns, tiles,
+        y.dtype, rule=units.rule, bias=units.bias,
     )  # fmt: skip
     return out.view(y.shape)
 
@@ -162,7 +163,8 @@ def _shrink(x: Tensor, down: Tensor, gate: Tensor | None) -> tuple[Tensor, Tenso
 
     num_rows = down.shape[0] + (0 if gate is None else gate.shape[0])
     tokens, width = x.shape
-    tiles = _launch.shrink_tiles(tokens, width, num_rows, _launch.processors(x.device))
+    processors, size = _launch.processors(x.device), x.element_size()
+    tiles = _launch.shrink_tiles(tokens, width, num_rows, processors, size)
     gate = None if gate is None else gate.contiguous()
     return _launch.shrink(_rows(x), down.contiguous(), gate, tiles)
 
