@@ -18,3 +18,13 @@ def test_methods_page_is_up_to_date() -> None:
 def test_recipe_schema_is_up_to_date() -> None:
     assert json.loads((DOCS / "recipe.schema.json").read_text()) == recipe_schema(), REMAKE
     assert recipe_schema()["additionalProperties"] is False
+
+
+def test_the_readme_counts_methods_and_no_two_are_the_same_row() -> None:
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert f"any of {len(METHODS)} methods" in readme
+    rows = [
+        (m.combine, m.options, str(m.presets), m.space, str(m.spaces), m.rank, m.normalize)
+        for m in METHODS.values()
+    ]
+    assert len(set(rows)) == len(rows)

@@ -8,7 +8,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from lora_merge.linalg.factors import gram
+from lora_merge.linalg.factors import gram, thin_svd
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +71,10 @@ class RankStack:
             torch.cat([part.scale for part in parts]),
             torch.cat([part.owner for part in parts]),
         )
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Thin SVD of the delta, from the factors: u (d_out, k), s (k,), vh (k, d_in)."""
+        return thin_svd(self.up * self.scale.to(self.up.dtype), self.down)
 
     @property
     def num_units(self) -> int:

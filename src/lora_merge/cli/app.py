@@ -24,6 +24,7 @@ _COMMANDS = {
     "fuse": "lora_merge.cli.commands.fuse",
     "resize": "lora_merge.cli.commands.resize",
     "extract": "lora_merge.cli.commands.extract",
+    "convert": "lora_merge.cli.commands.convert",
     "info": "lora_merge.cli.commands.info",
     "spectra": "lora_merge.cli.commands.spectra",
     "compare": "lora_merge.cli.commands.compare",

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 from torch import nn
@@ -9,11 +10,13 @@ from torch import nn
 from lora_merge.adapters.access.live_peft import is_peft, live_names
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.adapter import open_adapter as open_files
+from lora_merge.adapters.base_weights import CheckpointBase
 from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.identity.rename import rename_all
 from lora_merge.adapters.references import expand, resolve
 from lora_merge.arguments import checked
 from lora_merge.errors import SourceError
+from lora_merge.files.checkpoint import open_checkpoint
 
 # A path, a glob or a Hub reference; an opened adapter; a live PEFT model (all of its adapters).
 AdapterLike: TypeAlias = Adapter | str | os.PathLike[str] | nn.Module
@@ -28,6 +31,8 @@ def open_adapters(
     rslora: bool = False,
     allow_pickle: bool = False,
     rename: Sequence[str] = (),
+    base: str | os.PathLike[str] | None = None,
+    rank: int | None = None,
 ) -> list[Adapter]:
     """Open adapters: only headers and configs are read.
 
@@ -40,6 +45,8 @@ def open_adapters(
         allow_pickle: Load `.bin` files, with `weights_only=True`.
         rename: Changes of module names, FROM=TO: paths that begin with FROM begin with TO instead
             ("layers=model.layers").
+        base: The base model's directory, for forms whose delta depends on its weights.
+        rank: Accept deltas of full rank, cut at this rank where a form can be cut as it is read.
 
     Returns:
         The adapters, in the order given; a glob's matches in the order of their names.
@@ -57,6 +64,7 @@ def open_adapters(
     fallback = None
     if alpha is not None:
         fallback = AdapterConfig(r=None, lora_alpha=alpha, use_rslora=rslora)
+    model = None if base is None else CheckpointBase(open_checkpoint(Path(base)))
     given = [adapters] if isinstance(adapters, _SINGLE) else _listed(adapters)
     opened: list[Adapter] = []
     for one in given:
@@ -64,7 +72,12 @@ def open_adapters(
             opened.append(one)
         elif isinstance(one, str | os.PathLike):
             opened += [
-                open_files(resolve(ref, allow_pickle=allow_pickle), fallback=fallback)
+                open_files(
+                    resolve(ref, allow_pickle=allow_pickle),
+                    fallback=fallback,
+                    base=model,
+                    rank=rank,
+                )
                 for ref in expand([os.fspath(one)])
             ]
         elif isinstance(one, nn.Module) and is_peft(one):
@@ -85,6 +98,8 @@ def open_adapter(
     rslora: bool = False,
     allow_pickle: bool = False,
     rename: Sequence[str] = (),
+    base: str | os.PathLike[str] | None = None,
+    rank: int | None = None,
 ) -> Adapter:
     """Open one adapter; arguments as for `open_adapters`, of which exactly one may be meant.
 
@@ -94,6 +109,8 @@ def open_adapter(
         rslora: That file's scaling is alpha / sqrt(r).
         allow_pickle: Load a `.bin` file, with `weights_only=True`.
         rename: Changes of module names, FROM=TO.
+        base: The base model's directory, for forms whose delta depends on its weights.
+        rank: Accept deltas of full rank.
 
     Raises:
         SourceError: If it leads nowhere, or stands for several adapters.
@@ -108,7 +125,13 @@ def open_adapter(
           parameters  18,944, F16
     """
     opened = open_adapters(
-        adapter, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle, rename=rename
+        adapter,
+        alpha=alpha,
+        rslora=rslora,
+        allow_pickle=allow_pickle,
+        rename=rename,
+        base=base,
+        rank=rank,
     )
     if len(opened) != 1:
         names = ", ".join(one.name for one in opened[:4]) or "none"

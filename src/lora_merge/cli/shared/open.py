@@ -19,18 +19,11 @@ def check_out(out: Path, *inputs: str | Path | None, force: bool) -> None:
     check_target(out, force=force, inputs=[path for path in named if path.exists()])
 
 
-def open_all(
-    refs: Sequence[str],
-    *,
-    alpha: float | None,
-    rslora: bool,
-    allow_pickle: bool,
-    rename: Sequence[str] = (),
-) -> "list[Adapter]":
+def open_all(refs: Sequence[str], **options: Any) -> "list[Adapter]":
     """Open every reference, with `open_options`; patterns stand for what they match."""
     from lora_merge.adapters.access.coerce import open_adapters
 
-    return open_adapters(refs, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle, rename=rename)
+    return open_adapters(refs, **options)
 
 
 def open_single(ref: str, **options: Any) -> "Adapter":

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
-from lora_merge.linalg.factors import thin_svd
 from lora_merge.linalg.random_bits import mask_key, random_bits
 from lora_merge.linalg.range_finder import leading_svd_in_bands
 from lora_merge.merge.elementwise.bands import BAND_ROWS, band_rows, blocks_of
@@ -175,7 +174,7 @@ def _first_guess(stack: RankStack, weights: Sequence[float], rank: int, seed: in
     """
     width = min(rank + _OVERSAMPLING, stack.d_out, stack.d_in)
     weighted = stack.weighted(torch.tensor(weights, dtype=torch.float64, device=stack.up.device))
-    _, _, vh = thin_svd(weighted.up * weighted.scale.to(weighted.up.dtype), weighted.down)
+    _, _, vh = weighted.svd()
     known = vh[: min(rank + _OVERSAMPLING // 2, width)].mT
     key = mask_key(seed, "leading subspace", f"{stack.d_out} x {stack.d_in}")
     bits = random_bits(key, 0, (width, stack.d_in), device=stack.up.device)

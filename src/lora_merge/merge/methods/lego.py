@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
-from lora_merge.linalg.factors import gram, thin_svd
+from lora_merge.linalg.factors import gram
 from lora_merge.linalg.kmeans import kmeans
 from lora_merge.merge.methods.lego_options import LegoOptions
 from lora_merge.merge.methods.method import Job, Outcome
@@ -234,7 +234,7 @@ def _singular_units(stack: RankStack) -> RankStack:
     owners = []
     for owner in stack.adapters:
         part = stack.of_adapter(owner)
-        u, s, vh = thin_svd(part.up * part.scale.to(part.up.dtype), part.down)
+        u, s, vh = part.svd()
         root = s.sqrt().to(u.dtype)
         factors.append((root[:, None] * vh, u * root, 1.0))
         owners.append(torch.full((len(s),), owner, device=stack.owner.device))

@@ -29,19 +29,12 @@ __all__ = ["METHODS", "Job", "Method", "Outcome", "find_method", "methods"]
 
 _TABLE = (
     Method(
-        name="task-arithmetic",
-        summary="weighted sum of the deltas, cut to the largest input rank",
-        paper="Ilharco et al. 2023, arXiv 2212.04089",
-        combine=linear.weighted_sum,
-        space="units",
-        aliases=("linear",),
-    ),
-    Method(
         name="svd",
-        summary="best approximation of the weighted sum at a rank (Eckart-Young)",
-        paper="Eckart & Young 1936; PEFT's svd",
+        summary="weighted sum of the deltas (task arithmetic), at its best for a rank",
+        paper="Ilharco et al. 2023, arXiv 2212.04089; Eckart & Young 1936; PEFT's svd",
         combine=linear.weighted_sum,
         space="units",
+        aliases=("task-arithmetic", "linear"),
     ),
     Method(
         name="cat",
@@ -127,6 +120,7 @@ _TABLE = (
         combine=spectral.tsv,
         options=spectral.TsvOptions,
         separates=True,
+        aliases=("core-tsv",),  # it always runs in Core Space (arXiv 2509.17786)
     ),
     Method(
         name="iso-c",
@@ -136,6 +130,7 @@ _TABLE = (
         options=spectral.IsoOptions,
         makes_rank=True,
         separates=True,
+        aliases=("core-iso",),  # the same
     ),
     Method(
         name="iso-cts",
@@ -143,23 +138,6 @@ _TABLE = (
         paper="Marczak et al., ICML 2025, arXiv 2502.04959",
         combine=spectral.iso_cts,
         options=spectral.IsoCtsOptions,
-        makes_rank=True,
-        separates=True,
-    ),
-    Method(
-        name="core-tsv",
-        summary="tsv in Core Space: the same result as tsv, which always runs there",
-        paper="Panariello et al., NeurIPS 2025, arXiv 2509.17786",
-        combine=spectral.tsv,
-        options=spectral.TsvOptions,
-        separates=True,
-    ),
-    Method(
-        name="core-iso",
-        summary="iso-c in Core Space: the same result as iso-c, which always runs there",
-        paper="Panariello et al., NeurIPS 2025, arXiv 2509.17786",
-        combine=spectral.iso_c,
-        options=spectral.IsoOptions,
         makes_rank=True,
         separates=True,
     ),

@@ -12,7 +12,6 @@ from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.writer import AdapterWriter, plan_output
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory
-from lora_merge.linalg.factors import thin_svd
 from lora_merge.mixture.expert import Expert, slug, write_expert
 from lora_merge.mixture.mixture import Mixture
 
@@ -113,7 +112,7 @@ def cut(stack: RankStack, rank: int) -> tuple[RankStack, float]:
     """The best approximation of a rank, and the squared Frobenius norm of what it leaves out."""
     if stack.num_units <= rank:
         return stack, 0.0
-    u, s, vh = thin_svd(stack.up * stack.scale.to(stack.up.dtype), stack.down)
+    u, s, vh = stack.svd()
     root = s[:rank].sqrt().to(u.dtype)
     kept = RankStack.single(u[:, :rank] * root, root[:, None] * vh[:rank])
     return kept, float(s[rank:].square().sum())

@@ -15,7 +15,6 @@ from torch import Tensor
 from lora_merge.adapters.alignment import Alignment, read_stacks
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
-from lora_merge.linalg.factors import thin_svd
 from lora_merge.mixture.gates.gate import GateSpec
 
 _READS_HIDDEN = ("q_proj", "query", "q_lin", "query_key_value", "c_attn", "qkv", "gate_proj")
@@ -81,7 +80,7 @@ def prototypes(
     vectors = []
     for owner in present:
         part = stack.units((stack.owner == owner) | (stack.owner >= num_experts)).weighted(weights)
-        _, _, vh = thin_svd(part.up * part.scale.to(part.up.dtype), part.down)
+        _, _, vh = part.svd()
         vectors.append(vh[0])
     return torch.stack(vectors)
 
@@ -95,7 +94,7 @@ def svd_form(stack: RankStack, owners: Iterable[int]) -> tuple[RankStack, Tensor
     parts, values = [], []
     for owner in owners:
         part = stack.of_adapter(owner)
-        u, s, vh = thin_svd(part.up * part.scale.to(part.up.dtype), part.down)
+        u, s, vh = part.svd()
         parts.append(RankStack(vh, u * s.to(u.dtype), torch.ones_like(s), part.owner[: len(s)]))
         values.append(s)
     return RankStack.joined(parts), torch.cat(values)

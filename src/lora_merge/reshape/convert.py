@@ -1,0 +1,304 @@
+"""One adapter from any dialect to any file format: exact, or cut with the error stated."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.formats.file_format import FileFormat
+from lora_merge.adapters.formats.table import FORMATS, format_of
+from lora_merge.adapters.forms import ModuleSpec, to_matrix
+from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.adapters.units import Verdict
+from lora_merge.adapters.writer import AdapterWriter, OutputPlan, plan_output
+from lora_merge.errors import MethodError
+from lora_merge.files.atomic import atomic_directory
+from lora_merge.files.cards import short_card
+from lora_merge.files.checkpoint import Checkpoint
+from lora_merge.files.targets import check_target
+from lora_merge.files.tensor_file import commonest_dtype, refuse_non_finite
+from lora_merge.linalg.core_svd import CoreSVD, core_svd
+from lora_merge.linalg.factors import pivot_sign
+from lora_merge.machine.parallel import in_order
+from lora_merge.reshape.module_renames import renamed
+
+
+@dataclass(frozen=True)
+class ConvertedModule:
+    """One module.
+
+    Attributes:
+        name: Its name in the result.
+        verdict: How exact its form is.
+        units: Units that its form has.
+        rank: Units that are written.
+        norm: Frobenius norm of its delta; None where nothing was cut, so that it was not measured.
+        lost: Norm of what the cut took away.
+    """
+
+    name: str
+    verdict: Verdict
+    units: int
+    rank: int
+    norm: float | None = None
+    lost: float = 0.0
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did.
+
+    Attributes:
+        dialect: What the adapter was read as.
+        target: The format that was written.
+        modules: One entry per module.
+        out: The directory, None for a plan.
+        num_bytes: Size of the weights.
+        dtype: safetensors dtype code of the factors.
+        notes: What the reader understood that a user should know.
+    """
+
+    dialect: str
+    target: str
+    modules: tuple[ConvertedModule, ...]
+    out: str | None
+    num_bytes: int
+    dtype: str
+    notes: tuple[str, ...]
+
+    @property
+    def error(self) -> float:
+        """Norm of all that was cut over the norm of all deltas that were cut; 0 if none was."""
+        total = sum((m.norm or 0.0) ** 2 for m in self.modules)
+        return sqrt(sum(m.lost**2 for m in self.modules) / total) if total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "schema": 1,
+            "dialect": self.dialect,
+            "to": self.target,
+            "out": self.out,
+            "bytes": self.num_bytes,
+            "dtype": self.dtype,
+            "error": self.error,
+            "notes": list(self.notes),
+            "modules": [dict(m.__dict__) for m in self.modules],
+        }
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that was checked from headers and not yet done.
+
+    Attributes:
+        adapter: The adapter under its new names.
+        dialect: What it was read as.
+        target: The format that is written.
+        ranks: Rank of every module's result.
+        dtype: safetensors dtype code of the factors.
+        energy: Share of the squared norm that is kept, None where the ranks decide.
+    """
+
+    adapter: Adapter
+    dialect: str
+    target: FileFormat
+    ranks: Mapping[str, int]
+    dtype: str
+    energy: float | None = None
+
+    @cached_property
+    def output(self) -> OutputPlan:
+        """What is written: one rank for all modules, padded with zeros.
+
+        Raises:
+            AdapterError: If the format cannot hold it.
+        """
+        adapter = self.adapter
+        return plan_output(
+            [adapter],
+            [AlignedModule(name, {0: spec}) for name, spec in adapter.modules.items()],
+            self.ranks,
+            dtype=self.dtype,
+            extras={name: (extra.dtype, extra.shape) for name, extra in adapter.extras.items()},
+            file_format=self.target,
+        )
+
+    def report(
+        self, modules: tuple[ConvertedModule, ...] | None = None, out: Path | None = None
+    ) -> ConvertReport:
+        """The report; without `modules` of what is planned."""
+        if modules is None:
+            modules = tuple(
+                ConvertedModule(name, spec.recipe.verdict, spec.rank, self.ranks[name])
+                for name, spec in self.adapter.modules.items()
+            )
+        return ConvertReport(
+            self.dialect,
+            self.target.name,
+            modules,
+            None if out is None else str(out),
+            self.output.num_bytes,
+            self.dtype,
+            self.adapter.notes,
+        )
+
+
+def plan_conversion(
+    adapter: Adapter,
+    *,
+    to: str | None = None,
+    component: str | None = None,
+    base: Checkpoint | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str | None = None,
+) -> Conversion:
+    """Decide names, ranks and headers of a conversion, from headers alone.
+
+    Args:
+        adapter: As opened; with `base` and `rank` where its form needs them.
+        to: A format's name (`formats/table.py`). Default: the adapter's own, PEFT where it has
+            none.
+        component: The part of a pipeline ("unet") that bare names belong to.
+        base: The base model, where names depend on it.
+        rank: Cut every module to its best approximation of this rank.
+        energy: Keep this share of every module's squared norm.
+        dtype: safetensors dtype code; default: the one that most modules have.
+
+    Raises:
+        AdapterError: If no rule leads to the format's names, or it cannot hold the adapter.
+        MethodError: If there is no such format, or both `rank` and `energy` are given.
+    """
+    if rank is not None and energy is not None:
+        raise MethodError("a rank and an energy cannot both decide", "give one of them")
+    target = format_of([adapter]) if to is None else _format(to)
+    dialect, adapter = adapter.dialect, renamed(adapter, target, component=component, base=base)
+    ranks = {
+        name: min(spec.rank, spec.d_in, spec.d_out, rank or spec.rank)
+        for name, spec in adapter.modules.items()
+    }
+    code = dtype or commonest_dtype(spec.dtype for spec in adapter.modules.values())
+    plan = Conversion(adapter, dialect, target, ranks, code, energy)
+    plan.output  # noqa: B018 - checks that the format can hold it
+    return plan
+
+
+def convert(
+    plan: Conversion,
+    out: Path,
+    *,
+    force: bool = False,
+    jobs: int | None = None,
+    on_module: Callable[[], None] | None = None,
+) -> ConvertReport:
+    """Write the adapter; the directory appears when everything is done.
+
+    Args:
+        plan: From `plan_conversion`.
+        out: The directory to make.
+        force: Replace a directory that lora-merge wrote.
+        jobs: Worker threads.
+        on_module: Called after each module.
+
+    Raises:
+        OutputError: If it cannot be written; nothing is left behind.
+        AdapterError: If a tensor is damaged.
+    """
+    adapter = plan.adapter
+    source = adapter.source
+    inputs = [path for path in (source.weights, source.config) if path] if source else []
+    check_target(out, force=force, inputs=inputs, needed=plan.output.num_bytes)
+    if plan.energy is not None:
+        plan = _with_energy(plan, jobs)
+    done: list[ConvertedModule] = []
+
+    def one(name: str) -> ConvertedModule:
+        return _convert_module(plan, name, writer)
+
+    with atomic_directory(out) as folder:
+        with AdapterWriter(folder, plan.output) as writer:
+            for result in in_order(one, list(adapter.modules), jobs=jobs):
+                done.append(result)
+                if on_module:
+                    on_module()
+            for name in adapter.extras:
+                writer.add_extra(name, adapter.read_extra(name))
+        report = plan.report(tuple(done), out)
+        (folder / "README.md").write_text(_card(plan, report), encoding="utf-8")
+    return report
+
+
+def _convert_module(plan: Conversion, name: str, writer: AdapterWriter) -> ConvertedModule:
+    adapter, spec, rank = plan.adapter, plan.adapter.modules[name], plan.ranks[name]
+    stacks, norm, lost = [], 0.0, 0.0
+    for a, b in _pairs(adapter, spec):
+        if rank >= spec.rank:
+            stacks.append(RankStack.of([(a, b, spec.scaling)]))
+            continue
+        core = core_svd(b, a)
+        squares = core.values.square() * spec.scaling**2
+        norm += float(squares.sum())
+        lost += float(squares[rank:].sum())
+        stacks.append(_truncated(core, a, b, spec.scaling, rank))
+    writer.add(name, stacks, adapter.read_bias(name))
+    measured = sqrt(norm) if rank < spec.rank else None
+    return ConvertedModule(name, spec.recipe.verdict, spec.rank, rank, measured, sqrt(lost))
+
+
+def _pairs(adapter: Adapter, spec: ModuleSpec) -> list[tuple[Tensor, Tensor]]:
+    """A and B of every expert, float32 at least, finite."""
+    stored = adapter.read(spec.name)
+    for letter, tensor in zip("AB", stored, strict=True):
+        refuse_non_finite(tensor, f"{adapter.name}: {spec.name}: lora_{letter}")
+    a, b = (x if x.dtype == torch.float64 else x.float() for x in stored)
+    return [to_matrix(spec, a, b, expert) for expert in range(spec.num_experts)]
+
+
+def _truncated(core: CoreSVD, a: Tensor, b: Tensor, scaling: float, rank: int) -> RankStack:
+    """The best approximation of a rank, signs fixed."""
+    left, right = core.truncate(rank)
+    up, down = b @ left.to(b.dtype), right.to(a.dtype) @ a
+    sign = pivot_sign(up)
+    return RankStack.single(up * sign * scaling, sign.mT * down)
+
+
+def _with_energy(plan: Conversion, jobs: int | None) -> Conversion:
+    """The plan once the spectra are known: a first pass over the file."""
+
+    def needed(name: str) -> int:
+        spec = plan.adapter.modules[name]
+        ranks = []
+        for a, b in _pairs(plan.adapter, spec):
+            squares = core_svd(b, a).values.square()
+            total = float(squares.sum())
+            kept = squares.cumsum(0) >= (plan.energy or 1.0) * total
+            ranks.append(int(kept.int().argmax()) + 1 if total > 0 else 1)
+        return max(ranks)
+
+    names = list(plan.adapter.modules)
+    ranks = dict(zip(names, in_order(needed, names, jobs=jobs), strict=True))
+    return replace(plan, ranks=ranks)
+
+
+def _format(name: str) -> FileFormat:
+    if name not in FORMATS:
+        raise MethodError(f"no format {name!r}", f"one of: {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def _card(plan: Conversion, report: ConvertReport) -> str:
+    cut = f" Cutting it lost {100 * report.error:.3g} % of its norm." if report.error else ""
+    return short_card(
+        "A converted LoRA adapter",
+        plan.adapter.config.base_model,
+        f"`{plan.adapter.name}`, read as {report.dialect}, written for "
+        f"{plan.target.title}.{cut}\n\nThe scaling is folded into the weights.",
+    )
