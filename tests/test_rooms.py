@@ -33,7 +33,7 @@ ALLOWED = {
     "click": {"cli"},
     "rich": {"cli"},
     "huggingface_hub": {"files", "adapters"},
-    "pydantic": {"merge"},
+    "pydantic": {"merge", "files"},
     "pandas": {"printing"},
     "matplotlib": {"files", "analysis", "mixture"},
     "peft": {"adapters", "mixture"},

@@ -53,3 +53,7 @@ class MethodError(LoraMergeError):
 
 class OutputError(LoraMergeError):
     """The result cannot be written where it was asked for."""
+
+
+class NotFiniteError(OutputError):
+    """A result holds NaN or infinity, and no file may."""

@@ -137,12 +137,15 @@ def test_biases_and_whole_tensors_that_are_not_finite_are_named() -> None:
         adapter.read_extra("model.norm.weight")
 
 
-def test_huge_finite_values_are_no_error() -> None:
+def test_values_whose_squares_overflow_are_refused_and_large_ones_are_not() -> None:
     adapter = make_adapter(dtype=torch.bfloat16)
     alignment = align([adapter])
-    adapter.tensors.read(KEY + "A.weight").fill_(3e38)
+    adapter.tensors.read(KEY + "A.weight").fill_(1e14)
     for module in alignment.modules:
         list(read_stacks(alignment, module))
+    adapter.tensors.read(KEY + "A.weight").fill_(3e38)
+    with pytest.raises(AdapterError, match=r"lora_A has entries up to 2\.99e\+38|3e\+38"):
+        [list(read_stacks(alignment, module)) for module in alignment.modules]
 
 
 def test_every_mismatch_is_listed_at_once() -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from lora_merge.adapters.identity.expert_layout import one_layout
 from lora_merge.adapters.identity.twins import one_spelling, possible_twins
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import AlignmentError
-from lora_merge.files.tensor_file import refuse_non_finite
+from lora_merge.files.tensor_file import LARGEST_ENTRY, refuse_non_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,25 +131,26 @@ def _fill(
     up = torch.empty(first.d_out, size, dtype=dtype, device=device)
     scale = torch.empty(size, dtype=torch.float64)
     owner = torch.empty(size, dtype=torch.int64)
-    start, total = 0, 0.0
+    start, sound = 0, True
     for index, spec in module.specs.items():
         a, b = to_matrix(spec, *read(index), expert)
         part = slice(start, start + spec.rank)
         down[part].copy_(a)
         up[:, part].copy_(b)
-        total += float(a.sum()) + float(b.sum())
+        for half in (a, b):  # what was just read is still in the cache; NaN is in no range
+            low, high = (float(end) for end in half.aminmax())
+            sound &= low >= -LARGEST_ENTRY and high <= LARGEST_ENTRY
         scale[part] = spec.scaling
         owner[part] = index
         start += spec.rank
     stack = RankStack(down, up, scale.to(device), owner.to(device))
-    # A finite sum proves that every entry is finite; what was just read is still in the cache.
-    if not isfinite(total):
+    if not sound:
         _refuse_non_finite(alignment, module)
     return stack
 
 
 def _refuse_non_finite(alignment: Alignment, module: AlignedModule) -> None:
-    """Name what is not finite; returns if only the sum overflowed."""
+    """Name what is not finite."""
     for index in module.specs:
         halves = alignment.adapters[index].read(module.name)
         for letter, tensor in zip("AB", halves, strict=True):

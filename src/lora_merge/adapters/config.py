@@ -1,13 +1,13 @@
 """`adapter_config.json`: what PEFT's LoRA says of itself, read strictly."""
 
-import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_merge.adapters.dialects.config_patterns import PatternError, first_match, matcher
 from lora_merge.errors import AdapterError
+from lora_merge.files.documents import read_json
 
 # The types whose `r` is the rank of every module.
 _LOW_RANK = ("LORA", "ADALORA", "SORA")
@@ -67,7 +67,7 @@ class AdapterConfig:
 
     def rank_of(self, module: str) -> int | None:
         """Configured rank of a module (PEFT's matching rules), None if there is none."""
-        key = _matching(self.rank_pattern, module)
+        key = first_match(self.rank_pattern, module)
         return self.r if key is None else self.rank_pattern[key]
 
     def scaling_of(self, module: str, rank: int) -> float:
@@ -77,7 +77,7 @@ class AdapterConfig:
         """
         if self.init_r is not None:
             return (self.lora_alpha if self.lora_alpha > 0 else rank) / (self.init_r + 1e-5)
-        key = _matching(self.alpha_pattern, module)
+        key = first_match(self.alpha_pattern, module)
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
 
@@ -92,14 +92,7 @@ def read_config(path: Path, adapter: str) -> AdapterConfig:
     Raises:
         AdapterError: If the file is no valid config.
     """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AdapterError(
-            f"{adapter}: cannot read {path}: {error.strerror}", "check the file"
-        ) from error
-    except ValueError as error:
-        raise AdapterError(f"{adapter}: {path} is not valid JSON: {error}", "repair it") from error
+    raw = read_json(path, adapter, error=AdapterError)
     if not isinstance(raw, dict):
         raise AdapterError(f"{adapter}: {path} holds no JSON object", "repair it")
     return parse_config(raw, adapter)
@@ -126,11 +119,11 @@ def parse_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
             else {str(k): int(v) for k, v in (raw.get("rank_pattern") or {}).items()},
             alpha_pattern={str(k): float(v) for k, v in (raw.get("alpha_pattern") or {}).items()},
             target_modules=_targets(raw.get("target_modules")),
-            target_parameters=tuple(raw.get("target_parameters") or ()),
+            target_parameters=_names(raw, "target_parameters"),
             fan_in_fan_out=bool(raw.get("fan_in_fan_out", False)),
             bias=str(raw.get("bias") or "none"),
             lora_bias=bool(raw.get("lora_bias", False)),
-            modules_to_save=tuple(raw.get("modules_to_save") or ()),
+            modules_to_save=_names(raw, "modules_to_save"),
             task_type=_text(raw.get("task_type")),
             init=raw.get("init_lora_weights", True),
             partial=any(
@@ -140,7 +133,7 @@ def parse_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
             peft_type=kind,
             raw=raw,
         )
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise AdapterError(
             f"{adapter}: adapter_config.json has a field of the wrong type: {error}", "repair it"
         ) from error
@@ -178,26 +171,18 @@ def _check_patterns(config: AdapterConfig, adapter: str) -> None:
     for field_name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field_name):
             try:
-                _pattern(key)
-            except re.error as error:
+                matcher(key)
+            except PatternError as error:
                 raise AdapterError(
-                    f"{adapter}: {field_name} in adapter_config.json has {key!r}, which is no "
-                    f"regular expression: {error}",
+                    f"{adapter}: {field_name} in adapter_config.json has {key!r:.100}, which is no "
+                    f"regular expression of module names: {error}",
                     "repair it",
                 ) from error
 
 
 def matching_keys(pattern: Iterable[str], module: str) -> list[str]:
     """Patterns that match the module's name or a dotted suffix of it, as PEFT does, in order."""
-    return [key for key in pattern if _pattern(key).match(module)]
-
-
-def _matching(pattern: Iterable[str], module: str) -> str | None:
-    return next(iter(matching_keys(pattern, module)), None)
-
-
-def _pattern(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({key})$")
+    return [key for key in pattern if matcher(key)(module)]
 
 
 def _targets(value: Any) -> tuple[str, ...] | str | None:
@@ -206,6 +191,13 @@ def _targets(value: Any) -> tuple[str, ...] | str | None:
     if isinstance(value, Iterable):
         return tuple(sorted(str(item) for item in value))
     raise TypeError(f"target_modules is {value!r}")
+
+
+def _names(raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    names = raw.get(key) or ()
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{key} is no list of names")
+    return tuple(names)
 
 
 def _text(value: Any) -> str | None:

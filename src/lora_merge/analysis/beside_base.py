@@ -19,6 +19,7 @@ from lora_merge.adapters.references import derived_data
 from lora_merge.errors import AdapterError, OutputError
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.checkpoint import Checkpoint
+from lora_merge.files.tensor_file import LARGEST_ENTRY, refuse_non_finite
 from lora_merge.linalg.factors import frobenius
 from lora_merge.linalg.range_finder import leading_svd
 from lora_merge.machine.parallel import in_order
@@ -148,6 +149,8 @@ def _relate(
     adapter: Adapter, module: ModuleSpectrum, weight: Tensor, known: dict[str, float], deep: bool
 ) -> BaseRelation:
     base_frobenius = frobenius(weight)
+    if not base_frobenius <= LARGEST_ENTRY:
+        refuse_non_finite(weight, f"the base's {module.module}")
     content = _content(weight)
     if content not in known:
         known[content] = float(leading_svd(weight, 1).s[0])

@@ -22,7 +22,7 @@ from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.errors import AdapterError
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.targets import MARK
-from lora_merge.files.tensor_file import SafetensorsFile
+from lora_merge.files.tensor_file import SafetensorsFile, refuse_non_finite
 from lora_merge.files.tensor_stream import write_tensors
 from lora_merge.linalg.core_svd import CoreSVD
 
@@ -118,6 +118,14 @@ def read_moments(path: Path) -> Moments:
         raise AdapterError(
             f"{path}: no bottleneck moments in it", "record them with collect_moments"
         )
+    for ending, tensors in found.items():
+        for name, tensor in tensors.items():
+            square = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
+            if not (square if ending == _MOMENT else tensor.dim() == 1):
+                raise AdapterError(
+                    f"{path}: {name}{ending} is {list(tensor.shape)}", "record them again"
+                )
+            refuse_non_finite(tensor, f"{path}: {name}{ending}")
     return Moments(found[_MOMENT], found[_FISHER])
 
 

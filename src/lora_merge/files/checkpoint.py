@@ -1,9 +1,7 @@
 """A base model's directory: where its tensors lie, from the headers of its safetensors shards."""
 
-import json
 import os
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lora_merge.errors import AdapterError, SourceError
+from lora_merge.files.documents import read_json
+from lora_merge.files.header import read_header
 from lora_merge.files.inputs import note_input
 from lora_merge.files.names import check_link, place_below
 from lora_merge.files.tensor_file import DTYPES
@@ -88,10 +88,8 @@ class Checkpoint:
             SourceError: If it is no JSON.
         """
         path = self.folder / "config.json"
-        try:
-            loaded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
-            raise SourceError(f"{path} is not valid JSON: {error}", "get it again") from error
+        # Some models' configs do hold Infinity (Mamba 2's time_step_limit).
+        loaded = read_json(path, str(self.folder), finite=False) if path.is_file() else {}
         return loaded if isinstance(loaded, dict) else {}
 
     @cached_property
@@ -196,7 +194,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     tensors: dict[str, TensorPlace] = {}
     for name in files:
-        tensors |= read_places(path / name)
+        places = read_places(path / name)
+        twice = sorted(tensors.keys() & places.keys())
+        if twice:
+            raise SourceError(f"{path}: {twice[0]} is in two shards", "get the model again")
+        tensors |= places
     return Checkpoint(path, tuple(files), index, tensors)
 
 
@@ -206,35 +208,18 @@ def read_places(path: Path) -> dict[str, TensorPlace]:
     Raises:
         SourceError: If it is damaged or cut off.
     """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            size = path.stat().st_size
-            header: Any = json.loads(file.read(length)) if length < size else None
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        places = {
-            name: TensorPlace(
-                path.name,
-                str(entry["dtype"]),
-                tuple(entry["shape"]),
-                8 + length + entry["data_offsets"][0],
-            )
-            for name, entry in entries.items()
-        }
-        end = max((e["data_offsets"][1] for e in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, struct.error) as error:
-        raise SourceError(f"{path} is not a readable safetensors file", "get it again") from error
-    if 8 + length + end != size:
-        raise SourceError(
-            f"{path} is {size} bytes long, its header says {8 + length + end}", "get it again"
-        )
-    return places
+    header = read_header(path)
+    return {
+        name: TensorPlace(path.name, entry.dtype, entry.shape, header.data + entry.start)
+        for name, entry in header.entries.items()
+    }
 
 
 def _indexed(folder: Path, index: str) -> list[str]:
     """The shards that an index names, all of which are there."""
+    document = read_json(folder / index, str(folder))
     try:
-        table = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+        table = document["weight_map"]
         names = set(table.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{folder / index} is no index of shards", "get it again") from error

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_merge.errors import AdapterError
+from lora_merge.files.documents import reason_of
 from lora_merge.files.inputs import note_input
 
 DTYPES: dict[str, torch.dtype] = {
@@ -138,12 +139,22 @@ def commonest_dtype(codes: Iterable[str]) -> str:
     return max(counts, key=counts.__getitem__)
 
 
+# Beyond this, squares of a factor leave the range of float32; trained weights are far below.
+LARGEST_ENTRY = 1e15
+
+
 def refuse_non_finite(tensor: Tensor, what: str) -> None:
-    """Raise an AdapterError that counts the NaN and infinite entries, if there are any."""
+    """Refuse NaN, infinite and absurdly large entries.
+
+    Raises:
+        AdapterError: Counting them, if there are any.
+    """
     bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
+    largest = 0.0 if bad or not tensor.numel() else float(tensor.abs().max())
+    if bad or largest > LARGEST_ENTRY:
+        found = f"{bad} NaN or infinite entries" if bad else f"entries up to {largest:.3g}"
         raise AdapterError(
-            f"{what} has {bad} NaN or infinite entries",
+            f"{what} has {found}",
             "the training diverged or the file is damaged; leave this adapter out",
         )
 
@@ -156,7 +167,7 @@ def _refuse_pointer(path: Path, adapter: str) -> None:
         size = path.stat().st_size
     except OSError as error:
         raise AdapterError(
-            f"{adapter}: cannot read {path}: {error.strerror}", "check the path and its rights"
+            f"{adapter}: cannot read {path}: {error.strerror}", reason_of(error)
         ) from error
     if head == _LFS_MAGIC:
         raise AdapterError(

@@ -12,7 +12,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from lora_merge.errors import OutputError
+from lora_merge.errors import NotFiniteError, OutputError
 from lora_merge.files.tensor_file import DTYPES
 
 _ALIGNMENT = 8
@@ -63,7 +63,7 @@ def cast_to(tensor: Tensor, code: str, name: str) -> Tensor:
         return cast
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
-        raise OutputError(
+        raise NotFiniteError(
             f"{name}: {bad} of {tensor.numel()} entries are NaN or infinite",
             "weights, scales and the adapters' alphas multiply: lower them",
         )

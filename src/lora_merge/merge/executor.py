@@ -1,6 +1,7 @@
 """Run a plan: modules stream from the files through the method to the writer."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import sqrt
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.alignment import read_stacks
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.writer import Writer
+from lora_merge.errors import MethodError, NotFiniteError
 from lora_merge.machine.device import pick_device
 from lora_merge.machine.parallel import default_jobs, in_order
 from lora_merge.merge.calibrate import present_weights
@@ -153,21 +156,49 @@ def _write_module(
     plan: MergePlan, writer: Writer, device: torch.device, shared: Any, module: AlignedModule
 ) -> ModuleReport:
     rank = plan.ranks[module.name]
-    if plan.spool is not None:
-        results = plan.spool.take(module.name, rank)
-    else:
-        results = [finish(merged, rank) for merged in _merge(plan, module, device, shared)]
-    writer.add(module.name, [r.stack for r in results], _merge_bias(plan, module))
-    return _report(module, rank, results)
+    with _overflow_named(plan, module):
+        if plan.spool is not None:
+            results = plan.spool.take(module.name, rank)
+        else:
+            results = [finish(merged, rank) for merged in _merge(plan, module, device, shared)]
+        writer.add(module.name, [r.stack for r in results], _merge_bias(plan, module))
+        return _report(module, rank, results)
 
 
 def _spool_module(
     plan: MergePlan, spool: Spool, device: torch.device, shared: Any, module: AlignedModule
 ) -> str:
     uncut = plan.rule.kind == "units"
-    merged = _merge(plan, module, device, shared)
-    spool.put(module.name, [m.whole() if uncut else m.decomposed() for m in merged])
+    with _overflow_named(plan, module):
+        merged = _merge(plan, module, device, shared)
+        spool.put(module.name, [m.whole() if uncut else m.decomposed() for m in merged])
     return module.name
+
+
+@contextmanager
+def _overflow_named(plan: MergePlan, module: AlignedModule) -> Iterator[None]:
+    """Say which adapter made a module's numbers leave their range.
+
+    Every tensor is finite when it is read, so it is a product of it with weight and scaling, or of
+    two of them, that is not.
+    """
+    try:
+        yield
+    except (LinAlgError, OverflowError, NotFiniteError) as error:
+        weights = plan.weights_at(module.name)
+        sizes = {}
+        for index, spec in module.specs.items():
+            a, b = plan.alignment.adapters[index].read(module.name)
+            largest = float(a.abs().max().double() * b.abs().max().double())
+            sizes[index] = abs(float(weights[index]) * spec.scaling) * largest
+        index = max(sizes, key=lambda one: sizes[one])
+        name, scaling = plan.alignment.adapters[index].name, module.specs[index].scaling
+        raise MethodError(
+            f"{module.name}: the merged delta is beyond the range of its numbers; the largest "
+            f"part is {name}'s: weight {weights[index]:.3g}, scaling {scaling:.3g}, entries of "
+            f"B @ A up to {sizes[index]:.3g} with both",
+            f"lower the weight of {name} or --scale, or leave the adapter out if it is damaged",
+        ) from error
 
 
 def _report(module: AlignedModule, rank: int, results: list[Finished]) -> ModuleReport:

@@ -27,7 +27,7 @@ from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.cards import short_card
 from lora_merge.files.checkpoint import Checkpoint
 from lora_merge.files.targets import check_target
-from lora_merge.files.tensor_file import TensorDict, commonest_dtype
+from lora_merge.files.tensor_file import LARGEST_ENTRY, TensorDict, commonest_dtype
 from lora_merge.linalg.factors import frobenius
 from lora_merge.linalg.range_finder import leading_svd
 from lora_merge.machine.parallel import in_order
@@ -241,7 +241,7 @@ def _difference(
     before, after = base.read(name).float(), tuned.read(name).float()
     delta = (after - before).mT if base.is_conv1d(module) else after - before
     norm, base_norm = frobenius(delta), frobenius(before)
-    if not math.isfinite(norm):
+    if not norm <= LARGEST_ENTRY:
         return Coverage(name, "not finite", None)
     if norm == 0:
         return Coverage(name, "unchanged", 0.0)

@@ -26,6 +26,7 @@ from lora_merge.errors import AdapterError, MethodError
 from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.cards import fused_card
 from lora_merge.files.checkpoint import Checkpoint, TensorPlace, open_checkpoint
+from lora_merge.files.documents import read_json
 from lora_merge.files.shards import ShardEditor, copy_shard
 from lora_merge.files.tensor_file import DTYPES
 from lora_merge.files.tensor_stream import cast_to
@@ -285,7 +286,7 @@ def _write_json(
     """Rewrite the index and the config where they say something that is no longer so."""
     if checkpoint.index and (match.new or match.prefix):
         path = folder / checkpoint.index
-        index = json.loads((checkpoint.folder / checkpoint.index).read_text(encoding="utf-8"))
+        index = read_json(checkpoint.folder / checkpoint.index, str(checkpoint.folder))
         index["weight_map"] = {name: places[name].shard for name in sorted(places)}
         added = sum(prod(shape) * DTYPES[code].itemsize for code, shape in match.new.values())
         dropped = [checkpoint.tensors[name] for name in match.resized]

@@ -1,6 +1,7 @@
 """X-LoRA and MeteoRA checkpoints in, folders and static adapters out."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def as_peft_019(mixture: Mixture, paths: list[str], folder: Path, **config: obje
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(raw))
     for index, path in enumerate(paths):
-        (folder / str(index)).symlink_to(path)
+        shutil.copytree(path, folder / str(index))
     return folder
 
 

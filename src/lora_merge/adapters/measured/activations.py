@@ -27,6 +27,8 @@ from lora_merge.files.inputs import note_input
 from lora_merge.files.targets import MARK
 from lora_merge.files.tensor_stream import write_tensors
 
+_LARGEST = 1e30  # of an entry; sums of squares of activations are far below
+
 
 class StatisticsError(LoraMergeError):
     """Statistics that cannot be collected or do not fit the adapters."""
@@ -55,7 +57,10 @@ class Statistics:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-            return cls(Path(path), tuple(json.loads(metadata["adapters"])))
+            names = json.loads(metadata["adapters"])
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("its adapters are no list of names")
+            return cls(Path(path), tuple(names))
         except Exception as error:  # any of half a dozen kinds, all meaning the same
             raise StatisticsError(
                 f"{path} is no statistics file: {error}", "make one with collect_statistics"
@@ -89,14 +94,27 @@ class Statistics:
         place = {self.adapters.index(name): index for index, name in enumerate(names)}
         found: dict[str, Tensor] = {}
         with safe_open(str(self.path), framework="pt") as file:
-            owner = file.get_tensor(f"{module}.owner").tolist()
-            found["owner"] = torch.tensor([place.get(o, -1) for o in owner])
+            owner = file.get_tensor(f"{module}.owner")
+            if owner.dim() != 1 or owner.dtype != torch.int64:
+                raise self._damaged(f"{module}.owner")
+            found["owner"] = torch.tensor([place.get(o, -1) for o in owner.tolist()])
             for theirs, ours in place.items():
                 for kind in "zx":
                     key = f"{module}.{kind}.{theirs}"
                     if key in self.keys:
-                        found[f"{kind}.{ours}"] = file.get_tensor(key).to(torch.float64)
+                        tensor = file.get_tensor(key).to(torch.float64)
+                        size = len(owner) if kind == "z" else len(tensor)
+                        fits = tensor.shape == (size, size) and bool(tensor.isfinite().all())
+                        if not fits or float(tensor.abs().max()) > _LARGEST:
+                            raise self._damaged(key)
+                        found[f"{kind}.{ours}"] = tensor
         return found
+
+    def _damaged(self, name: str) -> StatisticsError:
+        return StatisticsError(
+            f"{self.path}: {name} is no finite square matrix of its size",
+            "collect the statistics again",
+        )
 
 
 @checked()

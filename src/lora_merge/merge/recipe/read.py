@@ -5,14 +5,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lora_merge.adapters.adapter import Adapter, open_adapter
 from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.identity.rename import rename_all
 from lora_merge.adapters.references import expand, pin, resolve
 from lora_merge.errors import MethodError
-from lora_merge.files.inputs import note_input
+from lora_merge.files.documents import read_yaml
 from lora_merge.merge.recipe.mergekit_words import translate
 from lora_merge.merge.recipe.recipe import AdapterItem, Recipe, RecipeError
 from lora_merge.ranks.rule import parse_rule
@@ -26,13 +24,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: If it is no valid recipe; an unknown key gets the nearest known one.
     """
-    note_input(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"cannot read {path}: {error.strerror}", "check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}", "repair it") from error
+    data = read_yaml(path, "the recipe", error=RecipeError)
     if not isinstance(data, dict):
         raise RecipeError(f"{path} holds no mapping", "a recipe has keys like merge_method")
     return parse_recipe(data, str(path))

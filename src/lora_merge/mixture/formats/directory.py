@@ -23,6 +23,7 @@ from lora_merge.adapters.adapter import open_adapter
 from lora_merge.adapters.references import CONFIG_NAME, WEIGHTS_NAME, Source, sha256
 from lora_merge.errors import AdapterError, SourceError
 from lora_merge.files.atomic import atomic_directory
+from lora_merge.files.documents import read_json, validated
 from lora_merge.files.hub import download, upload
 from lora_merge.files.inputs import note_input
 from lora_merge.files.names import check_link, place_below
@@ -120,18 +121,18 @@ def load(ref: str | Path, *, verify: bool = True) -> Contents:
     folder = _folder_of(ref)
     note_input(folder)
     raw = _read_config(folder, str(ref))
-    spec = GateSpec.from_json(raw["gate"])
-    experts = [_read_expert(folder, entry, str(ref), verify) for entry in raw["experts"]]
+    spec = GateSpec.from_json(raw.gate)
+    experts = [_read_expert(folder, entry, str(ref), verify) for entry in raw.experts]
     gate_path = folder / GATE
     if not gate_path.is_file():
         raise AdapterError(f"{ref}: {GATE} is missing", "get the whole directory again")
     if verify:
-        _verify(gate_path, raw.get("gate_sha256"), f"{ref}: {GATE}")
+        _verify(gate_path, raw.gate_sha256, f"{ref}: {GATE}")
     file = SafetensorsFile(gate_path, str(ref))
     gate = {name: file.read(name) for name in file.entries()}
-    descriptors = _read_descriptors(folder, raw.get("descriptors"), str(ref), verify)
-    base = raw.get("base_model_name_or_path")
-    return Contents(spec, experts, gate, raw.get("modules"), base, descriptors)
+    descriptors = _read_descriptors(folder, raw.descriptors, str(ref), verify)
+    base = raw.base_model_name_or_path
+    return Contents(spec, experts, gate, raw.modules, base, descriptors)
 
 
 def is_mixture(folder: Path) -> bool:
@@ -171,11 +172,39 @@ def _folder_of(ref: str | Path) -> Path:
     return found
 
 
-def _read_config(folder: Path, ref: str) -> dict[str, Any]:
-    try:
-        raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{ref}: {CONFIG} cannot be read: {error}", "get it again") from error
+@dataclass(frozen=True)
+class _Entry:
+    """An expert in the file."""
+
+    name: str
+    path: str
+    general: bool = False
+    source: str = ""
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class _Described:
+    """The descriptors in the file."""
+
+    experts: tuple[str, ...]
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class _File:
+    """The part of a mixture's config that decides what it is."""
+
+    gate: dict[str, Any]
+    experts: tuple[_Entry, ...]
+    gate_sha256: str = ""
+    modules: list[str] | None = None
+    base_model_name_or_path: str | None = None
+    descriptors: _Described | None = None
+
+
+def _read_config(folder: Path, ref: str) -> _File:
+    raw = read_json(folder / CONFIG, ref, error=AdapterError)
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA:
         raise AdapterError(
@@ -184,34 +213,28 @@ def _read_config(folder: Path, ref: str) -> dict[str, Any]:
         )
     if raw.get("semantics") != "output_mixture":
         raise AdapterError(f"{ref}: semantics {raw.get('semantics')!r}", "update lora-merge")
-    config: dict[str, Any] = raw
-    if not isinstance(raw.get("gate"), dict) or not raw.get("experts"):
-        raise AdapterError(f"{ref}: {CONFIG} names no gate or no experts", "get it again")
-    return config
+    file = validated(_File, raw, f"{ref}: {CONFIG}", error=AdapterError)
+    if not file.experts or not all(entry.name.strip() for entry in file.experts):
+        raise AdapterError(f"{ref}: {CONFIG} names no experts", "get it again")
+    return file
 
 
-def _read_expert(folder: Path, entry: Mapping[str, Any], ref: str, verify: bool) -> Expert:
-    try:
-        name, relative = str(entry["name"]), entry["path"]
-    except (KeyError, TypeError) as error:
-        raise AdapterError(f"{ref}: an expert without name or path", "repair it") from error
-    place = place_below(folder, relative, f"{ref}: expert {name}")
+def _read_expert(folder: Path, entry: _Entry, ref: str, verify: bool) -> Expert:
+    name = entry.name
+    place = place_below(folder, entry.path, f"{ref}: expert {name}")
     weights, config = place / WEIGHTS_NAME, place / CONFIG_NAME
     for path in (weights, config):
         check_link(folder, path, f"{ref}: expert {name}")
     if not weights.is_file() or not config.is_file():
-        raise AdapterError(f"{ref}: expert {name} is missing at {relative}", "get it again")
-    digest = str(entry.get("sha256", ""))
+        raise AdapterError(f"{ref}: expert {name} is missing at {entry.path}", "get it again")
     if verify:
-        _verify(weights, digest, f"{ref}: expert {name}")
+        _verify(weights, entry.sha256, f"{ref}: expert {name}")
     adapter = open_adapter(Source(str(place), weights, config))
-    return Expert(
-        name, adapter, bool(entry.get("general", False)), str(entry.get("source", "")), digest
-    )
+    return Expert(name, adapter, entry.general, entry.source, entry.sha256)
 
 
 def _read_descriptors(
-    folder: Path, entry: Mapping[str, Any] | None, ref: str, verify: bool
+    folder: Path, entry: _Described | None, ref: str, verify: bool
 ) -> Descriptors | None:
     if entry is None:
         return None
@@ -219,10 +242,10 @@ def _read_descriptors(
     if not path.is_file():
         raise AdapterError(f"{ref}: {DESCRIPTORS} is missing", "get the whole directory again")
     if verify:
-        _verify(path, str(entry.get("sha256", "")), f"{ref}: {DESCRIPTORS}")
+        _verify(path, entry.sha256, f"{ref}: {DESCRIPTORS}")
     file = SafetensorsFile(path, ref)
     tensors = {name: file.read(name) for name in file.entries()}
-    experts = tuple(str(name) for name in entry.get("experts", ()))
+    experts = entry.experts
     parts = {name.rpartition(".")[2] for name in tensors}
     if parts != set(PARTS) or any(len(t) != len(experts) for t in tensors.values()):
         raise AdapterError(f"{ref}: {DESCRIPTORS} does not fit its experts", "describe them again")

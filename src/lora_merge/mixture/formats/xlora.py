@@ -14,6 +14,7 @@ expert 0). It is refused: no one can tell what the gate was.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from lora_merge.errors import AdapterError, MethodError
 from lora_merge.files.atomic import atomic_directory
+from lora_merge.files.documents import read_json, validated
+from lora_merge.files.names import place_below
 from lora_merge.files.tensor_file import SafetensorsFile, load_pickle
 from lora_merge.files.tensor_stream import write_tensors
 from lora_merge.mixture.expert import make_experts, write_expert
@@ -70,7 +73,7 @@ def import_xlora(
         names = [str(i) for i in range(len(raw.get("adapters", {})))]
     sizes = _check_layers(folder, raw, linears)
     count = len(names)
-    found = list(experts) or [folder / name for name in names]
+    found = list(experts) or [place_below(folder, name, str(folder)) for name in names]
     if len(found) != count:
         raise AdapterError(f"{folder}: {count} experts, {len(found)} given", "give each of them")
     opened = make_experts(found, names=None if experts else _labels(raw, names))
@@ -273,11 +276,26 @@ def _labels(raw: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [str(name) for name in adapters] if isinstance(adapters, dict) else list(names)
 
 
+@dataclass(frozen=True)
+class _File:
+    """The fields of an X-LoRA config that are computed with."""
+
+    adapters: dict[str, Any] | list[str]
+    hidden_size: int = 0
+    xlora_depth: int = 1
+    xlora_size: int = 2048
+    softmax_temperature: float = 1.0
+    global_scaling_weight: float = 1.0
+    scaling_pass_value: float | None = 0.0
+    top_k_lora: int | None = None
+    layerwise_scalings: bool | None = False
+    enable_softmax: bool = True
+    enable_softmax_topk: bool = False
+    enable_relu_and_dropout: bool = True
+
+
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}", "check the directory") from error
-    if not isinstance(raw, dict):
-        raise AdapterError(f"{path} holds no JSON object", "check the file")
-    return raw
+    raw = read_json(path, str(path.parent), error=AdapterError)
+    if isinstance(raw, dict) and raw.get("peft_type", "XLORA") != "XLORA":
+        return raw  # another kind of adapter, which the caller names
+    return {"peft_type": "XLORA", **asdict(validated(_File, raw, str(path), error=AdapterError))}

@@ -25,6 +25,9 @@ from lora_merge.kernels.gated_stack.gate import Rule, Value
 Signal = Literal["constant", "request", "hidden", "input", "prototype", "spectrum"]
 Granularity = Literal["model", "module", "rank"]
 
+# Of a classifier; a file may say more than there is memory for.
+_DEEPEST, _WIDEST = 100, 1 << 20
+
 
 @dataclass(frozen=True)
 class GateSpec:
@@ -80,7 +83,7 @@ class GateSpec:
                     f"gate {self.preset}: {name} is {getattr(self, name)!r}",
                     f"one of {', '.join(get_args(choices))}",
                 )
-        if self.top_k is not None and self.top_k < 1:
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
             raise MethodError(f"gate {self.preset}: top_k is {self.top_k}", "at least 1")
         if not 0 < self.temperature < math.inf:
             raise MethodError(f"gate {self.preset}: temperature {self.temperature}", "above 0")
@@ -92,9 +95,10 @@ class GateSpec:
             if not all(map(math.isfinite, numbers)):
                 shown = ", ".join(map(str, numbers))
                 raise MethodError(f"gate {self.preset}: {name} {shown}", "finite numbers")
-        if self.depth < 1 or self.width < 1:
+        if not 1 <= self.depth <= _DEEPEST or not 1 <= self.width <= _WIDEST:
             raise MethodError(
-                f"gate {self.preset}: depth {self.depth}, width {self.width}", "at least 1"
+                f"gate {self.preset}: depth {self.depth}, width {self.width}",
+                f"from 1 to {_DEEPEST} and {_WIDEST}",
             )
         by_rank = self.signal in ("input", "spectrum")
         if self.granularity == "rank" and (not by_rank or self.null_expert):
@@ -171,7 +175,7 @@ class GateSpec:
             )
         try:
             return cls(**{**raw, "weights": tuple(raw.get("weights", ()))})
-        except TypeError as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise MethodError(f"the gate's settings do not fit: {error}", "repair them") from error
 
 

@@ -1,0 +1,144 @@
+"""JSON and YAML from somewhere: read whole, and refused where plain data ends."""
+
+import json
+from collections.abc import Callable
+from math import isfinite
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora_merge.errors import LoraMergeError, SourceError
+from lora_merge.files.inputs import note_input
+
+_T = TypeVar("_T")
+
+# Far more than any true file has; a file says how much memory and time its reader needs.
+_LARGEST = {"JSON": 1 << 26, "YAML": 1 << 20}
+_DEEPEST = 50
+_MOST_VALUES = 2_000_000
+_LONGEST_NUMBER = 1 << 63
+
+
+def read_json(
+    path: Path, what: str, *, finite: bool = True, error: type[LoraMergeError] = SourceError
+) -> Any:
+    """The plain data of a JSON file.
+
+    Args:
+        path: The file.
+        what: Its owner, for messages.
+        finite: Refuse NaN and Infinity, which Python writes though JSON has them not.
+        error: The error to raise.
+
+    Raises:
+        LoraMergeError: Of the kind given, if it cannot be read or holds more than plain data.
+    """
+    return _read(path, what, "JSON", json.loads, finite, error)
+
+
+def read_yaml(path: Path, what: str, *, error: type[LoraMergeError] = SourceError) -> Any:
+    """The plain data of a YAML file; anchors that are used again and again count each time.
+
+    Raises:
+        LoraMergeError: Of the kind given, if it cannot be read or holds more than plain data.
+    """
+    import yaml
+
+    def load(text: str) -> Any:
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as fault:
+            raise ValueError(fault) from fault
+
+    return _read(path, what, "YAML", load, True, error)
+
+
+def _read(
+    path: Path,
+    what: str,
+    kind: str,
+    load: Callable[[str], Any],
+    finite: bool,
+    error: type[LoraMergeError],
+) -> Any:
+    note_input(path)
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST[kind]:
+            raise error(f"{what}: {path} is {size} bytes long", "is it the right file?")
+        data = load(path.read_text(encoding="utf-8"))
+    except OSError as fault:
+        raise error(f"{what}: cannot read {path}: {fault.strerror}", reason_of(fault)) from fault
+    except ValueError as fault:  # also text that is no UTF-8, and numbers of 5,000 digits
+        raise error(f"{what}: {path} is not valid {kind}: {fault}", "repair it") from fault
+    except RecursionError as fault:
+        raise error(f"{what}: {path} is nested too deeply", "repair it") from fault
+    reason = _not_plain(data, finite)
+    if reason:
+        raise error(f"{what}: {path} {reason}", "repair it")
+    return data
+
+
+def validated(
+    kind: type[_T], data: Any, what: str, *, error: type[LoraMergeError] = SourceError
+) -> _T:
+    """Plain data as what a pydantic model (or any type that pydantic knows) says it is.
+
+    Raises:
+        LoraMergeError: Of the kind given, naming the first field that is not.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError as faults:
+        first = faults.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "its top"
+        raise error(f"{what}: {place:.100}: {first['msg'].lower()}", "get it again") from faults
+
+
+def reason_of(error: OSError) -> str:
+    """What a user can do where the system refuses to open a file."""
+    import errno
+
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n)"
+    return "check the path and its rights"
+
+
+def _not_plain(tree: Any, finite: bool) -> str | None:
+    """Why a document is more than plain data of a sensible size; None if it is not."""
+    waiting, seen = [(tree, 0, "")], 0
+    while waiting:
+        one, depth, where = waiting.pop()
+        seen += 1
+        if depth > _DEEPEST:
+            return f"is nested more than {_DEEPEST} deep"
+        if seen > _MOST_VALUES:
+            return f"holds more than {_MOST_VALUES:,} values"
+        if isinstance(one, dict):
+            for key in one:
+                reason = "is no text" if not isinstance(key, str) else _bad_value(key, finite)
+                if reason:
+                    return f"has a key under {where or 'its top'} that {reason}"
+            waiting += [(value, depth + 1, f"{key:.60}") for key, value in one.items()]
+        elif isinstance(one, list):
+            waiting += [(value, depth + 1, where) for value in one]
+        else:
+            reason = _bad_value(one, finite)
+            if reason:
+                return f"has a value of {where or 'its top'} that {reason}"
+    return None
+
+
+def _bad_value(value: Any, finite: bool) -> str | None:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return "is no Unicode text"
+        return None
+    if isinstance(value, float):
+        return "is not finite" if finite and not isfinite(value) else None
+    if isinstance(value, int):
+        return "is beyond 64 bits" if not -_LONGEST_NUMBER <= value < _LONGEST_NUMBER else None
+    return None if value is None else f"is a {type(value).__name__}"
