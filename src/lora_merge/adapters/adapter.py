@@ -16,6 +16,7 @@ from lora_merge.adapters.access.live_peft import put_live, read_live
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.base_weights import BaseModel, CheckpointBase
 from lora_merge.adapters.config import AdapterConfig, check_alphas, parse_config, read_config
+from lora_merge.adapters.dialects.beside import leftovers
 from lora_merge.adapters.dialects.dialect import Header
 from lora_merge.adapters.dialects.table import understand
 from lora_merge.adapters.formats.file_format import FileFormat
@@ -241,7 +242,8 @@ def open_adapter(
         tensors = load_pickle(source.weights, name)
     else:
         tensors = SafetensorsFile(source.weights, name)
-    return build_adapter(name, config, tensors, source=source, base=base, rank=rank)
+    adapter = build_adapter(name, config, tensors, source=source, base=base, rank=rank)
+    return replace(adapter, notes=(*adapter.notes, *leftovers(source.weights)))
 
 
 def build_adapter(

@@ -132,7 +132,7 @@ def fuse(
             _write_whole_tensors(adapter, match, editors)
             change = _add_deltas(adapter, match, editors, weight, on_module)
         _write_json(checkpoint, match, places, folder)
-        notes = (*match.notes, *_copy_tokenizer(adapter, folder))
+        notes = (*adapter.notes, *match.notes, *_copy_tokenizer(adapter, folder))
         (folder / "README.md").write_text(_card(adapter, checkpoint, weight, notes), "utf-8")
         num_bytes = sum((folder / shard).stat().st_size for shard in checkpoint.shards)
     return FuseReport(

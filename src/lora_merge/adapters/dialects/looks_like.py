@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from lora_merge.adapters.dialects.dialect import Header
+from lora_merge.adapters.dialects.peft_variants import TAKE_THE_DIFFERENCE
 from lora_merge.adapters.dialects.spelling import canonical
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.errors import AdapterError
@@ -28,13 +29,18 @@ class Look:
 
 _CONVERT = "convert it to a PEFT LoRA first"
 _OUT = "leave this adapter out"
+_MERGE = TAKE_THE_DIFFERENCE
 
 LOOKS: tuple[Look, ...] = tuple(
     Look(re.compile(pattern), what, remedy)
     for pattern, what, remedy in (
         (r"\.lora_(down|up)\.weight$|\.alpha$", "kohya (lora_down / lora_up / alpha)", _CONVERT),
         (r"\.hada_w|\.lokr_w|\.oft_", "LyCORIS (LoHa, LoKr or OFT)", _CONVERT),
-        (r"lora_magnitude_vector|\.dora_scale$|\.magnitude$|\.m$", "DoRA's magnitude", _OUT),
+        (
+            r"lora_magnitude_vector|\.dora_scale$|\.magnitude$|\.m$",
+            "DoRA's magnitude",
+            TAKE_THE_DIFFERENCE,
+        ),
         (r"_lora\.(down|up)\.weight$", "an old diffusers attention processor", _CONVERT),
         (r"lora_latent_mapping", "LoRA-XS's r x r core between A and B", _OUT),
         (r"\.lora_diag$", "KaSA's diagonal between A and B", _OUT),

@@ -7,8 +7,12 @@ from lora_merge.adapters.dialects.peft_experts import find_parameters, turn_expe
 from lora_merge.adapters.dialects.peft_module import module_spec
 from lora_merge.adapters.dialects.peft_names import sort_keys
 from lora_merge.adapters.dialects.peft_targets import check_targets
-from lora_merge.adapters.dialects.peft_variants import refuse_variants
-from lora_merge.adapters.dialects.peft_whole import whole_parameters
+from lora_merge.adapters.dialects.peft_variants import (
+    NO_WEIGHTS,
+    TAKE_THE_DIFFERENCE,
+    refuse_variants,
+)
+from lora_merge.adapters.dialects.peft_whole import check_whole, lost_biases, whole_parameters
 from lora_merge.adapters.forms import ExtraSpec
 from lora_merge.errors import AdapterError
 
@@ -16,8 +20,8 @@ _TYPES = ("LORA", "ADALORA", "SORA")
 
 
 def _recognises(header: Header) -> bool:
-    """Factors named as PEFT names them, or a config that says so."""
-    said = header.config is not None and header.config.peft_type in _TYPES
+    """Factors named as PEFT names them, or a config of PEFT's."""
+    said = header.config is not None and "peft_type" in header.config.raw
     return said or any(".lora_A" in key or ".lora_embedding_A" in key for key in header.entries)
 
 
@@ -56,6 +60,9 @@ def _claim(header: Header) -> Claims:
         for extra, key in sorted(table.extras.items())
         if is_whole(extra, key)
     }
+    for extra in extras.values():
+        check_whole(extra, name)
+    notes += lost_biases(config, extras, modules)
     return Claims(config, modules, extras, ignored, tuple(notes))
 
 
@@ -63,7 +70,7 @@ def _refuse_other_types(config: AdapterConfig, adapter: str) -> None:
     if config.peft_type not in _TYPES:
         raise AdapterError(
             f"{adapter}: peft_type is {config.raw.get('peft_type')!r}, not LORA",
-            "leave this adapter out",
+            "leave this adapter out" if config.peft_type in NO_WEIGHTS else TAKE_THE_DIFFERENCE,
         )
 
 

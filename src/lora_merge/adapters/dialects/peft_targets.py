@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from lora_merge.adapters.config import AdapterConfig, matching_keys
+from lora_merge.adapters.dialects.peft_whole import VOCABULARY
 from lora_merge.errors import AdapterError
 
 _ANY_LAYER = r".*?\.[^.]*\.(?P<layer>\d+)\."
@@ -16,6 +17,8 @@ def is_targeted(config: AdapterConfig, module: str) -> bool:
         return not config.target_parameters
     if targets == "all-linear":
         return True
+    if config.raw.get("ensure_weight_tying") and module.rpartition(".")[2] in VOCABULARY:
+        return True  # the tied one of two follows the other
     # PEFT wraps an attention of torch and the projection inside it.
     name = module.partition(".base_layer.")[0]
     if _names(config.raw.get("exclude_modules"), name):

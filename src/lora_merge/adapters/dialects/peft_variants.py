@@ -23,16 +23,26 @@ class Variant:
     present: Callable[[Any], bool] = bool
 
 
+# What turns any change of weights into a LoRA, at a rank and an error that are stated.
+TAKE_THE_DIFFERENCE = (
+    "merge it into its base model (peft: merge_and_unload, then save_pretrained) and take the "
+    "difference as a LoRA: lora-merge extract --base BASE --tuned MERGED --rank R --no-denoise"
+)
+# PEFT's types that change no weight of the base, or not always.
+NO_WEIGHTS = frozenset((
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "ADAPTION_PROMPT",
+    "CPT", "CARTRIDGE", "POLY", "XLORA", "LILY", "SHADOW", "TRAINABLE_TOKENS", "NONE", "MISSING",
+))  # fmt: skip
 _NONE_YET = "leave this adapter out"
 
 VARIANTS: dict[str, Variant] = {
-    "use_dora": Variant("DoRA rescales the base weight", _NONE_YET),
-    "use_qalora": Variant("QA-LoRA pools its input", _NONE_YET),
-    "use_bdlora": Variant("BD-LoRA keeps block-diagonal factors", _NONE_YET),
+    "use_dora": Variant("DoRA rescales the base weight", TAKE_THE_DIFFERENCE),
+    "use_qalora": Variant("QA-LoRA pools its input", TAKE_THE_DIFFERENCE),
+    "use_bdlora": Variant("BD-LoRA keeps block-diagonal factors", TAKE_THE_DIFFERENCE),
     "alora_invocation_tokens": Variant("aLoRA is active on part of the sequence only", _NONE_YET),
-    "kasa_config": Variant("KaSA adds a diagonal between A and B", _NONE_YET),
-    "monteclora_config": Variant("MonteCLoRA samples its factors", _NONE_YET),
-    "velora_config": Variant("VeLoRA changes the factors' layout", _NONE_YET),
+    "kasa_config": Variant("KaSA adds a diagonal between A and B", TAKE_THE_DIFFERENCE),
+    "monteclora_config": Variant("MonteCLoRA samples its factors", TAKE_THE_DIFFERENCE),
+    "velora_config": Variant("VeLoRA changes the factors' layout", TAKE_THE_DIFFERENCE),
     "arrow_config": Variant("Arrow is a router over adapters, not one adapter", _NONE_YET),
     "layer_replication": Variant(
         "replicated layers do not exist in the base model's files", _NONE_YET
