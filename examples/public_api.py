@@ -41,6 +41,7 @@ def make(folder: Path) -> None:
     print(lora_merge.cluster(ADAPTERS, 16, options=options))
     small = lora_merge.resize(merged, "energy:0.9")
     print(small.report)
+    print(lora_merge.convert(UPPER, folder / "plain", to="peft").to_dict().keys())
 
 
 def beside_a_model(folder: Path, model: torch.nn.Module) -> None:

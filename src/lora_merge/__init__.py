@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lora_merge.api.mixing import export as export
     from lora_merge.api.mixing import import_mixture as import_mixture
     from lora_merge.api.mixing import train as train
+    from lora_merge.api.reshaping import convert as convert
     from lora_merge.api.reshaping import extract as extract
     from lora_merge.api.reshaping import fuse as fuse
     from lora_merge.api.reshaping import resize as resize
@@ -80,6 +81,7 @@ _PUBLIC = {
     "evaluate": "lora_merge.evaluation.evaluate",
     "compare": "lora_merge.api.looking",
     "consolidate": "lora_merge.api.texts",
+    "convert": "lora_merge.api.reshaping",
     "describe": "lora_merge.api.texts",
     "export": "lora_merge.api.mixing",
     "extract": "lora_merge.api.reshaping",
@@ -132,6 +134,7 @@ __all__ = [
     "collect_statistics",
     "compare",
     "consolidate",
+    "convert",
     "describe",
     "evaluate",
     "export",

@@ -16,6 +16,9 @@ from lora_merge.errors import MethodError
 from lora_merge.files.checkpoint import open_checkpoint
 from lora_merge.ranks.choose import RankPlan
 from lora_merge.ranks.rule import RankRule
+from lora_merge.reshape.convert import ConvertReport, plan_conversion
+from lora_merge.reshape.convert import convert as write_converted
+from lora_merge.reshape.diffusers_names import through_diffusers
 from lora_merge.reshape.extract import ExtractReport
 from lora_merge.reshape.extract import extract as extract_adapter
 from lora_merge.reshape.fuse import FuseReport
@@ -25,6 +28,7 @@ from lora_merge.reshape.resize import resize as resize_adapter
 from lora_merge.reshape.stored_units import nested_plan, prune_plan
 
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
+_WHOLE = 1 << 30  # every rank: `energy` then says where to cut
 _CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -209,6 +213,66 @@ def fuse(
         force=force,
         on_module=on_module,
     )
+
+
+@checked()
+def convert(
+    adapter: AdaptersLike,
+    out: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    component: str | None = None,
+    pipeline: str | None = None,
+    dtype: Dtype | None = None,
+    force: bool = False,
+    jobs: int | None = None,
+    on_module: Callable[[], None] | None = None,
+) -> ConvertReport:
+    """Write an adapter in another format: exactly where its form is low-rank.
+
+    Args:
+        adapter: One adapter, as `open_adapter` takes it.
+        out: The directory to make.
+        to: Format to write; default: its own, or PEFT's.
+        base: Directory of the base model, for forms and names that depend on it.
+        rank: Cut every delta at this rank.
+        energy: Cut every delta where this share of its squared norm is kept.
+        component: Part of a pipeline that PEFT's names belong to: unet, ...
+        pipeline: Rename by diffusers' converter: StableDiffusionXL, Flux, ...
+        dtype: Of the factors; default: the adapter's.
+        force: Replace a directory that lora-merge wrote.
+        jobs: Worker threads.
+        on_module: Called after each module.
+
+    Raises:
+        AdapterError: If a form needs `rank`, `energy` or `base`.
+        OutputError: If `out` cannot be written; nothing is left behind.
+
+    Example:
+        >>> import lora_merge
+        >>> report = lora_merge.convert("examples/adapters/upper", "plain", to="peft")
+        >>> lora_merge.open_adapter("plain").ranks()
+        Counter({8: 14})
+    """
+    if rank is not None and energy is not None:
+        raise MethodError("rank and energy are two cuts", "give one of them")
+    opened = open_adapter(adapter, base=base, rank=rank if energy is None else _WHOLE)
+    model = None if base is None else open_checkpoint(Path(base))
+    if pipeline is not None:
+        opened = through_diffusers(opened, pipeline, base=model)
+    plan = plan_conversion(
+        opened,
+        to=to,
+        component=component,
+        base=model,
+        rank=rank,
+        energy=energy,
+        dtype=_code(dtype),
+    )
+    return write_converted(plan, Path(out), force=force, jobs=jobs, on_module=on_module)
 
 
 def _code(dtype: str | None) -> str | None:
