@@ -1,9 +1,11 @@
 """Tiny models with random weights, and adapters that fit them."""
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from builders import make_adapter, save_adapter
@@ -84,3 +86,20 @@ def wild() -> nn.Module:
     torch.manual_seed(9)
     model.model.embed_tokens.weight.data[0] = torch.randn(32)
     return model
+
+
+def in_threads(jobs: list[Callable[[], Tensor]]) -> list[Tensor | BaseException]:
+    found: list[Tensor | BaseException] = [RuntimeError("did not run")] * len(jobs)
+
+    def work(place: int) -> None:
+        try:
+            found[place] = jobs[place]()
+        except Exception as error:
+            found[place] = error
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found

@@ -1,11 +1,10 @@
 """What holds for one call and no other: threads, requests, checkpointing, padding, heads."""
 
-import threading
 from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import llama, sharp, tokens, wild
+from tiny import in_threads, llama, sharp, tokens, wild
 from torch import Tensor
 
 from lora_merge.errors import MethodError
@@ -14,23 +13,6 @@ from lora_merge.mixture.runtime.attach import load_mixture
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
-
-
-def in_threads(jobs: list[Callable[[], Tensor]]) -> list[Tensor | BaseException]:
-    found: list[Tensor | BaseException] = [RuntimeError("did not run")] * len(jobs)
-
-    def work(place: int) -> None:
-        try:
-            found[place] = jobs[place]()
-        except Exception as error:
-            found[place] = error
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
 
 
 # -- threads -------------------------------------------------------------------------------------

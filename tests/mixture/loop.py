@@ -1,0 +1,134 @@
+"""Every gate as its paper writes it, in float64, row by row and token by token, without a cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from oracle import expert_delta, scores_of, softmax_of_kept
+from torch import Tensor, nn
+
+from lora_merge.mixture.mixture import Mixture
+
+
+class Loop:
+    """A loop over experts, hooked into a float64 model that is always given whole texts.
+
+    Args:
+        model: Becomes the mixture.
+        base: The same model, for the first pass of a two-pass gate.
+        mixture: What to run.
+
+    Attributes:
+        prompt: Tokens that a gate per sequence decides on; None for all.
+        requests: One expert's number, or None, for each row.
+    """
+
+    def __init__(self, model: nn.Module, base: nn.Module, mixture: Mixture) -> None:
+        self.mixture, self.base = mixture, base
+        self.prompt: int | None = None
+        self.requests: list[int | None] = [None]
+        self.inputs: dict[str, Any] = {}
+        self.numbers = {name: n for n, name in enumerate(mixture.modules)}
+        self.parts: dict[str, Any] = {}
+        self.tops: dict[str, Any] = {}
+
+        def look(target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.inputs = dict(kwargs)
+            if args:
+                self.inputs["input_ids"] = args[0]
+
+        model.register_forward_pre_hook(look, with_kwargs=True)
+        for module in mixture.alignment.modules:
+            hook = self.hook(module.name, list(module.specs))
+            model.get_submodule(module.name).register_forward_hook(hook)
+
+    def hook(self, name: str, present: list[int]) -> Callable[..., Tensor]:
+        def run(target: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
+            x = args[0]
+            rows = [self.row(name, present, x[i], i) for i in range(len(x))]
+            return y + torch.stack(rows)
+
+        return run
+
+    def row(self, name: str, present: list[int], x: Tensor, number: int) -> Tensor:
+        """What the experts add for one text (S, d)."""
+        spec = self.mixture.spec
+        if spec.granularity == "rank":
+            return self.of_ranks(name, present, x)
+        if spec.signal == "constant":
+            weights = torch.tensor([[spec.weights[e] for e in present]] * len(x))
+        elif spec.signal == "request":
+            wanted = self.requests[number * len(self.requests) // self.batch]
+            weights = torch.tensor([[float(e == wanted) for e in present]] * len(x))
+        elif spec.signal == "hidden":
+            weights = self.of_hidden(name, number)[:, present]
+        else:
+            scores = scores_of(self.mixture, name, present, x)
+            if spec.sequence:
+                scores = scores[: self.prompt].mean(0, keepdim=True).expand_as(scores)
+            top_k = spec.top_k or len(present)
+            weights = softmax_of_kept(self.remembered(scores), top_k, spec.temperature)
+        total = torch.zeros(())
+        for place, e in enumerate(present):
+            delta = expert_delta(self.mixture.experts[e].adapter, name, x)
+            total = total + weights[:, place : place + 1].to(x) * delta
+        return total
+
+    @property
+    def batch(self) -> int:
+        given = self.inputs.get("input_ids")
+        return len(self.inputs["inputs_embeds"] if given is None else given)
+
+    def remembered(self, scores: Tensor) -> Tensor:
+        state, rows = torch.zeros_like(scores[0]), []
+        for row in scores:
+            state = self.mixture.spec.memory * state + row
+            rows.append(state)
+        return torch.stack(rows)
+
+    def of_hidden(self, name: str, number: int) -> Tensor:
+        """Weights (S, E) of one text by the base's last hidden states."""
+        spec, gate = self.mixture.spec, self.mixture.gate
+        given = {k: v for k, v in self.inputs.items() if k in ("input_ids", "inputs_embeds")}
+        state = self.base.base_model(**given, use_cache=False)[0][number]
+        for layer in range(spec.depth):
+            weight, bias = (gate[f"classifier.{layer}.{n}"].double() for n in ("weight", "bias"))
+            state = (state.relu() if layer else state) @ weight.T + bias
+        per_module = state.view(len(state), -1, self.mixture.num_experts)
+        place = self.numbers[name] if spec.granularity == "module" else 0
+        return torch.softmax(self.remembered(per_module[:, place]), -1)
+
+    def of_ranks(self, name: str, present: list[int], x: Tensor) -> Tensor:
+        """What single ranks add: SMoRA's, or the strongest."""
+        spec, gate = self.mixture.spec, self.mixture.gate
+        if name not in self.parts:
+            self.parts[name] = list(self.units(name, present))
+        units = self.parts[name]
+        rows = []
+        for token in x:
+            if spec.signal == "spectrum":
+                scores = torch.stack([(s * (a @ token)).abs() for a, _, s in units])
+                judged = scores
+            else:
+                scores = gate[f"{name}.weight"].double() @ token
+                judged = scores + gate[f"{name}.rank_bias"].double()
+            kept = judged.topk(min(spec.top_k or len(units), len(units))).indices.tolist()
+            total = sum(scores[j].exp() for j in kept)
+            out = torch.zeros(())
+            for j in kept:
+                a, b, s = units[j]
+                w = 1.0 if spec.value == "binary" else len(kept) * scores[j].exp() / total
+                out = out + w * s * (a @ token) * b
+            rows.append(out)
+        return torch.stack(rows)
+
+    def units(self, name: str, present: list[int]) -> Any:
+        for e in present:
+            adapter = self.mixture.experts[e].adapter
+            a, b = (t.double() for t in adapter.read(name))
+            scaling = adapter.modules[name].scaling
+            if self.mixture.spec.signal == "spectrum":
+                u, s, v = torch.linalg.svd(scaling * b @ a)
+                yield from ((v[j], u[:, j], s[j]) for j in range(len(a)))
+            else:
+                yield from ((a[j], b[:, j], scaling) for j in range(len(a)))

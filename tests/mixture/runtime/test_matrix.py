@@ -1,0 +1,301 @@
+"""Every preset under everything people run a model with: the float64 loop, or a stated refusal.
+
+The loop is always given a whole text, one row at a time, without padding and without a cache. Not
+here: `torch.compile` (test_models.py, test_two_pass.py, test_bases.py) and offloaded caches, which
+transformers runs on accelerators alone.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from loop import Loop
+from tiny import VOCABULARY, in_threads, sharp, tokens
+from torch import Tensor, nn
+
+from lora_merge.errors import MethodError
+from lora_merge.mixture.gates.gate import PRESETS
+from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.runtime.attach import load_mixture
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
+REQUESTS = ["expert0", "expert2"]
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": None,
+    "pad_token_id": 0, "initializer_range": 0.2, "head_dim": 8,
+}  # fmt: skip
+MORE: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 4},
+    "qwen3": {},
+    "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "qwen3_moe": {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+    "mamba": {"state_size": 8},
+    "falcon_h1": {
+        "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
+        "mamba_n_groups": 1, "mamba_expand": 1, "mamba_chunk_size": 16,
+    },
+}  # fmt: skip
+
+
+@cache
+def base(kind: str) -> nn.Module:
+    """A tiny model in float64 whose padding looks like any other token."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **MORE[kind]})
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = torch.randn(32)
+    return model
+
+
+def settings_of(preset: str) -> dict[str, Any]:
+    if preset == "constant":
+        return {"weights": (0.7, -0.4, 1.1)}
+    return {"memory": 0.7} if preset == "meteora" else {}
+
+
+@dataclass(eq=False)
+class Case:
+    """A mixture in a model, and the loop's answers."""
+
+    kind: str
+    preset: str
+    mixture: Mixture
+    loop: Loop
+    looped: nn.Module
+
+    def attached(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        model = copy.deepcopy(base(self.kind)).to(dtype)
+        load_mixture(model, self.mixture)
+        if self.preset == "request":
+            model.mixture.set_gate(requests=REQUESTS)
+        return model
+
+    def expected(self, ids: Tensor, row: int, **options: Any) -> Tensor:
+        """What the loop writes after one row."""
+        self.loop.prompt = ids.shape[1]
+        self.loop.requests = [(0, 2)[row]]
+        with torch.no_grad():
+            return self.looped.generate(ids, use_cache=False, **{**GREEDY, **options})
+
+    @property
+    def remembers(self) -> bool:
+        return self.mixture.spec.memory > 0
+
+
+@cache
+def case(kind: str, preset: str) -> Case:
+    model = base(kind)
+    mixture = sharp(model, preset, **settings_of(preset))
+    looped = copy.deepcopy(model)
+    return Case(kind, preset, mixture, Loop(looped, model, mixture), looped)
+
+
+def one_by_one(one: Case, **options: Any) -> Callable[[nn.Module, list[Tensor]], list[Tensor]]:
+    """Every row by itself."""
+
+    def run(model: nn.Module, rows: list[Tensor]) -> list[Tensor]:
+        found = []
+        for number, ids in enumerate(rows):
+            if one.preset == "request":
+                model.mixture.set_gate(requests=[REQUESTS[number]])
+            found.append(model.generate(ids, **GREEDY, **options))
+        return found
+
+    return run
+
+
+def left_padded(one: Case, **options: Any) -> Callable[[nn.Module, list[Tensor]], list[Tensor]]:
+    """All rows at once, padded to one length."""
+
+    def run(model: nn.Module, rows: list[Tensor]) -> list[Tensor]:
+        longest = max(ids.shape[1] for ids in rows)
+        pads = [longest - ids.shape[1] for ids in rows]
+        both = torch.cat([nn.functional.pad(i, (n, 0)) for i, n in zip(rows, pads, strict=True)])
+        mask = torch.ones_like(both)
+        for row, pad in enumerate(pads):
+            mask[row, :pad] = 0
+        out = model.generate(both, attention_mask=mask, **GREEDY, **options)
+        several = len(out) // len(rows)
+        return [out[r * several : (r + 1) * several, pads[r] :] for r in range(len(rows))]
+
+    return run
+
+
+def right_padded(one: Case) -> Callable[[nn.Module, list[Tensor]], list[Tensor]]:
+    """The loop's texts, padded on the right: the model has to agree with every next token."""
+
+    def run(model: nn.Module, rows: list[Tensor]) -> list[Tensor]:
+        texts = [one.expected(ids, row) for row, ids in enumerate(rows)]
+        longest = max(text.shape[1] for text in texts)
+        both = torch.cat([nn.functional.pad(t, (0, longest - t.shape[1])) for t in texts])
+        mask = torch.ones_like(both)
+        for row, text in enumerate(texts):
+            mask[row, text.shape[1] :] = 0
+        next_tokens = model(both, attention_mask=mask).logits.argmax(-1)
+        found = []
+        for row, (ids, text) in enumerate(zip(rows, texts, strict=True)):
+            start, stop = ids.shape[1] - 1, text.shape[1] - 1
+            found.append(torch.cat([ids, next_tokens[row : row + 1, start:stop]], dim=1))
+        return found
+
+    return run
+
+
+def continued(one: Case, *, turns: bool) -> Callable[[nn.Module, list[Tensor]], list[Tensor]]:
+    """The beginning is in the cache: put there by a call, or by an earlier turn."""
+
+    def run(model: nn.Module, rows: list[Tensor]) -> list[Tensor]:
+        found = []
+        for number, ids in enumerate(rows):
+            if one.preset == "request":
+                model.mixture.set_gate(requests=[REQUESTS[number]])
+            if turns:
+                cut = 1 + ids.shape[1] - GREEDY["max_new_tokens"]
+                out = model.generate(
+                    ids[:, :cut], return_dict_in_generate=True, **GREEDY
+                ).past_key_values
+                out.crop(-(GREEDY["max_new_tokens"] - 1))
+            else:
+                out = model(ids[:, :3], use_cache=True).past_key_values
+            found.append(model.generate(ids, past_key_values=out, **GREEDY))
+        return found
+
+    return run
+
+
+def threaded(one: Case) -> Callable[[nn.Module, list[Tensor]], list[Tensor]]:
+    """Each row in a thread of its own, three times over."""
+
+    def run(model: nn.Module, rows: list[Tensor]) -> list[Tensor]:
+        def job(number: int) -> Callable[[], Tensor]:
+            def work() -> Tensor:
+                with torch.no_grad():
+                    if one.preset != "request":
+                        return model.generate(rows[number], **GREEDY)
+                    with model.mixture.requests(REQUESTS[number]):
+                        return model.generate(rows[number], **GREEDY)
+
+            return work
+
+        found = in_threads([job(n) for n in range(len(rows))] * 3)
+        for place, out in enumerate(found):
+            assert isinstance(out, Tensor), out
+            assert torch.equal(out, found[place % len(rows)])
+        return found[: len(rows)]
+
+    return run
+
+
+SITUATIONS: dict[str, Callable[[Case], Any]] = {
+    "plain": one_by_one,
+    "no cache": lambda one: one_by_one(one, use_cache=False),
+    "left padding": left_padded,
+    "right padding": right_padded,
+    "static cache": lambda one: left_padded(
+        one, cache_implementation="static", disable_compile=True
+    ),
+    "beams": lambda one: left_padded(one, num_beams=3),
+    "chunked prefill": lambda one: one_by_one(one, prefill_chunk_size=2),
+    "prefix reuse": lambda one: continued(one, turns=False),
+    "second turn": lambda one: continued(one, turns=True),
+    "prompt lookup": lambda one: one_by_one(one, prompt_lookup_num_tokens=2),
+    "threads": threaded,
+}
+PIECES = ("chunked prefill", "prefix reuse", "second turn")
+
+
+def refusal(one: Case, situation: str) -> str | None:
+    """Why a preset cannot run so, as the error says it."""
+    if one.mixture.spec.sequence and situation in PIECES:
+        return "decides once for a whole prompt"
+    if one.remembers and situation in ("prompt lookup", "second turn"):
+        return "cannot forget"
+    if one.mixture.spec.sequence and situation == "right padding":
+        return "nothing"
+    return None
+
+
+def check(one: Case, situation: str) -> None:
+    rows = [tokens(1, 5, 1), tokens(1, 8, 2)]
+    why = refusal(one, situation)
+    if why == "nothing":  # a text by itself is all prompt: the loop has written another one
+        return
+    run, model = SITUATIONS[situation](one), one.attached()
+    with torch.no_grad():
+        if why is not None:
+            with pytest.raises(MethodError, match=why):
+                run(model, rows)
+            return
+        found = run(model, rows)
+    beams = {"num_beams": 3} if situation == "beams" else {}
+    for row, ids in enumerate(rows):
+        assert torch.equal(found[row], one.expected(ids, row, **beams)), (row, situation)
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_llama_under_everything(preset: str, situation: str) -> None:
+    check(case("llama", preset), situation)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MORE if kind != "llama"])
+@pytest.mark.parametrize("preset", ["meteora", "sequence", "xlora", "request"])
+def test_other_models_with_padding_and_beside_their_caches(kind: str, preset: str) -> None:
+    one = case(kind, preset)
+    stateful = kind in ("mamba", "falcon_h1")
+    for situation in ("plain",) if stateful else ("left padding", "prompt lookup"):
+        check(one, situation)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_gradients_under_checkpointing(preset: str) -> None:
+    """Of the loop, computed plainly."""
+    one = case("llama", preset)
+    ids = tokens(2, 6, 3)
+    one.loop.prompt, one.loop.requests = None, [0, 2]
+    gradients = []
+    for model in (one.looped, one.attached()):
+        if model is not one.looped:
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=inputs, use_cache=False).logits
+        (gradient,) = torch.autograd.grad(logits.square().sum(), inputs)
+        gradients.append(gradient)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", PRESETS)
+def test_bfloat16_is_near(preset: str) -> None:
+    """Of one module, where no rounding before it can flip what is kept; every weight is."""
+    one = case("llama", preset)
+    model, ids = one.attached(torch.bfloat16), tokens(2, 6, 3)
+    if one.mixture.spec.top_k is not None:
+        model.mixture.set_gate(top_k=64)
+    with model.mixture.disabled():
+        before = model(ids).logits.double()
+    mixed = model(ids).logits
+    assert mixed.dtype == torch.bfloat16
+    exact = copy.deepcopy(base("llama"))
+    load_mixture(exact, one.mixture)
+    if one.preset == "request":
+        exact.mixture.set_gate(requests=REQUESTS)
+    elif one.mixture.spec.top_k is not None:
+        exact.mixture.set_gate(top_k=64)
+    expected = exact(ids).logits
+    with exact.mixture.disabled():
+        difference = expected - exact(ids).logits
+    assert (mixed.double() - expected).norm() < 0.1 * difference.norm() + (
+        before - (expected - difference)
+    ).norm()
