@@ -4,10 +4,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from oracle import expert_delta, scores_of, softmax_of_kept
+from oracle import expert_delta, scores_of
 from torch import Tensor, nn
 
 from lora_merge.mixture.mixture import Mixture
+
+
+def softmax_of_kept(scores: Tensor, top_k: int, temperature: float) -> Tensor:
+    """Token by token, expert by expert, with a gradient."""
+    rows = []
+    for row in scores:
+        kept = sorted(range(len(row)), key=lambda e: -float(row[e]))[:top_k]
+        total = sum((row[e] / temperature).exp() for e in kept)
+        shares = [(row[e] / temperature).exp() / total for e in range(len(row))]
+        rows.append(torch.stack([s if e in kept else 0 * s for e, s in enumerate(shares)]))
+    return torch.stack(rows)
 
 
 class Loop:
@@ -90,7 +101,8 @@ class Loop:
         """Weights (S, E) of one text by the base's last hidden states."""
         spec, gate = self.mixture.spec, self.mixture.gate
         given = {k: v for k, v in self.inputs.items() if k in ("input_ids", "inputs_embeds")}
-        state = self.base.base_model(**given, use_cache=False)[0][number]
+        with torch.no_grad():  # the first pass is looked at, and not trained
+            state = self.base.base_model(**given, use_cache=False)[0][number]
         for layer in range(spec.depth):
             weight, bias = (gate[f"classifier.{layer}.{n}"].double() for n in ("weight", "bias"))
             state = (state.relu() if layer else state) @ weight.T + bias

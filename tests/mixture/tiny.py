@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from builders import make_adapter, save_adapter
 from lora_merge.adapters.adapter import Adapter
@@ -36,9 +37,9 @@ def llama(seed: int = 0, dtype: torch.dtype = torch.float32, **config: object) -
 
 def shapes_of(model: nn.Module, *leaves: str) -> dict[str, tuple[int, int]]:
     return {
-        name: (m.out_features, m.in_features)
+        name: (m.nf, m.nx) if isinstance(m, Conv1D) else (m.out_features, m.in_features)
         for name, m in model.named_modules()
-        if isinstance(m, nn.Linear)
+        if isinstance(m, (nn.Linear, Conv1D))
         and name.count(".") > 2  # inside a layer: no head, no pooler
         and (not leaves or name.rpartition(".")[2] in leaves)
     }

@@ -52,6 +52,8 @@ def base(kind: str) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **{**SIZES, **MORE[kind]})
     model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    if kind == "qwen3_moe":
+        model.set_experts_implementation("eager")  # the fast one knows no float64
     with torch.no_grad():
         model.get_input_embeddings().weight[0] = torch.randn(32)
     return model
@@ -248,6 +250,17 @@ def test_a_llama_under_everything(preset: str, situation: str) -> None:
     check(case("llama", preset), situation)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_loop_says_something(preset: str) -> None:
+    """Or nothing here would prove anything."""
+    one, ids = case("llama", preset), tokens(1, 8, 2)
+    written = [one.expected(ids, row)[0, 8:].tolist() for row in range(2)]
+    alone = base("llama").generate(ids, **GREEDY)[0, 8:].tolist()
+    assert alone not in written
+    assert preset != "request" or written[0] != written[1]
+
+
 @pytest.mark.parametrize("kind", [kind for kind in MORE if kind != "llama"])
 @pytest.mark.parametrize("preset", ["meteora", "sequence", "xlora", "request"])
 def test_other_models_with_padding_and_beside_their_caches(kind: str, preset: str) -> None:
@@ -272,30 +285,29 @@ def test_gradients_under_checkpointing(preset: str) -> None:
         logits = model(inputs_embeds=inputs, use_cache=False).logits
         (gradient,) = torch.autograd.grad(logits.square().sum(), inputs)
         gradients.append(gradient)
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+    ours, theirs = gradients[1], gradients[0]
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("preset", PRESETS)
 def test_bfloat16_is_near(preset: str) -> None:
-    """Of one module, where no rounding before it can flip what is kept; every weight is."""
+    """Gates that are mild and keep everything, so that rounding can flip nothing."""
     one = case("llama", preset)
-    model, ids = one.attached(torch.bfloat16), tokens(2, 6, 3)
-    if one.mixture.spec.top_k is not None:
-        model.mixture.set_gate(top_k=64)
-    with model.mixture.disabled():
-        before = model(ids).logits.double()
-    mixed = model(ids).logits
-    assert mixed.dtype == torch.bfloat16
-    exact = copy.deepcopy(base("llama"))
-    load_mixture(exact, one.mixture)
-    if one.preset == "request":
-        exact.mixture.set_gate(requests=REQUESTS)
-    elif one.mixture.spec.top_k is not None:
-        exact.mixture.set_gate(top_k=64)
-    expected = exact(ids).logits
-    with exact.mixture.disabled():
-        difference = expected - exact(ids).logits
-    assert (mixed.double() - expected).norm() < 0.1 * difference.norm() + (
-        before - (expected - difference)
-    ).norm()
+    mild = {
+        name: t if name.endswith("prototype") else 0.05 * t for name, t in one.mixture.gate.items()
+    }
+    keep = {"top_k": None} if one.mixture.spec.top_k else {}
+    mixture, ids, found = one.mixture.with_gate(mild, **keep), tokens(2, 6, 3), {}
+    for dtype in (torch.float64, torch.bfloat16):
+        model = copy.deepcopy(base("llama")).to(dtype)
+        load_mixture(model, mixture)
+        if preset == "request":
+            model.mixture.set_gate(requests=REQUESTS)
+        mixed = model(ids).logits
+        assert mixed.dtype == dtype
+        with model.mixture.disabled():
+            found[dtype] = mixed.double(), model(ids).logits.double()
+    (exact, exact_base), (near, near_base) = found.values()
+    rounding = (near_base - exact_base).norm()
+    assert (near - exact).norm() < 0.05 * (exact - exact_base).norm() + 2 * rounding
