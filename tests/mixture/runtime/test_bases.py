@@ -3,10 +3,11 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
-from tiny import llama, sharp, tokens
+from tiny import experts_for, llama, sharp, tokens
 
 from lora_merge.errors import AlignmentError, MethodError
 from lora_merge.mixture.mixture import Mixture
@@ -175,3 +176,63 @@ def test_what_a_mixture_cannot_weigh_of_a_moe_model() -> None:
         with pytest.raises(AlignmentError, match=message):
             load_mixture(model, Mixture([make_adapter("e", shapes=shapes)], "arrow"))
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_module_that_was_replaced_is_missed() -> None:
+    model = llama()
+    handle = load_mixture(model, sharp(model, "meteora"))
+    layer = model.model.layers[1].mlp
+    mixed, old = model(tokens()).logits, layer.up_proj
+    layer.up_proj = torch.nn.Sequential(old)  # wrapped: its hook still runs
+    assert torch.equal(model(tokens()).logits, mixed)
+    layer.up_proj = torch.nn.Linear(32, 48, bias=False)
+    with pytest.raises(MethodError, match="up_proj of a LlamaMLP was replaced by a Linear"):
+        model(tokens())
+    with handle.disabled():
+        model(tokens())
+    handle.detach()
+
+
+def test_an_untrained_gate_says_so_once() -> None:
+    model = llama()
+    load_mixture(model, sharp(model, "xlora"))
+    with pytest.warns(UserWarning, match="xlora gate has not been trained"):
+        model.generate(tokens(), **GREEDY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(tokens(), **GREEDY)
+        model.mixture.detach()
+        for preset in ("arrow", "meteora"):
+            handle = load_mixture(model, sharp(model, preset), name=preset)
+            handle.set_gate(weights=[1.0, 0.0, 0.0])
+            model.generate(tokens(), **GREEDY)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = tokens(1, 12, index)[0]
+        return {"input_ids": row, "labels": row}
+
+
+def test_a_trainers_checkpoint_holds_the_gate(tmp_path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    def train(**options: object) -> list[torch.Tensor]:
+        model = llama()
+        handle = load_mixture(model, Mixture(experts_for(model), "meteora"))
+        settings = TrainingArguments(
+            str(tmp_path), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2,
+            save_steps=3, report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
+            logging_strategy="no",
+        )  # fmt: skip
+        trained = handle.train_gate_only()
+        Trainer(model=model, args=settings, train_dataset=Rows()).train(**options)
+        return [p.detach().clone() for p in trained]
+
+    whole = train()
+    resumed = train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for one, other in zip(whole, resumed, strict=True):
+        assert torch.equal(one, other)

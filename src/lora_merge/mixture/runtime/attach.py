@@ -7,6 +7,7 @@ detaching leaves the model bit for bit as it was.
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,7 @@ class AttachedMixture(nn.Module):
             self.classifier, self.two_pass = gate, TwoPass(gate)
         self._entries: list[Entry] = []
         self._watched: Usage | None = None
+        self._warned = False
         self._model = (model,)  # in a tuple: a plain reference, not a submodule
         self.train(model.training)
         self._joined = []
@@ -188,6 +190,7 @@ class AttachedMixture(nn.Module):
                 target = targets[module_name]
                 hook = ModuleHook(group, index, in_place=type(target) is nn.Linear)
                 self.switch.hooks.add(target, hook)
+        self.switch.hooks.note_places(model, targets.values())
         body = body_of(model)
         for part in parts_of(model, targets.values()):
             two_pass = self.two_pass if part is body else None
@@ -348,10 +351,23 @@ class AttachedMixture(nn.Module):
     def train_gate_only(self) -> list[nn.Parameter]:
         """Let gradients into the gate and nowhere else; returns its parameters."""
         self._model[0].requires_grad_(False)
+        self._warned = True
         learned = learned_parameters(self.mixture.spec, self.parts, self.classifier)
         for parameter in learned:
             parameter.requires_grad_(True)
         return learned
+
+    def warn_if_untrained(self) -> None:
+        """Say once that a gate decides by what it was drawn with, or by nothing."""
+        spec, now = self.mixture.spec, self.switch.now()
+        if spec.trained or self._warned or now.is_idle or now.spec.signal != spec.signal:
+            return
+        self._warned = True
+        text = (
+            f"mixture {self.name}: its {spec.preset} gate has not been trained; "
+            "lora-merge train, or lora_merge.train_gate, does"
+        )
+        warnings.warn(text, UserWarning, stacklevel=4)
 
     def gate_tensors(self) -> dict[str, Tensor]:
         """The gate as it is now, by the names of the directory, float32 on the CPU."""

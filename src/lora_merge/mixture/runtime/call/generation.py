@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_merge.mixture.runtime.call.hooks import REGISTRY
+
 _TEXTS = ("inputs_embeds", "input_ids")
 _OTHERS = ("inputs", "pixel_values", "input_features")
 
@@ -55,6 +57,8 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own."""
+        for mixture in getattr(self.model, REGISTRY, {}).values():
+            mixture.warn_if_untrained()
         token = _CURRENT.set(_read(args, kwargs, encodes=self.encodes))
         try:
             return self.__wrapped__(*args, **kwargs)

@@ -1,13 +1,14 @@
 """What attaching leaves in a model: hooks on modules and on the state dict."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_merge.errors import MethodError
 from lora_merge.mixture.runtime.call.modules import Modules
 
 REGISTRY = "lora_mixtures"  # the submodule that holds a model's mixtures
@@ -83,11 +84,40 @@ class ModuleHooks:
     def __init__(self) -> None:
         self.inside = True
         self._hooks: list[tuple[nn.Module, int, Any]] = []
+        self._places: list[tuple[nn.Module, str, nn.Module]] = []
 
     def add(self, module: nn.Module, hook: Any) -> None:
         """Register one more hook."""
         handle = module.register_forward_hook(hook, with_kwargs=True)
         self._hooks.append((module, handle.id, hook))
+
+    def note_places(self, model: nn.Module, wrapped: Iterable[nn.Module]) -> None:
+        """Remember where in the model the wrapped modules stand."""
+        wanted = {id(module) for module in wrapped}
+        self._places = [
+            (parent, leaf, child)
+            for parent in model.modules()
+            for leaf, child in parent._modules.items()
+            if child is not None and id(child) in wanted
+        ]
+
+    def check_places(self) -> None:
+        """Refuse a model in which others stand there now, which would run without experts.
+
+        Raises:
+            MethodError: Naming the first.
+        """
+        for index, (parent, leaf, module) in enumerate(self._places):
+            now = parent._modules.get(leaf)
+            if now is module:
+                continue
+            if now is None or not any(inner is module for inner in now.modules()):
+                raise MethodError(
+                    f"{leaf} of a {type(parent).__name__} was replaced by a {type(now).__name__} "
+                    "after the mixture was attached, and would run without its experts",
+                    "detach the mixture and attach it again",
+                )
+            self._places[index] = (parent, leaf, now)  # somebody has wrapped it
 
     def put(self, inside: bool, keep: Callable[[], bool] = lambda: False) -> None:
         """Put the hooks into the model or take them out, unless somebody keeps them in."""
@@ -132,9 +162,17 @@ def counted(switch: Any, change: int) -> None:
 
 
 def hide(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Keep the mixtures out of the base model's state dict; they save themselves."""
-    for key in [key for key in state if key.startswith(f"{prefix}{REGISTRY}.")]:
-        del state[key]
+    """Keep the mixtures out of the base model's state dict; they save themselves.
+
+    What is being trained of them stays: a trainer's checkpoint is nothing without it.
+    """
+    own, start = getattr(module, REGISTRY), f"{prefix}{REGISTRY}."
+    trained = {name for name, p in own.named_parameters() if p.requires_grad}
+    for key in [key for key in state if key.startswith(start)]:
+        if key.removeprefix(start) in trained:
+            state[key] = state[key].clone()  # files want no views of what is not in them
+        else:
+            del state[key]
     matrices = {m.data_ptr() for each in getattr(module, REGISTRY).values() for m in each.matrices}
     for key, value in state.items():
         if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in matrices:

@@ -117,6 +117,7 @@ def begin(switch: Switch, gate: InForce) -> Pass:
     if torch.compiler.is_compiling():
         made = switch.traced = Pass(switch, gate)
         return made
+    switch.hooks.check_places()
     made = Pass(switch, gate, outer=_CURRENT.get())
     counted(switch, 1)
     _CURRENT.set(made)
