@@ -69,7 +69,9 @@ def row_of(setting: Setting, case: Case) -> dict[str, Any]:
         }
     if setting.device.type == "cuda" and timings:
         best = min((n for n in timings if n != reference), key=lambda n: timings[n].median)
-        row["profile"] = {best: profile(work[best])}
+        row["profile"] = {
+            name: profile(work[name]) for name in (timings if setting.profile_all else [best])
+        }
     return row
 
 
@@ -86,16 +88,17 @@ def _far(results: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def profile(call: Callable[[], Any]) -> list[tuple[str, float]]:
-    """The ten kernels that took longest, and their share of the GPU's time."""
+def profile(call: Callable[[], Any]) -> list[tuple[str, int, float]]:
+    """Name, launches and microseconds of the kernels that took longest, all of them first."""
     activity = torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[activity]) as record:
         call()
         torch.cuda.synchronize()
-    events = [(e.key, e.device_time_total) for e in record.key_averages()]
-    total = sum(value for _, value in events) or 1.0
-    events.sort(key=lambda event: -event[1])
-    return [(name[:120], round(value / total, 4)) for name, value in events[:10]]
+    events = [(e.key, e.count, e.device_time_total) for e in record.key_averages()]
+    events.sort(key=lambda event: -event[2])
+    total = sum(count for _, count, _ in events), sum(time for _, _, time in events)
+    named = [("total", *total), *events[:20]]
+    return [(name[:110], count, round(time, 1)) for name, count, time in named]
 
 
 def main() -> None:
@@ -108,6 +111,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="layers of the base model")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="*", choices=[case.name for case in CASES])
+    parser.add_argument("--profile-all", action="store_true", help="not of the fastest alone")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--work", type=Path, help="where adapters are made and kept")
     parser.add_argument("--out", type=Path, default=RESULTS)

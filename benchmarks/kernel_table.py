@@ -35,6 +35,8 @@ def table(found: list[dict[str, Any]]) -> str:
         lines.append("**No number here was measured on a GPU yet.**")
     for document in found:
         versions = ", ".join(f"{name} {v}" for name, v in document["versions"].items())
+        if document.get("commit"):
+            versions += f", at commit {document['commit']}"
         cores = f", {document['cores']} core(s)" if document["cores"] else ""
         lines.append(
             f"{_title(document)}: {document['dtype']}{cores}, medians of "

@@ -36,6 +36,7 @@ class Setting:
     rounds: int
     small: bool
     compile: bool
+    profile_all: bool = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -79,7 +80,8 @@ def setting_of(options: argparse.Namespace, work: Path) -> Setting:
     config = LlamaConfig(**size, eos_token_id=None, pad_token_id=0, max_position_embeddings=8192)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     compiled = options.compile and device.type == "cuda"
-    return Setting(device, dtype, config, work, options.rounds, options.small, compiled)
+    return Setting(device, dtype, config, work, options.rounds, options.small, compiled,
+                   options.profile_all)  # fmt: skip
 
 
 def build(setting: Setting) -> LlamaForCausalLM:

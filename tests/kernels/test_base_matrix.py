@@ -70,7 +70,33 @@ def test_the_corner_is_all_that_is_held_twice() -> None:
     """Four experts of rank 16 on q, k and v of width 512."""
     weights, ups, down, gate = make(512, [512] * 3, [64] * 3, 12, torch.float32)
     parts = sum(t.numel() for t in (*weights, *ups, down, gate))
-    matrix = base_matrix.join(weights, ups, down, gate, border=True).matrix
-    assert matrix.numel() - parts == (192 + 12) * 64
-    matrix = base_matrix.join(weights, ups, down, gate, border=False).matrix
-    assert matrix.numel() == parts - sum(up.numel() for up in ups)
+    joined = base_matrix.join(weights, ups, down, gate, border=True)
+    held = joined.matrix[: len(joined.rows)]
+    assert held.numel() - parts == (192 + 12) * 64
+    joined = base_matrix.join(weights, ups, down, gate, border=False)
+    assert joined.rows.numel() == parts - sum(up.numel() for up in ups)
+    assert len(joined.padded) == 1744  # of 1740: a multiple of 16
+
+
+@given(st.integers(1, 40000))
+def test_padding_costs_a_hundredth_at_most(rows: int) -> None:
+    padded = base_matrix.aligned(rows)
+    assert 0 <= padded - rows <= rows / 100
+    assert rows < 700 or padded % 8 == 0
+
+
+@pytest.mark.parametrize("rows", [7068, 4404, 29288, 4404])  # 28 experts of rank 8 on Llama-3-8B
+def test_rows_of_a_large_model_are_multiples_of_16(rows: int) -> None:
+    assert base_matrix.aligned(rows) % 16 == 0
+
+
+def test_rows_of_padding_change_nothing() -> None:
+    weights, ups, down, gate = make(16, [700, 37], [3, 6], 4, torch.float64)
+    joined = base_matrix.join(weights, ups, down, gate, border=False)
+    assert len(joined.padded) > len(joined.rows) == 750
+    assert torch.equal(joined.gate, gate)
+    assert not joined.padded[750:].any()
+    x = torch.randn(3, 16, dtype=torch.float64)
+    ys, u, scores = base_matrix.shrink_with_base(x, joined)
+    for got, rows in zip([*ys, u, scores], [*weights, down, gate], strict=True):
+        torch.testing.assert_close(got, x @ rows.T)

@@ -32,7 +32,8 @@ class Joined:
     """Weights, experts and gate rows of M modules with one input.
 
     Attributes:
-        matrix: Shape (sum of d_out + R + n, d_in + width), width 0 without the border.
+        matrix: Shape (sum of d_out + R + n and some rows of zeros, d_in + width), width 0 without
+            the border.
         d_in: Input width.
         outputs: Bounds of the modules' outputs among the rows, M + 1.
         ups: Every up_m, shape (R_m, d_out); views of the border if there is one.
@@ -55,6 +56,11 @@ class Joined:
     @cached_property
     def rows(self) -> Tensor:
         """All that reads the input: every W, down and the gate's rows."""
+        return self.padded[: self.outputs[-1] + self.num_units + self.scores]
+
+    @cached_property
+    def padded(self) -> Tensor:
+        """The same with rows of zeros behind, so that rows of a product of it start aligned."""
         return self.matrix[:, : self.d_in]
 
     @cached_property
@@ -75,7 +81,16 @@ class Joined:
     @cached_property
     def gate(self) -> Tensor:
         """Shape (n, d_in)."""
-        return self.rows[self.matrix.shape[0] - self.scores :]
+        return self.rows[self.rows.shape[0] - self.scores :]
+
+
+def aligned(rows: int) -> int:
+    """That many rows and at most 1 % more, a multiple of as large a power of two up to 64.
+
+    Libraries read and write 16 bytes at once where the rows of a product are multiples of that.
+    """
+    fits = (n for step in (64, 32, 16, 8) if 100 * ((n := -(-rows // step) * step) - rows) <= rows)
+    return next(fits, rows)
 
 
 def join(
@@ -104,7 +119,7 @@ def join(
     if border:
         step = _ALIGN // down.element_size()
         columns = -(-(d_in + max(len(up) for up in ups)) // step) * step
-    matrix = down.new_zeros(outputs[-1] + down.shape[0] + scores, columns)
+    matrix = down.new_zeros(aligned(outputs[-1] + down.shape[0] + scores), columns)
     flat = None
     if border:
         places = zip(pairwise(outputs), ups, strict=True)
@@ -133,7 +148,7 @@ def shrink_with_base(x: Tensor, joined: Joined) -> tuple[list[Tensor], Tensor, T
         Every y_m without bias, shape (T, d_out); u, shape (T, R); scores, shape (T, n): columns of
         one tensor that nobody else holds.
     """
-    both = functional.linear(x, joined.rows)
+    both = functional.linear(x, joined.padded)[:, : joined.rows.shape[0]]
     *ys, u, scores = both.split_with_sizes(joined.splits, dim=1)
     return ys, u, scores
 

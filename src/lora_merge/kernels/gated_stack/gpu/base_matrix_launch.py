@@ -65,9 +65,10 @@ class JoinedStack:
         self.up, self.columns, self.rule, self.bias = joined.up, columns, rule, bias
         # Scores of half precision modules stay float32, or rounding would choose other experts.
         self.wide = rule is not None and joined.matrix.dtype != torch.float32
-        self.rows, self.rows_t = joined.rows, joined.rows.mT
+        self.rows, self.rows_t = joined.padded, joined.padded.mT
         self.widths = tuple(b - a for a, b in pairwise(joined.outputs))
         self.splits = [joined.outputs[-1], joined.num_units, joined.scores]
+        self.splits.append(len(joined.padded) - sum(self.splits))
         self.scores = scores
 
     def __call__(self, x: Tensor, weights: Tensor | None = None) -> list[Tensor]:
@@ -87,7 +88,7 @@ class JoinedStack:
             both = torch.mm(x, self.rows_t, out_dtype=torch.float32)
         else:
             both = functional.linear(x.float(), self.rows.float())
-        y, u, scores = both.split_with_sizes(self.splits, dim=1)
+        y, u, scores, _ = both.split_with_sizes(self.splits, dim=1)
         if weights is not None:
             scores = weights[None]
         else:
