@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from lora_merge.errors import OutputError as OutputError
     from lora_merge.errors import SourceError as SourceError
     from lora_merge.evaluation.evaluate import evaluate as evaluate
+    from lora_merge.evaluation.search import search as search
     from lora_merge.merge.api import merge as merge
     from lora_merge.merge.api import run_recipe as run_recipe
     from lora_merge.merge.methods.lego_options import LegoOptions as LegoOptions
@@ -78,11 +79,11 @@ _PUBLIC = {
     "choose_ranks": "lora_merge.api.looking",
     "cluster": "lora_merge.api.merging",
     "collect_statistics": "lora_merge.adapters.measured.activations",
-    "evaluate": "lora_merge.evaluation.evaluate",
     "compare": "lora_merge.api.looking",
     "consolidate": "lora_merge.api.texts",
     "convert": "lora_merge.api.reshaping",
     "describe": "lora_merge.api.texts",
+    "evaluate": "lora_merge.evaluation.evaluate",
     "export": "lora_merge.api.mixing",
     "extract": "lora_merge.api.reshaping",
     "fuse": "lora_merge.api.reshaping",
@@ -97,6 +98,7 @@ _PUBLIC = {
     "open_adapters": "lora_merge.adapters.access.coerce",
     "resize": "lora_merge.api.reshaping",
     "run_recipe": "lora_merge.merge.api",
+    "search": "lora_merge.evaluation.search",
     "spectra": "lora_merge.api.looking",
     "spectra_beside_base": "lora_merge.api.looking",
     "train": "lora_merge.api.mixing",
@@ -152,6 +154,7 @@ __all__ = [
     "open_adapters",
     "resize",
     "run_recipe",
+    "search",
     "spectra",
     "spectra_beside_base",
     "train",

@@ -29,6 +29,7 @@ _COMMANDS = {
     "spectra": "lora_merge.cli.commands.spectra",
     "compare": "lora_merge.cli.commands.compare",
     "evaluate": "lora_merge.cli.commands.evaluate",
+    "search": "lora_merge.cli.commands.search",
     "gate": "lora_merge.cli.commands.gate",
     "train": "lora_merge.cli.commands.train",
     "usage": "lora_merge.cli.commands.usage",

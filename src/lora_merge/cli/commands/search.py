@@ -1,0 +1,139 @@
+"""`lora-merge search`: the scale, weights, method and masks that score best on your rows."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_merge.cli.shared.options import force_option, json_option
+from lora_merge.cli.shared.texts import ROWS, batch_options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lora_merge.evaluation.search import SearchResult
+
+
+def _words(_: Any, __: Any, value: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in value.split(",") if word.strip()) if value else ()
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  lora-merge search math code chat --base ./llama --data rows.jsonl -o best
+  lora-merge search recipe.yaml --base ./llama --data rows.jsonl \\
+      --over scale,kinds --trials 200 -o best
+  lora-merge search a b c --over scale,method --methods svd,tsv,ties ...
+  lora-merge search a b c --over scale,modules --sampler cmaes ...
+\b
+--over: scale; weights (one per adapter), layers or kinds (by layer, by kind of
+module); method (of --methods); parameters (the method's own); modules (which
+kinds of modules of which adapter to leave out).
+\b
+OUT.search/study.db is an Optuna study: a search that was interrupted goes on
+with the same command, several processes may share it (--worker 1, 2, ...), and
+optuna-dashboard shows it. OUT.search/report.json has every trial.
+""",
+    short_help="Find the recipe whose merge scores best on rows.",
+)
+@click.argument("adapters", nargs=-1, required=True, metavar="RECIPE|ADAPTER...")
+@click.option("--base", required=True, help="Base model: a directory or a Hub id.")
+@click.option("--data", type=ROWS, required=True, help="JSON lines, as for evaluate.")
+@click.option("-M", "--method", default="svd", show_default=True, help="Method to start from.")
+@click.option("--rank", help="Rank of the result, or a rank rule.")
+@click.option("--over", callback=_words, default="scale,weights", show_default=True)
+@click.option("--methods", callback=_words, help="Methods to choose from, with --over method.")
+@click.option("--trials", type=click.IntRange(min=1), default=50, show_default=True)
+@click.option("--metric", default="auto", show_default=True, help="As for evaluate.")
+@click.option("--pareto", is_flag=True, help="One objective per task, not their mean.")
+@click.option(
+    "--held-out",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.3,
+    show_default=True,
+    help="Share of the rows that no trial sees.",
+)
+@click.option(
+    "--sampler", type=click.Choice(["tpe", "cmaes", "random"]), default="tpe", show_default=True
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--worker", type=click.IntRange(min=0), default=0, show_default=True)
+@batch_options
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Directory to make."
+)
+@force_option("an adapter directory")
+@json_option
+def command(
+    adapters: tuple[str, ...],
+    method: str,
+    rank: str | None,
+    trials: int,
+    out: Path,
+    force: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Try recipes around RECIPE, or around a merge of ADAPTERs, and write the best one's adapter.
+
+    The report compares base, start and winner on rows that no trial has seen.
+    """
+    from lora_merge.cli.shared.output import Output
+    from lora_merge.evaluation.search import save_report, save_winner, search
+    from lora_merge.files.targets import check_target
+
+    output = Output(as_json)
+    recipe: Any = Path(adapters[0])
+    if len(adapters) > 1 or recipe.suffix not in (".yaml", ".yml"):
+        number = int(rank) if rank and rank.isdigit() else rank
+        recipe = {"merge_method": method, "adapters": list(adapters), "rank": number}
+    check_target(out, force=force)
+    folder = out.parent / f"{out.name}.search"
+    with output.progress("searching", trials) as advance:
+        result = search(
+            recipe,
+            trials=trials,
+            study=folder / "study.db",
+            on_trial=lambda _: advance(),
+            **settings,
+        )
+    save_winner(result, out, force=force)
+    save_report(result, folder / "report.json")
+    output.data(result.to_dict(), *search_view(result))
+    output.note(f"wrote {out} and {folder / 'report.json'}")
+
+
+def search_view(result: "SearchResult") -> "list[RenderableType]":
+    """Held-out scores, the best trials, and what mattered."""
+    from lora_merge.cli.shared.output import percent, table
+    from lora_merge.evaluation.bench import ALL
+
+    tasks = [task for task in result.held_out["base"] if task != ALL][:6]
+    share = result.higher and result.metric in ("accuracy", "exact-match")
+
+    def cells(scores: dict[str, float]) -> list[str]:
+        values = [scores[task] for task in (*tasks, ALL)]
+        return [percent(value) if share else f"{value:.4g}" for value in values]
+
+    held = table(f"held out: {result.metric}", *tasks, "mean")
+    for name, scores in result.held_out.items():
+        held.add_row(name, *cells(scores))
+    failed = sum(bool(trial.failed) for trial in result.trials)
+    tried = f"{len(result.trials)} trials, {failed} that could not be merged"
+    shown: list[RenderableType] = [held, tried if failed else f"{len(result.trials)} trials"]
+    values = table(f"trial {result.best.number}, the winner", "value", "mattered")
+    for name, value in result.best.values.items():
+        said = f"{value:.4g}" if isinstance(value, float) else str(value)
+        values.add_row(_said(name, result), said, percent(result.mattered.get(name)))
+    return [*shown, values]
+
+
+def _said(name: str, result: "SearchResult") -> str:
+    """A value's name, with the adapter's for its number."""
+    head, _, rest = name.partition(".")
+    number, _, more = rest.partition(".")
+    if head not in ("weight", "keep") or not number.isdigit():
+        return name
+    adapter = result.recipe.adapters[int(number)].adapter
+    return " ".join(filter(None, (head, adapter, more)))

@@ -1,0 +1,346 @@
+"""Search a recipe's scale, weights, method and masks for the best score on rows (Optuna)."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.errors import LoraMergeError
+from lora_merge.evaluation.bench import ALL, Bench, Judge, open_bench
+from lora_merge.evaluation.search_space import SearchSpace
+from lora_merge.files.atomic import atomic_file
+from lora_merge.files.targets import check_target
+from lora_merge.merge.api import as_recipe, run_recipe
+from lora_merge.merge.plan import plan_merge
+from lora_merge.merge.recipe.read import open_recipe
+from lora_merge.merge.recipe.recipe import Recipe
+from lora_merge.merge.run import run_in_memory
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+Sampler = Literal["tpe", "cmaes", "random"]
+_FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One recipe that was tried.
+
+    Attributes:
+        number: In the order of the study.
+        values: What varied, by name.
+        scores: Task → score on the rows to choose on; `all` is the mean over the tasks.
+        failed: Why there is no score, or "".
+    """
+
+    number: int
+    values: dict[str, Any]
+    scores: dict[str, float]
+    failed: str = ""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        metric: What was measured.
+        higher: Whether more is better.
+        recipe: The winner.
+        best: The winner's trial.
+        trials: All that ended, in order.
+        front: Trials that no other beats on every task (one objective: the winner alone).
+        held_out: Score of "base", "start" (the recipe as it came) and "winner" on rows that no
+            trial saw, by task.
+        mattered: Share of the spread of scores that each value explains (PED-ANOVA).
+    """
+
+    metric: str
+    higher: bool
+    recipe: Recipe
+    best: Trial
+    trials: tuple[Trial, ...]
+    front: tuple[int, ...]
+    held_out: dict[str, dict[str, float]]
+    mattered: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        import yaml
+
+        return {
+            "schema": 1,
+            "metric": self.metric,
+            "higher_is_better": self.higher,
+            "recipe": yaml.safe_load(self.recipe.to_yaml()),
+            "best": vars(self.best),
+            "front": list(self.front),
+            "held_out": self.held_out,
+            "mattered": self.mattered,
+            "trials": [vars(trial) for trial in self.trials],
+        }
+
+
+def search(
+    recipe: Recipe | dict[str, Any] | str | Path,
+    *,
+    base: str | Path,
+    data: str | Path,
+    trials: int = 50,
+    over: Sequence[str] = ("scale", "weights"),
+    methods: Sequence[str] = (),
+    metric: str | Judge = "auto",
+    pareto: bool = False,
+    held_out: float = 0.3,
+    sampler: Sampler = "tpe",
+    seed: int = 0,
+    study: str | Path | None = None,
+    worker: int = 0,
+    max_length: int = 1024,
+    batch_size: int = 16,
+    device: str = "auto",
+    on_trial: Callable[[Trial], None] | None = None,
+) -> SearchResult:
+    """Find the recipe whose merge scores best.
+
+    The model is loaded once; every trial is merged, put into it and taken out again in memory. The
+    first trial is the recipe as it came. A study in a file goes on where it ended, and gives what
+    one that was not interrupted gives; several processes may share it (`worker`).
+
+    Args:
+        recipe: Where to start, as for `run_recipe`.
+        base: The base model: a directory or a Hub id.
+        data: JSON lines, see `evaluate`.
+        trials: How many trials the study shall have in all.
+        over: What may vary, of `search_space.OVER`.
+        methods: The methods to choose from, if `over` names "method".
+        metric: As for `evaluate`.
+        pareto: One objective per task instead of their mean; the winner is that of the front with
+            the best mean.
+        held_out: Share of the rows that no trial sees.
+        sampler: Optuna's.
+        seed: Of the sampler and the split.
+        study: SQLite file to keep the study in; default: in memory.
+        worker: Another number for each process that shares a study, so that they try different
+            things.
+        max_length: Rows with more tokens are refused.
+        batch_size: Texts in one pass.
+        device: "auto", "cpu", "cuda", ...
+        on_trial: Called after each trial.
+
+    Raises:
+        LoraMergeError: If recipe, rows and model do not fit together, a study in the file is of
+            something else, or no trial could be scored.
+    """
+    start = as_recipe(recipe)
+    adapters = open_recipe(start)
+    space = SearchSpace.of(start, adapters, over, methods)
+    plan_merge(start, adapters)  # refused before a model is loaded
+    bench = open_bench(
+        base, data, metric=metric, max_length=max_length, batch_size=batch_size, device=device
+    )
+    choose, report = bench.rows.split(held_out, seed)
+    chosen, reported = replace(bench, rows=choose), replace(bench, rows=report)
+    tasks = choose.tasks or [ALL]
+    wanted = {
+        "recipe": start.to_yaml(),
+        "over": list(over),
+        "methods": list(methods),
+        "rows": choose.sha256,
+        "metric": bench.metric.name,
+        "pareto": pareto,
+        "held_out": held_out,
+        "sampler": sampler,
+        "seed": seed,
+    }
+    opened = _open_study(study, wanted, len(tasks) if pareto else 1, bench.metric.higher)
+    if not _ended(opened) and not _waiting(opened):
+        opened.enqueue_trial(space.start())
+    while (done := len(_ended(opened))) < trials:
+        opened.sampler = _sampler(sampler, seed + done + 1_000_003 * worker)
+        trial = _try(opened, space, adapters, chosen, tasks, pareto)
+        if on_trial is not None:
+            on_trial(trial)
+    return _result(opened, space, adapters, chosen, reported, tasks)
+
+
+def save_winner(result: SearchResult, out: Path, *, force: bool = False) -> None:
+    """Write the winner's adapter into a directory; its recipe there makes the same bytes again."""
+    check_target(out, force=force)
+    run_recipe(result.recipe, out, force=force)
+
+
+def save_report(result: SearchResult, path: Path) -> None:
+    """Write everything a search found as one JSON file."""
+    with atomic_file(path, "choose another place") as staging:
+        staging.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _open_study(
+    path: str | Path | None, wanted: dict[str, Any], count: int, higher: bool
+) -> "Study":
+    """The study in a file, made if it is not there; refused if it is of something else."""
+    optuna = _optuna()
+    direction = "maximize" if higher else "minimize"
+    storage = None
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        storage = f"sqlite:///{Path(path).resolve()}"
+    try:
+        study: Study = optuna.create_study(
+            storage=storage,
+            study_name="lora-merge",
+            directions=[direction] * count,
+            load_if_exists=True,
+        )
+    except Exception as error:  # of SQLAlchemy, Optuna and sqlite3
+        raise LoraMergeError(
+            f"{path} holds no study that can be read: {error}", "name another file"
+        ) from error
+    before = study.user_attrs.get("wanted")
+    if before is not None and before != wanted:
+        changed = sorted(key for key in wanted if before.get(key) != wanted[key])
+        raise LoraMergeError(
+            f"the study in {path} is of another search ({', '.join(changed)} differ)",
+            "name another file, or ask for the same",
+        )
+    study.set_user_attr("wanted", wanted)
+    return study
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ModuleNotFoundError as error:
+        raise LoraMergeError(
+            "a search needs Optuna, which is not installed", "pip install 'lora-merge[search]'"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _waiting(study: "Study") -> list[Any]:
+    """Trials that were asked for and that nobody has begun."""
+    from optuna.trial import TrialState
+
+    return study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+
+
+def _trial_of(found: Any) -> Trial:
+    said = found.user_attrs
+    return Trial(found.number, dict(found.params), said.get("scores", {}), said.get(_FAILED, ""))
+
+
+def _ended(study: "Study") -> list[Any]:
+    """Trials that have a score, or cannot have one."""
+    from optuna.trial import TrialState
+
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    return study.get_trials(deepcopy=False, states=states)
+
+
+def _sampler(name: str, seed: int) -> Any:
+    """A sampler of its own for every trial, so that a resumed study goes the same way."""
+    samplers = _optuna().samplers
+    if name == "cmaes":
+        return samplers.CmaEsSampler(seed=seed)
+    if name == "random":
+        return samplers.RandomSampler(seed=seed)
+    return samplers.TPESampler(seed=seed)
+
+
+def _try(
+    study: "Study",
+    space: SearchSpace,
+    adapters: Sequence[Adapter],
+    bench: Bench,
+    tasks: Sequence[str],
+    pareto: bool,
+) -> Trial:
+    """One trial: ask, merge, score, tell."""
+    from optuna.trial import TrialState
+
+    trial = study.ask()
+    recipe = space.recipe_of(trial)
+    try:
+        scores = _scores(recipe, adapters, bench, tasks)
+    except LoraMergeError as error:  # a merge that these values do not allow
+        trial.set_user_attr(_FAILED, str(error))
+        study.tell(trial, state=TrialState.PRUNED)
+        return Trial(trial.number, dict(trial.params), {}, str(error))
+    trial.set_user_attr("scores", scores)
+    study.tell(trial, [scores[task] for task in tasks] if pareto else scores[ALL])
+    return Trial(trial.number, dict(trial.params), scores)
+
+
+def _scores(
+    recipe: Recipe, adapters: Sequence[Adapter], bench: Bench, tasks: Sequence[str]
+) -> dict[str, float]:
+    """Score of a recipe's merge by task; `all` is the mean over the tasks, whatever their rows."""
+    merged = run_in_memory(plan_merge(recipe, adapters))
+    return _mean_over_tasks(bench.score(merged), tasks)
+
+
+def _mean_over_tasks(scores: dict[str, float], tasks: Sequence[str]) -> dict[str, float]:
+    return {**scores, ALL: sum(scores[task] for task in tasks) / len(tasks)}
+
+
+def _result(
+    study: "Study",
+    space: SearchSpace,
+    adapters: Sequence[Adapter],
+    chosen: Bench,
+    reported: Bench,
+    tasks: Sequence[str],
+) -> SearchResult:
+    from optuna.trial import FixedTrial
+
+    trials = [
+        Trial(
+            t.number, dict(t.params), t.user_attrs.get("scores", {}), t.user_attrs.get(_FAILED, "")
+        )
+        for t in _ended(study)
+    ]
+    scored = [trial for trial in trials if not trial.failed]
+    if not scored:
+        raise LoraMergeError(
+            f"no trial could be merged; the first: {trials[0].failed}", "widen what may vary"
+        )
+    higher = chosen.metric.higher
+    front = sorted(t.number for t in study.best_trials)
+    sign = -1 if higher else 1
+    best = min(
+        (t for t in scored if t.number in front), key=lambda t: (sign * t.scores[ALL], t.number)
+    )
+    recipe = space.recipe_of(FixedTrial(best.values))
+    rows = {
+        "base": reported.score(None),
+        "start": _scores(space.recipe, adapters, reported, tasks),
+        "winner": _scores(recipe, adapters, reported, tasks),
+    }
+    return SearchResult(
+        chosen.metric.name,
+        higher,
+        recipe,
+        best,
+        tuple(trials),
+        tuple(front),
+        {name: _mean_over_tasks(scores, tasks) for name, scores in rows.items()},
+        _mattered(study, len(scored)),
+    )
+
+
+def _mattered(study: "Study", scored: int) -> dict[str, float]:
+    """What explains the spread of the scores; nothing where there are too few to tell."""
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    if scored < 8 or len(study.directions) > 1:
+        return {}
+    try:
+        found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+    except (ValueError, RuntimeError, ZeroDivisionError):  # all scores alike
+        return {}
+    return {name: round(float(share), 4) for name, share in found.items() if share == share}
