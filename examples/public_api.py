@@ -82,6 +82,9 @@ def measure(folder: Path, model: torch.nn.Module) -> None:
     )
     merged = lora_merge.merge(ADAPTERS, method="ssr", statistics=str(statistics.path))
     print(merged)
+    start = {"merge_method": "svd", "adapters": [ADAPTERS], "rank": 8}
+    found = lora_merge.search(start, base=BASE, data=ROWS, metric="loss", trials=2)
+    print(found.best.values)
     print(len(lora_merge.evaluate(ADAPTERS, base=BASE, data=ROWS, cache=False).lines), "scored")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_merge.adapters.adapter import Adapter
+from lora_merge.arguments import checked
 from lora_merge.errors import LoraMergeError
 from lora_merge.evaluation.bench import ALL, Bench, Judge, open_bench
 from lora_merge.evaluation.search_space import SearchSpace
@@ -84,6 +85,7 @@ class SearchResult:
         }
 
 
+@checked()
 def search(
     recipe: Recipe | dict[str, Any] | str | Path,
     *,
@@ -134,6 +136,16 @@ def search(
     Raises:
         LoraMergeError: If recipe, rows and model do not fit together, a study in the file is of
             something else, or no trial could be scored.
+
+    Example:
+        >>> import lora_merge
+        >>> found = lora_merge.search(
+        ...     {"merge_method": "svd", "adapters": ["examples/adapters/*"], "scale": 0.2},
+        ...     base="examples/base", data="examples/data/test.jsonl", metric="loss",
+        ...     over=["scale"], trials=3,
+        ... )
+        >>> len(found.trials), found.best.scores["all"] <= found.trials[0].scores["all"]
+        (3, True)
     """
     start = as_recipe(recipe)
     adapters = open_recipe(start)
