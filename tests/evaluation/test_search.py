@@ -63,7 +63,7 @@ def test_a_killed_search_ends_with_the_same_best(tmp_path) -> None:
     arguments = ["search", *ADAPTERS, "--rank", "8", "--base", BASE, "--data", DATA]
     arguments += ["--metric", "loss", "--trials", "5", "--over", "scale", "--batch-size", "64"]
     arguments = [str(a) for a in arguments]
-    whole = search(recipe(), trials=5, over=["scale"], **SETTINGS)
+    whole = search(recipe(scale="auto"), trials=5, over=["scale"], **SETTINGS)
     out = tmp_path / "best"
     command = [sys.executable, "-m", "lora_merge", *arguments, "-o", str(out), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -106,6 +106,7 @@ def test_what_may_vary_is_what_the_recipe_says(tmp_path) -> None:
         return run_in_memory(plan_merge(made, adapters))
 
     def plain(weights, **settings) -> Adapter:
+        settings = {"scale": 1.0, **settings}
         return lora_merge.merge(adapters, method="svd", rank=4, weights=weights, **settings)
 
     def same(one: Adapter, two: Adapter) -> bool:
@@ -125,6 +126,12 @@ def test_what_may_vary_is_what_the_recipe_says(tmp_path) -> None:
     keep["keep.1.up_proj"] = False
     rest = [ups, {"filter": "*", "value": 1.0}]
     assert same(merged(["modules"], **keep), plain([1.0, rest]))
+
+
+def test_a_scale_that_is_to_be_decided_is_where_the_search_starts() -> None:
+    result = search(recipe(scale="auto"), trials=1, over=["scale"], **SETTINGS)
+    decided = lora_merge.merge(ADAPTERS, method="svd", rank=8)
+    assert f"scale: {result.best.values['scale']}" in decided.texts["lora_merge.yaml"]
 
 
 @pytest.mark.parametrize(

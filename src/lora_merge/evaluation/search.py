@@ -14,6 +14,7 @@ from lora_merge.evaluation.search_space import SearchSpace
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.targets import check_target
 from lora_merge.merge.api import as_recipe, run_recipe
+from lora_merge.merge.auto.scale import with_scale
 from lora_merge.merge.plan import plan_merge
 from lora_merge.merge.recipe.read import open_recipe
 from lora_merge.merge.recipe.recipe import Recipe
@@ -149,8 +150,10 @@ def search(
     """
     start = as_recipe(recipe)
     adapters = open_recipe(start)
+    plan = plan_merge(start, adapters)  # refused before a model is loaded
+    if "scale" in over:
+        start = replace(start, scale=with_scale(plan).semantics.scale)
     space = SearchSpace.of(start, adapters, over, methods)
-    plan_merge(start, adapters)  # refused before a model is loaded
     bench = open_bench(
         base, data, metric=metric, max_length=max_length, batch_size=batch_size, device=device
     )
@@ -292,7 +295,7 @@ def _scores(
     recipe: Recipe, adapters: Sequence[Adapter], bench: Bench, tasks: Sequence[str]
 ) -> dict[str, float]:
     """Score of a recipe's merge by task; `all` is the mean over the tasks, whatever their rows."""
-    merged = run_in_memory(plan_merge(recipe, adapters))
+    merged = run_in_memory(with_scale(plan_merge(recipe, adapters)))
     return _mean_over_tasks(bench.score(merged), tasks)
 
 

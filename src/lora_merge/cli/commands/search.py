@@ -88,6 +88,7 @@ def command(
     if len(adapters) > 1 or recipe.suffix not in (".yaml", ".yml"):
         number = int(rank) if rank and rank.isdigit() else rank
         recipe = {"merge_method": method, "adapters": list(adapters), "rank": number}
+        recipe["scale"] = "auto"
     check_target(out, force=force)
     folder = out.parent / f"{out.name}.search"
     with output.progress("searching", trials) as advance:
