@@ -134,6 +134,14 @@ class Comparison(Report):
         """Module by module."""
         return tuple(_matrices(name, [tables]) for name, tables in self.tables.items())
 
+    @cached_property
+    def by_whole_module(self) -> dict[str, PairMatrices]:
+        """Module → its matrices, all its experts together."""
+        grouped: dict[str, list[PairTables]] = {}
+        for name, tables in self.tables.items():
+            grouped.setdefault(name.partition("[")[0], []).append(tables)
+        return {name: _matrices(name, tables) for name, tables in grouped.items()}
+
     @property
     def has_angles(self) -> bool:
         """Whether all principal cosines of every module were kept."""

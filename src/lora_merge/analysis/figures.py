@@ -12,7 +12,7 @@ import torch
 from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.adapters.module_names import labels
 from lora_merge.analysis.advice import advise, group_modules
-from lora_merge.analysis.metrics import LOG_METRICS, METRICS
+from lora_merge.analysis.metrics import LOG_METRICS, METRIC_LABELS, METRICS
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.pictures import figure_class
 from lora_merge.files.targets import MARK
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by colour-blind eyes; line styles repeat the distinction.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
-_AXIS = {
-    "frobenius": "Frobenius norm of the delta",
-    "spectral": "largest singular value",
-    "stable": "stable rank",
-    "erank": "effective rank (Roy-Vetterli)",
-    "k95": "rank for 95 % of the energy",
-    "top1": "energy share of the first direction",
-}
 
 
 def draw(spectra: Sequence[AdapterSpectra], metric: str = "frobenius") -> "Figure":
@@ -49,7 +41,7 @@ def draw(spectra: Sequence[AdapterSpectra], metric: str = "frobenius") -> "Figur
     for row, one in zip(axes, spectra, strict=True):
         image = _heat_map(row[0], one, metric, norm)
         if image is not None:
-            _colour_scale(figure, image, row[0], _AXIS[metric])
+            _colour_scale(figure, image, row[0], METRIC_LABELS[metric])
         row[0].set_title(one.adapter if len(one.adapter) < 48 else "…" + one.adapter[-46:])
         _curves(row[1], one, energy=False)
         _curves(row[2], one, energy=True)

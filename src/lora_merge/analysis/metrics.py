@@ -16,3 +16,11 @@ METRICS: dict[str, Callable[["Measures"], float]] = {
     "top1": lambda m: m.top1_share,
 }
 LOG_METRICS = ("frobenius", "spectral")
+METRIC_LABELS = {
+    "frobenius": "Frobenius norm of the delta",
+    "spectral": "largest singular value",
+    "stable": "stable rank",
+    "erank": "effective rank (Roy-Vetterli)",
+    "k95": "rank for 95 % of the energy",
+    "top1": "energy share of the first direction",
+}

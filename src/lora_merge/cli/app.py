@@ -28,6 +28,7 @@ _COMMANDS = {
     "info": "lora_merge.cli.commands.info",
     "spectra": "lora_merge.cli.commands.spectra",
     "compare": "lora_merge.cli.commands.compare",
+    "report": "lora_merge.cli.commands.report",
     "evaluate": "lora_merge.cli.commands.evaluate",
     "search": "lora_merge.cli.commands.search",
     "gate": "lora_merge.cli.commands.gate",

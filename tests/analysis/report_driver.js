@@ -1,0 +1,42 @@
+// What a person does; what it saw becomes the page's content.
+const seen = { ranks: [], energies: [] };
+const slider = document.getElementById("rank-slider"), out = document.querySelector("#rank .readout");
+const rule = document.querySelectorAll("#rank select")[1];
+function slide(value) {
+  slider.value = value;
+  slider.dispatchEvent(new Event("input"));
+  return [+value, +out.dataset.energy, +out.dataset.parameters, out.querySelector("code").textContent];
+}
+for (let k = 1; k <= +slider.max; k++) seen.ranks.push(slide(k));
+rule.value = "energy";
+rule.dispatchEvent(new Event("change"));
+for (const k of [50, 73, 90, 99, 100]) seen.energies.push(slide(k));
+const key = (node, name) => node.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true }));
+const plot = document.querySelector("#spectra svg");
+key(plot, "ArrowRight");
+key(plot, "ArrowRight");
+seen.cursor = document.querySelector("#spectra .readout").textContent;
+const scale = document.querySelectorAll("#spectra select")[2];
+const line = () => document.querySelector("#spectra polyline").getAttribute("points");
+const before = line();
+scale.value = "linear";
+scale.dispatchEvent(new Event("change"));
+seen.scaled = before !== line();
+const cell = document.querySelector("#maps td[data-at]");
+cell.focus();
+key(cell, "ArrowRight");
+seen.focus = document.activeElement.dataset.at;
+seen.said = document.querySelector("#maps .readout").textContent;
+key(document.activeElement, "Enter");
+seen.module = document.querySelector("#spectra select").selectedOptions[0].textContent;
+const pair = document.querySelector('#similar td[data-at="0,1"]');
+pair.click();
+seen.pair = document.querySelector("#similar .map h3").textContent;
+seen.hidden = document.querySelectorAll("section[hidden]").length;
+seen.requests = performance.getEntriesByType("resource").map((r) => r.name);
+seen.wide = document.documentElement.scrollWidth > innerWidth;
+seen.unnamed = [...document.querySelectorAll("select, input")].filter((n) => !n.labels.length).length;
+seen.errors = window.problems;
+const result = document.createElement("pre");
+result.textContent = JSON.stringify(seen);
+document.body.replaceChildren(result);
