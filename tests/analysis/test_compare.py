@@ -364,11 +364,17 @@ def test_planted_groups_are_found(algorithm):
     assert cluster_adapters(cosine, algorithm=algorithm) == [0, 1, 2] * 3
 
 
-def test_unrelated_adapters_are_one_group():
+def test_unrelated_adapters_are_no_group():
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(6, 4000, generator=generator, dtype=torch.float64)
     points = points / torch.linalg.vector_norm(points, dim=1, keepdim=True)
-    assert cluster_adapters(points @ points.mT) == [0] * 6
+    assert cluster_adapters(points @ points.mT) == list(range(6))
+    # Two families and two loners; one family alone.
+    points[1] = points[0] + 0.3 * points[1]
+    points[3] = points[2] + 0.3 * points[3]
+    points = points / torch.linalg.vector_norm(points, dim=1, keepdim=True)
+    assert cluster_adapters(points @ points.mT) == [0, 0, 1, 1, 2, 3]
+    assert cluster_adapters((points @ points.mT)[:2, :2]) == [0, 0]
     with pytest.raises(MethodError):
         cluster_adapters(points @ points.mT, 7)
 

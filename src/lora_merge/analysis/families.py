@@ -12,6 +12,9 @@ from lora_merge.errors import MethodError
 
 Algorithm = Literal["agglomerative", "spectral"]
 
+# Above this cosine adapters have something in common; unrelated ones have less in any real model.
+RELATED = 0.2
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -59,7 +62,8 @@ def cluster_adapters(
 
     Args:
         cosine: Similarities, shape (N, N).
-        groups: How many; default: the number with the best silhouette, 1 if none separates.
+        groups: How many; default: the number with the best silhouette, but no group whose members
+            are unrelated: adapters that resemble none are groups of their own.
         algorithm: Average linkage over 1 - cosine, or spectral clustering of the positive cosines.
 
     Raises:
@@ -69,8 +73,9 @@ def cluster_adapters(
     if groups is not None and not 1 <= groups <= count:
         raise MethodError(f"{groups} groups of {count} adapters", f"give 1 to {count}")
     if groups is None:
-        groups = _best_count(cosine, algorithm)
-    found = _fit(cosine, groups, algorithm)
+        found = _related(cosine, _fit(cosine, _best_count(cosine, algorithm), algorithm))
+    else:
+        found = _fit(cosine, groups, algorithm)
     first: dict[int, int] = {}
     return [first.setdefault(label, len(first)) for label in found]
 
@@ -102,6 +107,24 @@ def _best_count(cosine: Tensor, algorithm: Algorithm) -> int:
         if score > best + 1e-9:
             best, chosen = score, groups
     return chosen
+
+
+def _related(cosine: Tensor, labels: Sequence[int]) -> list[int]:
+    """The groups, each taken apart where its members are not alike on average."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+
+    found, parts = list(labels), 0
+    for label in sorted(set(labels)):
+        members = [i for i, other in enumerate(labels) if other == label]
+        inside = [1]
+        if len(members) > 1:
+            distances = _distances(cosine[members][:, members])
+            joined = linkage(distances[np.triu_indices(len(members), 1)], method="average")
+            inside = fcluster(joined, 1 - RELATED, criterion="distance").tolist()
+        for member, part in zip(members, inside, strict=True):
+            found[member] = parts + int(part)
+        parts += max(inside)
+    return found
 
 
 def _distances(cosine: Tensor) -> NDArray[np.float64]:

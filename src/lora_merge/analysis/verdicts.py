@@ -1,14 +1,17 @@
 """What a comparison means for merging: which adapters can be averaged, which conflict, where."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lora_merge.analysis.compare import Comparison, PairMatrices
+from lora_merge.analysis.families import RELATED
 
 Kind = Literal["same", "opposite", "agree", "independent", "entangled", "conflict", "apart"]
 
 _SAME = 0.99
-_AGREE = 0.2
+_AGREE = RELATED
 _CONFLICT = -0.05
 # Interference of unrelated adapters scatters around chance; this far above it, they meet.
 _ENTANGLED = 1.5
@@ -24,11 +27,18 @@ MEANING: dict[Kind, str] = {
     "same": "near-duplicates: keep one",
     "opposite": "near-negations: they cancel",
     "agree": "can be averaged",
-    "independent": "unrelated directions: add them (cat, sum); an average only shrinks each",
-    "entangled": "same directions, different use: separate them (tsv, knots, ties)",
+    "independent": "unrelated directions: merge them (wudi-iso, tsv) at less than full strength",
+    "entangled": "same directions, different use: separate them (wudi-iso, tsv)",
     "apart": "no module in common: put together, they do not touch each other",
-    "conflict": "work against each other: ties, or gate them instead of merging",
+    "conflict": "work against each other: gate them instead of merging",
 }
+
+Action = Literal["merge", "reweight", "prune", "gate"]
+
+# So many times the median norm, and one adapter drowns the others.
+_DROWNING = 8.0
+# Less than this of what unrelated adapters keep when they are added, and they undo each other.
+_UNDOING = 0.75
 
 
 @dataclass(frozen=True)
@@ -120,3 +130,77 @@ def _shared(total: PairMatrices, i: int, j: int) -> str | None:
     if b > _SHARED_FACTOR and a <= _SHARED_FACTOR:
         return "B"
     return "init" if _SHARED_INIT < a <= _SHARED_FACTOR else None
+
+
+@dataclass(frozen=True)
+class SetVerdict:
+    """What to do with a set of adapters.
+
+    Attributes:
+        action: Merge them, choose weights first, leave some out first, or keep them apart.
+        reason: The numbers that say so.
+        command: The next step, with ... for the adapters.
+        adapters: Indices of those that it is about: to leave out, or that drown the others.
+    """
+
+    action: Action
+    reason: str
+    command: str
+    adapters: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "adapters": list(self.adapters)}
+
+
+def judge_set(comparison: Comparison, verdicts: Sequence[Verdict]) -> SetVerdict:
+    """What to do with all adapters together.
+
+    Args:
+        comparison: Of the adapters.
+        verdicts: Its pairs', from `judge`.
+    """
+    total, count = comparison.total, len(comparison.adapters)
+    norms = total.norms.tolist()
+    empty = [i for i, norm in enumerate(norms) if norm == 0]
+    if empty:
+        return SetVerdict("prune", "every delta of some is zero", _MERGE, tuple(empty))
+    copies = sorted({v.second for v in verdicts if v.kind == "same"})
+    if copies:
+        return SetVerdict(
+            "prune", f"cosines above {_SAME}: copies count twice", _MERGE, tuple(copies)
+        )
+    against = [v for v in verdicts if v.kind in ("conflict", "opposite")]
+    kept, unrelated = total.set_cancellation, _unrelated(norms)
+    if 2 * len(against) > len(verdicts) or kept < _UNDOING * unrelated:
+        reason = (
+            f"{len(against)} of {len(verdicts)} pairs work against each other; added together they "
+            f"keep {100 * kept:.0f} % of their norms, unrelated ones {100 * unrelated:.0f} %"
+        )
+        return SetVerdict("gate", reason, _GATE)
+    median = sorted(norms)[(count - 1) // 2]
+    large = tuple(i for i, norm in enumerate(norms) if norm > _DROWNING * median)
+    if large:
+        most = max(norms) / median
+        reason = f"the largest is {most:.0f} times as long as the median and drowns the others"
+        return SetVerdict("reweight", reason, _SEARCH, large)
+    cosine = sum(v.cosine for v in verdicts) / len(verdicts)
+    if all(v.kind == "agree" for v in verdicts):
+        reason = f"all are alike (mean cosine {cosine:.2f}): their mean keeps what they share"
+        return SetVerdict("merge", reason, "lora-merge merge ... -M mean")
+    reason = (
+        f"mean cosine {cosine:.2f}; added together they keep {100 * kept:.0f} % of their norms "
+        f"(unrelated ones: {100 * unrelated:.0f} %), so each must be applied at less than full "
+        "strength, which the default --scale auto does"
+    )
+    return SetVerdict("merge", reason, _MERGE)
+
+
+_MERGE = "lora-merge merge ... --rank 16"
+_GATE = "lora-merge gate ..."
+_SEARCH = "lora-merge merge ... -w W1 -w W2 ..., weights compared with lora-merge evaluate"
+
+
+def _unrelated(norms: Sequence[float]) -> float:
+    """|sum| over the sum of norms, for orthogonal adapters of these norms."""
+    return math.sqrt(sum(norm**2 for norm in norms)) / sum(norms)

@@ -61,7 +61,7 @@ def command(
     """
     groups = _groups(cluster)
     from lora_merge.analysis.compare import compare
-    from lora_merge.analysis.verdicts import judge
+    from lora_merge.analysis.verdicts import judge, judge_set
     from lora_merge.cli.shared.output import Output
 
     output = Output(as_json, width=width)
@@ -81,6 +81,7 @@ def command(
     verdicts = judge(comparison)
     document: dict[str, Any] = comparison.to_dict(per_module=per_module or bool(modules))
     document["verdicts"] = [verdict.to_dict() for verdict in verdicts]
+    document["set"] = judge_set(comparison, verdicts).to_dict()
     tree = None
     if len(opened) > 2:
         from lora_merge.analysis.families import tree_of

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lora_merge.analysis.compare import Comparison, PairMatrices
 from lora_merge.analysis.families import Tree
-from lora_merge.analysis.verdicts import MEANING, Kind, Verdict
+from lora_merge.analysis.verdicts import MEANING, Kind, Verdict, judge_set
 from lora_merge.cli.views.angles import angles_view, degrees
 from lora_merge.cli.views.dendrogram import dendrogram
 from lora_merge.cli.views.format import number, short_names, shorten
@@ -110,6 +110,12 @@ def advice_view(
                 "input spaces means little"
             )
         )
+    verdict = judge_set(comparison, verdicts)
+    who = " ".join(names[i] for i in verdict.adapters)
+    head = {"prune": f"leave out {who}, then merge", "reweight": f"reweight ({who})"}
+    what = head.get(verdict.action, verdict.action)
+    text = Text.assemble((f"all together: {what}", "bold"), f": {verdict.reason}")
+    parts += [text, _indent(verdict.command)]
     total, count = comparison.total, len(names)
     for name, norm in zip(names, total.norms.tolist(), strict=True):
         if norm == 0:

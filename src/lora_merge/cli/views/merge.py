@@ -11,6 +11,11 @@ from lora_merge.cli.shared.output import percent, size, span, table
 from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.report import GroupReport, MergeReport
 
+_MEANING = (
+    "Neither is a loss of quality: a merge of unrelated adapters should not be their sum. To know "
+    "how good\nit is, score it beside its adapters with lora-merge evaluate; docs/which-method.md."
+)
+
 
 def plan_data(plan: MergePlan, jobs: int) -> dict[str, Any]:
     """A plan as JSON values."""
@@ -105,6 +110,7 @@ def report_view(report: MergeReport) -> list[RenderableType]:
         grid,
         "error: distance from the exact sum; norm: of the result; both over the sum's"
         + ("\nkept: share of the result's energy that the cut to its rank left" if kept else ""),
+        *([_MEANING] if (total.relative_error or 0) > 0.1 else []),
         f"scale: {report.scale:g}" + (" (auto)" if report.scale_reason else ""),
         escape(f"wrote {report.out} ({size(report.num_bytes)})"),
     ]

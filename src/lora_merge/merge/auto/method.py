@@ -44,8 +44,6 @@ def choose(alignment: Alignment) -> Choice:
     cosine = _mean_cosine(stacks)
     if cosine > _SAME_TASK:
         return Choice("mean", f"the adapters are much alike (mean cosine {cosine:.2f})")
-    if count == 2:
-        return Choice("svd", f"two adapters of different tasks (cosine {cosine:.2f}): their sum")
     tasks = f"{count} adapters of different tasks (mean cosine {cosine:.2f})"
     return Choice("wudi-iso", f"{tasks}: least squares, kept from disturbing each other's outputs")
 
