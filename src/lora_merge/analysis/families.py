@@ -75,7 +75,7 @@ def cluster_adapters(
     if groups is None:
         found = _related(cosine, _fit(cosine, _best_count(cosine, algorithm), algorithm))
     else:
-        found = _fit(cosine, groups, algorithm)
+        found = list(_fit(cosine, groups, algorithm))
     first: dict[int, int] = {}
     return [first.setdefault(label, len(first)) for label in found]
 

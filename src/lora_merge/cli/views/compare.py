@@ -110,12 +110,12 @@ def advice_view(
                 "input spaces means little"
             )
         )
-    verdict = judge_set(comparison, verdicts)
-    who = " ".join(names[i] for i in verdict.adapters)
-    head = {"prune": f"leave out {who}, then merge", "reweight": f"reweight ({who})"}
-    what = head.get(verdict.action, verdict.action)
-    text = Text.assemble((f"all together: {what}", "bold"), f": {verdict.reason}")
-    parts += [text, _indent(verdict.command)]
+    whole = judge_set(comparison, verdicts)
+    who = " ".join(names[i] for i in whole.adapters)
+    heads = {"prune": f"leave out {who}, then merge", "reweight": f"reweight ({who})"}
+    what = heads.get(whole.action, whole.action)
+    text = Text.assemble((f"all together: {what}", "bold"), f": {whole.reason}")
+    parts += [text, _indent(whole.command)]
     total, count = comparison.total, len(names)
     for name, norm in zip(names, total.norms.tolist(), strict=True):
         if norm == 0:
