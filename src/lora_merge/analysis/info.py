@@ -1,5 +1,6 @@
 """What an adapter is: its config in words, its modules, their norms, and what is odd about it."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -8,8 +9,12 @@ from typing import Any
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
+from lora_merge.adapters.dialects.table import DIALECTS
 from lora_merge.files.tensor_file import DTYPES
 from lora_merge.printing import Report, Summary, notes, span
+
+# A layer's or an expert's number in a path.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class ModuleInfo:
         rank: r.
         scaling: What multiplies B @ A.
         dtype: safetensors dtype code.
+        verdict: Whether A and B are the format's own change of the weight: "exact", "exact with the
+            base" or "approximate".
         norm: Frobenius norm of the delta, scaling included.
     """
 
@@ -34,6 +41,7 @@ class ModuleInfo:
     rank: int
     scaling: float
     dtype: str
+    verdict: str
     norm: float
 
 
@@ -43,21 +51,27 @@ class AdapterInfo(Report):
 
     Attributes:
         name: Its reference.
+        dialect: The format it is written in.
         base_model: Name of the base model.
         revision: Commit on the Hub it was read from.
         task_type: PEFT's task type.
+        alpha: `lora_alpha`; modules that a pattern names have their own.
+        rslora: Scaling is alpha / sqrt(r).
         modules: One entry per module, in name order.
         num_parameters: Entries of all factors.
         num_bytes: Bytes of all factors as stored.
-        extras: Tensors that are not factors.
+        extras: Names of the tensors that are not factors.
         norm: Frobenius norm of all deltas together.
         oddities: What a user should know before merging, in words.
     """
 
     name: str
+    dialect: str
     base_model: str | None
     revision: str | None
     task_type: str | None
+    alpha: float
+    rslora: bool
     modules: tuple[ModuleInfo, ...]
     num_parameters: int
     num_bytes: int
@@ -69,6 +83,7 @@ class AdapterInfo(Report):
         """Base model, size, norm, and what is odd about it."""
         facts = [
             ("base model", self.base_model or "not said"),
+            ("format", self.dialect),
             ("modules", f"{len(self.modules)}, rank {span([m.rank for m in self.modules] or [0])}"),
             ("parameters", f"{self.num_parameters:,}"),
             ("norm", f"{self.norm:.4g} (Frobenius, all deltas together)"),
@@ -108,6 +123,7 @@ def describe(adapter: Adapter, *, on_module: Callable[[], None] | None = None) -
                 rank=spec.rank,
                 scaling=spec.scaling,
                 dtype=spec.dtype,
+                verdict=spec.recipe.verdict.replace("-", " "),
                 norm=sqrt(max(square, 0.0)),
             )
         )
@@ -115,9 +131,12 @@ def describe(adapter: Adapter, *, on_module: Callable[[], None] | None = None) -
             on_module()
     return AdapterInfo(
         name=adapter.name,
+        dialect=next(d.title for d in DIALECTS if d.name == adapter.dialect),
         base_model=adapter.config.base_model,
         revision=adapter.source.revision if adapter.source else None,
         task_type=adapter.config.task_type,
+        alpha=adapter.config.lora_alpha,
+        rslora=adapter.config.use_rslora,
         modules=tuple(modules),
         num_parameters=adapter.num_parameters,
         num_bytes=sum(
@@ -152,7 +171,9 @@ def _oddities(adapter: Adapter, modules: list[ModuleInfo]) -> list[str]:
     if any(s.key_bias for s in adapter.modules.values()):
         found.append("B has bias vectors (lora_bias)")
     if adapter.extras:
-        found.append(f"{len(adapter.extras)} tensors are not low-rank factors")
+        kinds = Counter(_NUMBER.sub("*", name) for name in adapter.extras)
+        named = [f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.items()]
+        found.append(f"{len(adapter.extras)} tensors are not low-rank factors: {', '.join(named)}")
     if config.base_model is None:
         found.append("does not say which base model it belongs to")
     return found

@@ -68,7 +68,8 @@ def check_whole(extra: ExtraSpec, adapter: str) -> None:
 
 def lost_biases(config: AdapterConfig, extras: Container[str], modules: Iterable[str]) -> list[str]:
     """A note where biases were trained and PEFT did not save them."""
-    if config.bias == "none" or any(f"{module}.bias" in extras for module in modules):
+    stored = ("bias", "base_layer.bias")
+    if config.bias == "none" or any(f"{m}.{leaf}" in extras for m in modules for leaf in stored):
         return []
     return [
         f"bias is {config.bias!r} and the file holds no bias of the base (PEFT 0.10 to 0.19 did "
