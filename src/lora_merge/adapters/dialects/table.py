@@ -3,6 +3,7 @@
 from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
 from lora_merge.adapters.dialects.diffusion.dialects import COMFYUI, DIFFUSERS, KOHYA
 from lora_merge.adapters.dialects.language.mlx import MLX
+from lora_merge.adapters.dialects.language.tinker import TINKER
 from lora_merge.adapters.dialects.language.torchtune import TORCHTUNE
 from lora_merge.adapters.dialects.looks_like import refuse_unclaimed
 from lora_merge.adapters.dialects.peft_lora import PEFT_LORA
@@ -14,6 +15,7 @@ from lora_merge.errors import AdapterError
 DIALECTS: tuple[Dialect, ...] = (
     PEFT_TUNERS,
     LORA_VARIANTS,
+    TINKER,
     MLX,
     TORCHTUNE,
     KOHYA,
