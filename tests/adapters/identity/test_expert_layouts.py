@@ -292,3 +292,28 @@ def test_ungated_experts_are_told_apart(tmp_path: Path) -> None:
     fused, before = load_file(out / "model.safetensors"), make().state_dict()
     expected = in_peft(make, tmp_path / "a")
     assert_close({n: fused[n].double() - before[n].double() for n in before}, expected)
+
+
+def test_what_peft_0_18_1_itself_saved_and_merged() -> None:
+    """A file that PEFT 0.18.1 wrote, with the deltas of its own `merge_and_unload`.
+
+    Two experts, hidden 4, width 3, stored (experts, out, in): `LoraConfig(r=2, lora_alpha=4,
+    target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])`.
+    """
+    from safetensors.torch import load_file
+
+    from lora_merge.adapters.adapter import build_adapter
+    from lora_merge.adapters.config import parse_config
+    from lora_merge.files.tensor_file import TensorDict
+
+    stored = load_file(Path(__file__).with_name("peft_0_18_1_experts.safetensors"))
+    said = {
+        "peft_type": "LORA", "peft_version": "0.18.1", "r": 2, "lora_alpha": 4,
+        "target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    }  # fmt: skip
+    factors = {k: t for k, t in stored.items() if not k.startswith("delta.")}
+    adapter = build_adapter("old", parse_config(said, "old"), TensorDict(factors))
+    for name in adapter.modules:
+        ours = torch.stack([stack.delta() for stack in adapter.stacks(name)])
+        torch.testing.assert_close(ours, stored[f"delta.{name}"], rtol=1e-5, atol=1e-6)
+    assert {s.num_experts for s in adapter.modules.values()} == {2}
