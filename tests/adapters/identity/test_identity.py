@@ -127,3 +127,25 @@ def test_the_command_line_renames(tmp_path: Path) -> None:
     assert run(["run", str(tmp_path / "m" / "lora_merge.yaml"), "-o", str(tmp_path / "n")]) == 0
     weights = "adapter_model.safetensors"
     assert (tmp_path / "m" / weights).read_bytes() == (tmp_path / "n" / weights).read_bytes()
+
+
+def test_a_base_checks_names_and_shapes(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = save_adapter(tmp_path / "a", shapes=shapes(TEXT))
+    bases = {
+        "good": (TEXT, (24, 16)),
+        "turned": (TEXT, (16, 24)),
+        "wide": (TEXT, (24, 17)),
+        "other": ("encoder.", (24, 16)),
+    }
+    for name, (prefix, size) in bases.items():
+        (tmp_path / name).mkdir()
+        tensors = {f"{module}.weight": torch.zeros(size) for module in shapes(prefix)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    for fits in ("good", "turned"):
+        Adapter.from_pretrained(folder, base=tmp_path / fits)
+    with pytest.raises(AdapterError, match=r"changes a 24 x 16 weight, the base's is \[24, 17\]"):
+        Adapter.from_pretrained(folder, base=tmp_path / "wide")
+    with pytest.raises(AdapterError, match=r"the base has no weight for model\.layers\.0"):
+        Adapter.from_pretrained(folder, base=tmp_path / "other")
