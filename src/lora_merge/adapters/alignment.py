@@ -61,7 +61,8 @@ def align(adapters: Sequence[Adapter], *, accept_base_models: bool = False) -> A
     if not adapters:
         raise AlignmentError(["there are none"], "name at least one adapter")
     check_naming(adapters)
-    adapters = one_spelling(adapters)
+    if any(a.modules.keys() != adapters[0].modules.keys() for a in adapters):
+        adapters = _one_naming(adapters)
     mismatches: list[str] = []
     base = _base_models(adapters, mismatches, accept_base_models)
     remedy = "take adapters of one base model"
@@ -70,10 +71,6 @@ def align(adapters: Sequence[Adapter], *, accept_base_models: bool = False) -> A
             "; if only the names differ, --accept-base-models "
             "(accept_base_models in a recipe or in Python) takes them as one"
         )
-    twins, rename = possible_twins(adapters)
-    if twins:
-        raise AlignmentError(twins, rename)
-    adapters = one_layout(adapters)
     names = sorted({name for adapter in adapters for name in adapter.modules})
     modules = []
     for name in names:
@@ -83,6 +80,15 @@ def align(adapters: Sequence[Adapter], *, accept_base_models: bool = False) -> A
     if mismatches:
         raise AlignmentError(mismatches, remedy)
     return Alignment(tuple(adapters), tuple(modules), base)
+
+
+def _one_naming(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
+    """Adapters with different modules: what they share has to have one name and one layout."""
+    adapters = one_spelling(adapters)
+    twins, rename = possible_twins(adapters)
+    if twins:
+        raise AlignmentError(twins, rename)
+    return one_layout(adapters)
 
 
 def read_stacks(

@@ -13,6 +13,9 @@ def canonical(name: str) -> str:
         >>> canonical("module.base_model.model.model.layers.0._orig_mod.mlp.up_proj")
         'model.layers.0.mlp.up_proj'
     """
+    bare = name.removeprefix(PREFIX)
+    if not bare.startswith(("module.", PREFIX)) and not any(word in bare for word in _WRAPPERS):
+        return bare  # nearly all names: no need to take them apart
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     # DistributedDataParallel and DeepSpeed wrap the whole model, so theirs stands first alone.
     while parts[:1] == ["module"] or parts[:2] == ["base_model", "model"]:

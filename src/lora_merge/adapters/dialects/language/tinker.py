@@ -30,7 +30,7 @@ _HEAD = re.compile(r"(^|\.)unembed_tokens$")
 def _recognises(header: Header) -> bool:
     """A stack of expert factors, or the head under Tinker's name."""
     return any(
-        (_EXPERT.match(canonical(key)) and len(shape) == 3) or ".unembed_tokens.lora_" in key
+        (len(shape) == 3 and _EXPERT.match(canonical(key))) or ".unembed_tokens.lora_" in key
         for key, (_, shape) in header.entries.items()
     )
 
