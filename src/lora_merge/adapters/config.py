@@ -168,13 +168,20 @@ def _check_ranks(config: AdapterConfig, adapter: str) -> None:
 
 def _check_patterns(config: AdapterConfig, adapter: str) -> None:
     """Patterns are regular expressions; a broken one would only show at the first module."""
-    for field_name in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field_name):
+    fields = {
+        "rank_pattern": (tuple(config.rank_pattern), False),
+        "alpha_pattern": (tuple(config.alpha_pattern), False),
+        "target_modules": ((config.target_modules,), True),
+        "exclude_modules": ((config.raw.get("exclude_modules"),), True),
+    }
+    for name, (patterns, whole) in fields.items():
+        for pattern in patterns:
             try:
-                matcher(key)
+                if isinstance(pattern, str):
+                    matcher(pattern, whole=whole)
             except PatternError as error:
                 raise AdapterError(
-                    f"{adapter}: {field_name} in adapter_config.json has {key!r:.100}, which is no "
+                    f"{adapter}: {name} in adapter_config.json has {pattern!r:.100}, which is no "
                     f"regular expression of module names: {error}",
                     "repair it",
                 ) from error

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from lora_merge._version import __version__
+from lora_merge.cli.shared.escape import for_terminal
 from lora_merge.errors import LoraMergeError
 from lora_merge.files.inputs import noting_inputs
 
@@ -121,4 +122,4 @@ def _complain(text: str) -> None:
             fill(line, width, break_long_words=False, break_on_hyphens=False)
             for line in text.splitlines()
         )
-    click.echo(text, err=True)
+    click.echo(for_terminal(text), err=True)

@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import reduce
+from functools import lru_cache, reduce
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 DTYPE_CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+# Open at once; below the smallest usual limit of a process (macOS: 256).
+_OPEN_FILES = 100
 _LFS_MAGIC = b"version https://git-lfs"
 
 
@@ -54,11 +56,13 @@ class SafetensorsFile:
         _refuse_pointer(path, adapter)
         note_input(path)
         try:
-            self._file = safe_open(str(path), framework="pt", backend="pread")
-            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+            self._identity = _identity(path)
+            file = _opened(path, self._identity)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             self._entries = {
                 name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
             }
+            self._metadata: Mapping[str, str] = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise AdapterError(
                 f"{adapter}: {path} is not a readable safetensors file: {error}",
@@ -75,18 +79,31 @@ class SafetensorsFile:
 
     def metadata(self) -> Mapping[str, str]:
         """The header's `__metadata__`."""
-        return self._file.metadata() or {}
+        return self._metadata
 
     def read(self, name: str) -> Tensor:
         """One tensor, as stored, on the CPU."""
         try:
-            tensor: Tensor = self._file.get_tensor(name)
+            tensor: Tensor = _opened(self.path, self._identity).get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise AdapterError(
                 f"{self.adapter}: cannot read {name} from {self.path}: {error}",
                 "the file changed or is damaged; download it again",
             ) from error
         return tensor
+
+
+@lru_cache(maxsize=_OPEN_FILES)
+def _opened(path: Path, identity: tuple[int, ...]) -> Any:
+    """A file's handle, of which so many are kept; opened again, it must be the same file."""
+    if _identity(path) != identity:
+        raise OSError("it changed after it was opened")
+    return safe_open(str(path), framework="pt", backend="pread")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class TensorDict:

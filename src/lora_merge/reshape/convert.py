@@ -20,7 +20,7 @@ from lora_merge.adapters.units import Verdict
 from lora_merge.adapters.writer import AdapterWriter, OutputPlan, plan_output
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory
-from lora_merge.files.cards import short_card
+from lora_merge.files.cards import code, short_card
 from lora_merge.files.checkpoint import Checkpoint
 from lora_merge.files.targets import check_target
 from lora_merge.files.tensor_file import commonest_dtype, refuse_non_finite
@@ -299,6 +299,6 @@ def _card(plan: Conversion, report: ConvertReport) -> str:
     return short_card(
         "A converted LoRA adapter",
         plan.adapter.config.base_model,
-        f"`{plan.adapter.name}`, read as {report.dialect}, written for "
+        f"{code(plan.adapter.name)}, read as {report.dialect}, written for "
         f"{plan.target.title}.{cut}\n\nThe scaling is folded into the weights.",
     )

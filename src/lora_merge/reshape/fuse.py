@@ -24,11 +24,11 @@ from lora_merge.adapters.identity.expert_layout import fit_to
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import AdapterError, MethodError
 from lora_merge.files.atomic import atomic_directory
-from lora_merge.files.cards import fused_card
+from lora_merge.files.cards import code, fused_card, markdown
 from lora_merge.files.checkpoint import Checkpoint, TensorPlace, open_checkpoint
 from lora_merge.files.documents import read_json
 from lora_merge.files.shards import ShardEditor, copy_shard
-from lora_merge.files.tensor_file import DTYPES
+from lora_merge.files.tensor_file import DTYPES, refuse_non_finite
 from lora_merge.files.tensor_stream import cast_to
 from lora_merge.printing import Printed, Summary
 from lora_merge.printing import notes as noted
@@ -161,9 +161,9 @@ def _copy_tokenizer(adapter: Adapter, folder: Path) -> list[str]:
 def _card(adapter: Adapter, base: Checkpoint, weight: float, notes: Sequence[str]) -> str:
     name = adapter.config.base_model
     text = (
-        f"{f'`{name}`' if name else 'The base model'} with the LoRA adapter `{adapter.name}` added "
-        f"to its weights, times {weight:g}. It loads as the base does and needs no PEFT.\n\n"
-        + "".join(f"- {note}\n" for note in notes)
+        f"{code(name) if name else 'The base model'} with the LoRA adapter {code(adapter.name)} "
+        f"added to its weights, times {weight:g}. It loads as the base does and needs no PEFT.\n\n"
+        + "".join(f"- {markdown(note)}\n" for note in notes)
     )
     return fused_card("A model with an adapter in it", name, text.rstrip(), base.licence)
 
@@ -265,7 +265,8 @@ def _add_delta(
         fused.add_(delta)
         low, high = (float(bound) for bound in fused.aminmax())
         limit = torch.finfo(stored.dtype).max
-        if not -limit <= low <= high <= limit and bool(stored.isfinite().all()):
+        if not -limit <= low <= high <= limit:
+            refuse_non_finite(stored, f"the base's {target.tensor}")
             raise AdapterError(
                 f"{adapter.name}: {target.module.name}: base + delta is beyond the range of "
                 f"{stored.dtype}".replace("torch.", ""),

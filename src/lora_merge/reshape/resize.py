@@ -24,7 +24,7 @@ from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.writer import AdapterWriter, OutputPlan, Writer, plan_output
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory
-from lora_merge.files.cards import short_card
+from lora_merge.files.cards import code, short_card
 from lora_merge.files.tensor_file import DTYPES, commonest_dtype
 from lora_merge.linalg.factors import gram, pivot_sign
 from lora_merge.machine.parallel import in_order
@@ -312,7 +312,7 @@ def _card(adapter: Adapter, plan: RankPlan) -> str:
     return short_card(
         "A resized LoRA adapter",
         adapter.config.base_model,
-        f"`{adapter.name}` at lower rank: rule `{plan.rule}`, ranks {low} to {high}, "
+        f"{code(adapter.name)} at lower rank: rule `{plan.rule}`, ranks {low} to {high}, "
         f"{100 * plan.energy:.2f} % of the energy kept.\n\n"
         "The scaling is folded into the weights (`lora_alpha` = `r`).",
     )

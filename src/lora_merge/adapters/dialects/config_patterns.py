@@ -9,6 +9,7 @@ piece.
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache, reduce
+from itertools import pairwise
 from operator import or_
 from re import _constants as codes  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
@@ -42,15 +43,19 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def matcher(pattern: str) -> Callable[[str], bool]:
+def matcher(pattern: str, *, whole: bool = False) -> Callable[[str], bool]:
     r"""Whether a pattern, completed as PEFT does it to `(.*\.)?(pattern)$`, matches a name.
 
+    Args:
+        pattern: A regular expression.
+        whole: It has to match the whole name, as `target_modules` does.
+
     Raises:
-        PatternError: If it is no regular expression, or uses look-around or references.
+        PatternError: If it is no regular expression, or one with references or look-behind.
     """
     if len(pattern) > _LONGEST:
         raise PatternError(f"{len(pattern)} characters are too many")
-    completed = rf"(.*\.)?({pattern})$"
+    completed = rf"({pattern})$" if whole else rf"(.*\.)?({pattern})$"
     try:
         tree = parser.parse(completed)
         nesting, choices = _size(tree)
@@ -80,6 +85,8 @@ def _size(pieces: Any) -> tuple[int, int]:
             inside = argument[1]
         elif code is codes.SUBPATTERN:
             inside = [argument[3]]
+        elif code in (codes.ASSERT, codes.ASSERT_NOT):
+            inside, choices = [argument[1]], choices + _FEW_CHOICES
         repeats = code in (codes.MAX_REPEAT, codes.MIN_REPEAT) and argument[1] > 1
         sizes = [_size(one) for one in inside]
         deepest = max([deepest, *(repeats + size[0] for size in sizes)])
@@ -105,6 +112,9 @@ def _advance(pieces: Any, name: str, places: int) -> int:
             places = _advance(body, name, places)
         elif code is codes.AT:
             places &= _anchor(argument, name)
+        elif code in (codes.ASSERT, codes.ASSERT_NOT):
+            direction, ahead = argument
+            places &= _looks_ahead(direction, ahead, name, places) ^ -(code is codes.ASSERT_NOT)
         else:
             fits = _letter(code, argument)
             letters = sum(1 << place for place, letter in enumerate(name) if fits(letter))
@@ -127,12 +137,24 @@ def _repeat(low: int, high: int, inside: Any, name: str, places: int) -> int:
     return found
 
 
+def _looks_ahead(direction: int, inside: Any, name: str, places: int) -> int:
+    """The places from which some pieces could follow."""
+    if direction < 0:
+        raise PatternError("looking behind is not supported")
+    _advance(inside, name, 1)  # it may hold what has to be refused
+    each = (1 << place for place in range(places.bit_length()) if places >> place & 1)
+    return sum(place for place in each if _advance(inside, name, place))
+
+
 def _anchor(code: Any, name: str) -> int:
     if code in (codes.AT_BEGINNING, codes.AT_BEGINNING_STRING):
         return 1
     if code in (codes.AT_END, codes.AT_END_STRING):
         return 1 << len(name)
-    raise PatternError("only ^ and $ are known of what stands between characters")
+    if code is codes.AT_BOUNDARY:
+        words = [False, *map(_CATEGORIES[codes.CATEGORY_WORD], name), False]
+        return sum(1 << place for place, pair in enumerate(pairwise(words)) if pair[0] != pair[1])
+    raise PatternError("only ^, $ and \\b are known of what stands between characters")
 
 
 def _letter(code: Any, argument: Any) -> Any:

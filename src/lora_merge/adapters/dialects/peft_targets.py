@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from lora_merge.adapters.config import AdapterConfig, matching_keys
+from lora_merge.adapters.dialects.config_patterns import matcher
 from lora_merge.adapters.dialects.peft_whole import VOCABULARY
 from lora_merge.errors import AdapterError
 
@@ -25,9 +26,8 @@ def is_targeted(config: AdapterConfig, module: str) -> bool:
         return False
     if isinstance(targets, str):
         # The class that a file was made with may put "model." in front, or not.
-        return any(
-            re.fullmatch(targets, n) for n in (name, f"model.{name}", name.removeprefix("model."))
-        )
+        matches = matcher(targets, whole=True)
+        return any(map(matches, (name, f"model.{name}", name.removeprefix("model."))))
     if not _names(targets, name):
         return False
     return name in targets or _in_layers(config, name)
@@ -79,7 +79,7 @@ def _names(targets: Any, module: str) -> bool:
     if not targets:
         return False
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
+        return matcher(targets, whole=True)(module)
     return module in targets or any(module.endswith(f".{target}") for target in targets)
 
 
@@ -89,6 +89,8 @@ def _in_layers(config: AdapterConfig, module: str) -> bool:
         return True
     patterns = config.raw.get("layers_pattern") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
+    # Names of lists, not expressions: what else stands here is looked for as it is.
+    patterns = [re.escape(p) for p in patterns]
     regexes = [rf"(?:^|.*?\.){p}\.(?P<layer>\d+)\." for p in patterns] or [_ANY_LAYER]
     match = next((m for regex in regexes if (m := re.match(regex, module))), None)
     if match is None:

@@ -2,13 +2,25 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
+from rich.segment import Segment
 from rich.table import Table
+
+from lora_merge.cli.shared.escape import for_terminal
+
+
+class _Console(Console):
+    """Rich's console, for texts that hold names from files."""
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        return super()._render_buffer(
+            one if one.control else one._replace(text=for_terminal(one.text)) for one in buffer
+        )
 
 
 class Output:
@@ -21,8 +33,8 @@ class Output:
 
     def __init__(self, as_json: bool, *, width: int | None = None) -> None:
         self.as_json = as_json
-        self._out = Console(highlight=False, soft_wrap=False, width=width)
-        self._err = Console(stderr=True, highlight=False)
+        self._out = _Console(highlight=False, soft_wrap=False, width=width)
+        self._err = _Console(stderr=True, highlight=False)
 
     @property
     def width(self) -> int:

@@ -23,6 +23,7 @@ from lora_merge.adapters.adapter import open_adapter
 from lora_merge.adapters.references import CONFIG_NAME, WEIGHTS_NAME, Source, sha256
 from lora_merge.errors import AdapterError, SourceError
 from lora_merge.files.atomic import atomic_directory
+from lora_merge.files.cards import code, front_matter, one_line
 from lora_merge.files.documents import read_json, validated
 from lora_merge.files.hub import download, upload
 from lora_merge.files.inputs import note_input
@@ -278,12 +279,15 @@ def _entry(expert: Expert, path: str, digest: str) -> dict[str, Any]:
 def _card(mixture: Contents) -> str:
     base = mixture.base_model
     spec = mixture.spec
-    head = ["---", "library_name: lora-merge"]
-    if base and not Path(base).exists():
-        head += [f"base_model: {base}", "base_model_relation: adapter"]
-    head += ["tags:", "- lora", "- mixture-of-loras", f"- {spec.preset}", "---", ""]
+    public = base if base and not Path(base).exists() else None
+    head = front_matter(
+        library_name="lora-merge",
+        base_model=public,
+        base_model_relation="adapter" if public else None,
+        tags=["lora", "mixture-of-loras", one_line(spec.preset)],
+    )
     experts = [
-        f"- `{e.name}`{' (general, subtracted)' if e.general else ''}: "
+        f"- {code(e.name)}{' (general, subtracted)' if e.general else ''}: "
         f"rank {max(e.adapter.ranks())}, {len(e.adapter.modules)} modules"
         for e in mixture.experts
     ]
@@ -292,9 +296,9 @@ def _card(mixture: Contents) -> str:
     body = [
         "# Mixture of LoRA adapters",
         "",
-        f"Gate: **{spec.preset}**, {what}.",
+        f"Gate: {code(spec.preset)}, {what}.",
         state,
-        f"Base model: {base or 'not named by the experts'}.",
+        f"Base model: {code(base) if base else 'not named by the experts'}.",
         "",
         *experts,
         "",
@@ -306,7 +310,7 @@ def _card(mixture: Contents) -> str:
         "```",
         "",
     ]
-    return "\n".join(head + body)
+    return head + "\n" + "\n".join(body)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
