@@ -110,6 +110,9 @@ ENTRIES = (
 )
 
 AFTER = """
+The scale of rows with scale=auto is the rule's (docs/which-method.md), and no data were used. Those
+of lego-refit were chosen with --val 150.
+
 cat, svd, mean, fedavg and model-stock are task arithmetic up to a scale (per module for
 model-stock), core-tsv and core-iso are tsv and iso-c. linear-factors, robustmerge and aligned-mean
 need adapters of one rank, slerp takes two, regmean and ssr need data.

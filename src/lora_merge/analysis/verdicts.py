@@ -198,7 +198,7 @@ def judge_set(comparison: Comparison, verdicts: Sequence[Verdict]) -> SetVerdict
 
 _MERGE = "lora-merge merge ... --rank 16"
 _GATE = "lora-merge gate ..."
-_SEARCH = "lora-merge merge ... -w W1 -w W2 ..., weights compared with lora-merge evaluate"
+_SEARCH = "lora-merge search RECIPE --base DIR --data FILE (weights on examples), or -w by hand"
 
 
 def _unrelated(norms: Sequence[float]) -> float:

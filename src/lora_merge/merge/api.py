@@ -23,6 +23,7 @@ from lora_merge.merge.recipe.recipe import (
     Normalize,
     Recipe,
     RestoreNorm,
+    Smooth,
     Space,
 )
 from lora_merge.merge.report import MergeReport, ModuleReport
@@ -57,7 +58,8 @@ def merge(
     pico: bool = False,
     svc: bool = False,
     space: Space | None = None,
-    basis: Anchor = "stacks",
+    basis: Anchor = "deltas",
+    smooth: Smooth = "none",
     statistics: str | None = None,
     seed: int = 0,
     dtype: DType | None = None,
@@ -89,7 +91,8 @@ def merge(
         pico: Shrink shared output directions before the merge.
         svc: Shrink directions counted several times after the merge.
         space: Where an elementwise rule works; default: where the method says.
-        basis: Core bases, of the "stacks" or of the "deltas".
+        basis: Core bases, of the "deltas", or of the factors' "stacks" as published.
+        smooth: Flatten every adapter's singular values first: "flat" or "linear" (DC-Merge).
         statistics: File of `collect_statistics`, for methods that need one.
         seed: Seed of all randomness.
         dtype: Output dtype; default: the inputs'.
@@ -137,6 +140,7 @@ def merge(
         svc=svc,
         space=space,
         basis=basis,
+        smooth=smooth,
         statistics=statistics,
         seed=seed,
         dtype=dtype,

@@ -21,7 +21,7 @@ from lora_merge.merge.methods.spaces import (
     anchored,
     core_of,
 )
-from lora_merge.merge.methods.spectral import svc
+from lora_merge.merge.methods.spectral import smoothed, svc
 from lora_merge.merge.recipe.recipe import Semantics
 
 
@@ -173,7 +173,7 @@ def merge_stack(
     how = semantics.normalize or method.normalize
     weights = calibrate.present_weights(job.weights, stack.adapters, how, job.module)
     exact = stack.weighted(weights * semantics.factor)
-    source = calibrate.equalised(stack) if semantics.norm_equalise else stack
+    source = _prepared(stack, semantics)
     wanted = calibrate.wanted_norm(source, weights, semantics.restore_norm)
     source, view, place = _view(source, method, semantics)
     space = semantics.space or method.space
@@ -200,10 +200,18 @@ def prepare_view(
     """The stack and the job as the combiner will see them, for `Method.prepare`."""
     how = semantics.normalize or method.normalize
     weights = calibrate.present_weights(job.weights, stack.adapters, how, job.module)
-    source = calibrate.equalised(stack) if semantics.norm_equalise else stack
+    source = _prepared(stack, semantics)
     _, view, _ = _view(source, method, semantics)
     space = semantics.space or method.space
     return view, replace(job, weights=weights, space=space, source=stack)
+
+
+def _prepared(stack: RankStack, semantics: Semantics) -> RankStack:
+    """The adapters after the steps that each goes through by itself."""
+    if semantics.smooth != "none":
+        place = core_of(stack)
+        stack = place.lift(smoothed(place.core, semantics.smooth))
+    return calibrate.equalised(stack) if semantics.norm_equalise else stack
 
 
 def _view(

@@ -328,3 +328,29 @@ def test_names_and_aliases() -> None:
     with pytest.raises(MethodError, match="no method 'tvs'") as caught:
         find_method("tvs")
     assert "tsv" in caught.value.remedy
+
+
+@pytest.mark.parametrize("mu", [0.0, 1.0, 1e9])
+def test_np_lora_takes_the_styles_inputs_from_the_content(mu: float) -> None:
+    stack = random_stack((4, 3), 20, 24, seed=3)
+    content, style = (stack.of_adapter(i).delta().double() for i in (0, 1))
+    _, _, vh = torch.linalg.svd(style)
+    projection = mu / (1 + mu) * vh[:3].mT @ vh[:3]
+    expected = style + content - content @ projection
+    merged = merge_one(stack, "np-lora", parameters={"mu": mu})
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["flat", "linear"])
+def test_smoothing_keeps_directions_and_the_sum_of_the_singular_values(how: str) -> None:
+    stack = random_stack((4, 3), 20, 24, seed=3)
+    merged = merge_one(stack, "cat", semantics={"smooth": how}).double()
+    expected = torch.zeros_like(merged)
+    for owner in stack.adapters:
+        u, s, vh = torch.linalg.svd(stack.of_adapter(owner).delta().double(), full_matrices=False)
+        rank = int((s > 1e-5 * s[0]).sum())
+        rho = min(5.0, float(s[0] / s[rank - 1])) if how == "linear" else 1.0
+        line = torch.linspace(rho, 1, rank, dtype=torch.float64)
+        values = line * s[:rank].sum() / line.sum()
+        expected += (u[:, :rank] * values) @ vh[:rank]
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)

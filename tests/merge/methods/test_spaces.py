@@ -56,7 +56,7 @@ def test_a_rule_in_a_space_is_the_rule_on_dense_coordinates(
         rule,
         weights=WEIGHTS,
         parameters={"scope": "tensor", "density": 0.4},
-        semantics={"space": space},
+        semantics={"space": space, "basis": "stacks"},  # as the authors have it
     )
     close(merged, expected)
 

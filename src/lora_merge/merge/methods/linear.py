@@ -1,10 +1,14 @@
 """Weighted sums of deltas, and what PEFT calls linear."""
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.merge.methods.method import Job, Outcome, equal_ranks
+from lora_merge.merge.methods.spaces import Basis
+from lora_merge.options import option
 
 
 def weighted_sum(stack: RankStack, job: Job, options: object) -> Outcome:
@@ -55,6 +59,38 @@ def linear_factors(stack: RankStack, job: Job, options: object) -> Outcome:
     down = (stack.down * (root * factor.sign())[:, None].to(stack.down.dtype)).unflatten(0, shape)
     up = (stack.up * root.to(stack.up.dtype)).unflatten(1, shape)
     return Outcome(RankStack.single(up.sum(dim=1), down.sum(dim=0)))
+
+
+@dataclass(frozen=True)
+class NpLoraOptions:
+    """Parameters of `np-lora`."""
+
+    mu: float = option(
+        1.0, "0 is the sum; the larger, the less of the first is left where the second is", low=0
+    )
+
+
+def np_lora(stack: RankStack, job: Job, options: NpLoraOptions) -> Outcome:
+    """NP-LoRA (arXiv 2511.11051): content beside style, D_c (I - mu / (1 + mu) V V^T) + D_s.
+
+    V spans the rows of the style's delta: what the content does to the inputs that the style uses
+    is shrunk by 1 / (1 + mu).
+
+    Args:
+        stack: Content (owner 0) and style (owner 1).
+        job: Weights.
+        options: How much is projected out.
+    """
+    stack = stack.weighted(job.weights)
+    content, style = stack.of_adapter(0), stack.of_adapter(1)
+    if not (content.num_units and style.num_units):
+        return Outcome(stack)
+    alive = style.units((style.scale != 0) & (style.gram_up.diagonal() > 0))
+    basis = Basis.of(alive.down.mT, alive.gram_down, alive.down)
+    inside = basis.lift(basis.coordinates_of(content.down.mT, content.down)).mT
+    share = options.mu / (1 + options.mu)
+    down = content.down - share * inside.to(content.down.dtype)
+    return Outcome(RankStack.joined([replace(content, down=down), style]))
 
 
 def _equal_groups(factors: list[Tensor]) -> list[list[int]]:

@@ -77,6 +77,16 @@ _TABLE = (
         exact=True,
     ),
     Method(
+        name="np-lora",
+        summary="content and style: the first without the inputs that the second uses, added",
+        paper="Chen et al. 2025, arXiv 2511.11051",
+        combine=linear.np_lora,
+        options=linear.NpLoraOptions,
+        space="units",
+        adapters=(2, 2),
+        ordered=True,
+    ),
+    Method(
         name="slerp",
         summary="along the great circle from one delta to another",
         paper="Shoemake 1985; mergekit's slerp, on deltas",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.merge.methods.method import Job, Outcome
+from lora_merge.merge.recipe.recipe import Smooth
 from lora_merge.options import option
 
 # Singular values below this fraction of the largest are rounding of float32 inputs.
@@ -115,6 +116,26 @@ def svc(result: RankStack, stack: RankStack, weights: Tensor, alpha: float = 0.1
         share = torch.where(size > RTOL**2 * s[0] ** 2, (rows * task).sum(dim=1) / size, 1.0)
         total += share.clamp_min(alpha)
     return RankStack.single(u, vh, s * len(adapters) / total)
+
+
+def smoothed(stack: RankStack, how: Smooth) -> RankStack:
+    """Each adapter's singular values made more equal, their sum kept (DC-Merge, arXiv 2603.06242).
+
+    Args:
+        stack: The adapters in core coordinates, float64.
+        how: "flat" makes them equal; "linear" a line from rho = min(5, largest / smallest) to 1.
+    """
+    if how == "none":
+        return stack
+    parts = triplets(stack)
+    values = parts.scale.clone()
+    for owner in parts.adapters:
+        own = parts.owner == owner
+        before = parts.scale[own]
+        rho = min(5.0, float(before[0] / before[-1])) if how == "linear" else 1.0
+        line = torch.linspace(rho, 1.0, len(before), dtype=before.dtype, device=before.device)
+        values[own] = line * (before.sum() / line.sum())
+    return RankStack(parts.down, parts.up, values, parts.owner)
 
 
 def triplets(stack: RankStack, limit: int | None = None, *, floor: float = 0.0) -> RankStack:

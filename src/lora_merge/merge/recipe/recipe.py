@@ -18,6 +18,7 @@ RECIPE_NAME = "lora_merge.yaml"
 Space = Literal["units", "factors", "delta", "aligned", "core"]
 Normalize = Literal["none", "sum", "abs-sum"]
 RestoreNorm = Literal["none", "mean", "weighted-mean"]
+Smooth = Literal["none", "flat", "linear"]
 Anchor = Literal["stacks", "deltas"]
 DType = Literal["float32", "float16", "bfloat16", "float64"]
 ExtrasPolicy = Literal["average", "first", "drop", "error"]
@@ -47,11 +48,16 @@ class Semantics:
     restore_norm: RestoreNorm = option(
         "none", "bring the result to the (weighted) mean of the adapters' norms"
     )
+    smooth: Smooth = option(
+        "none",
+        "flatten every adapter's singular values first, their sum kept: all equal, or a line from "
+        "at most 5 to 1 (DC-Merge)",
+    )
     pico: bool = option(False, "shrink shared output directions before the merge (Pico)")
     svc: bool = option(False, "shrink directions counted several times after the merge (SVC)")
     space: Space | None = option(None, "where an elementwise rule works", unset="the method's")
     basis: Anchor = option(
-        "stacks", "core bases: of the factors (the authors'), or of the deltas (gauge-free)"
+        "deltas", "core bases: of the deltas (gauge-free), or of the factors' stacks (the authors')"
     )
 
     @property
