@@ -1,16 +1,26 @@
 """`lora-merge info`: what an adapter is."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from lora_merge.cli.shared.options import adapters_argument, json_option, open_options
 
+if TYPE_CHECKING:
+    from lora_merge.adapters.adapter import Adapter
+    from lora_merge.cli.shared.output import Output
+
+_READERS = ("peft", "vllm", "sglang", "llama.cpp", "mlx", "diffusers", "comfyui")
+
 
 @click.command(short_help="What an adapter is: modules, ranks, norms, oddities.")
 @adapters_argument
+@click.option("--target", type=click.Choice(_READERS), help="What this reader would do with it.")
 @open_options
 @json_option
 def command(
     adapters: tuple[str, ...],
+    target: str | None,
     alpha: float | None,
     rslora: bool,
     rename: tuple[str, ...],
@@ -27,8 +37,31 @@ def command(
     opened = open_all(
         adapters, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle, rename=rename
     )
+    if target is not None:
+        _show_target(output, opened, target)
+        return
     with output.progress("reading", sum(len(one.modules) for one in opened)) as advance:
         infos = [describe(one, on_module=advance) for one in opened]
     data = [info.to_dict() for info in infos]
     shown = [part for info in infos for part in info_view(info)]
     output.data(data[0] if len(data) == 1 else {"schema": 1, "adapters": data}, *shown)
+
+
+def _show_target(output: "Output", adapters: "list[Adapter]", target: str) -> None:
+    """What a reader drops, refuses or misreads, from the headers alone."""
+    from dataclasses import asdict
+
+    from rich.text import Text
+
+    from lora_merge.adapters.formats.readers import READERS, predict
+
+    data, lines = [], []
+    for adapter in adapters:
+        found = predict(adapter, target)
+        findings = [asdict(finding) for finding in found]
+        said = {"target": target, "seen": READERS[target].seen, "findings": findings}
+        data.append({"schema": 1, "name": adapter.name, **said})
+        told = [f"{target} {f.effect} {f.what}\n  try: {f.remedy}" for f in found]
+        told = told or [f"nothing is known that {target} gets wrong"]
+        lines += [f"{adapter.name}: {line}" for line in told]
+    output.data(data[0] if len(data) == 1 else {"schema": 1, "adapters": data}, *map(Text, lines))
