@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   lora-merge evaluate math code merged --base ./llama --data test.jsonl
-  lora-merge evaluate merged mix --base ./llama --data test.jsonl --metric loss
+  lora-merge evaluate merged mix --base llama --data test.jsonl --metric loss
   lora-merge evaluate merged --base ./llama --data test.jsonl \\
       --metric 'command:python score.py'
 \b
