@@ -104,7 +104,7 @@ def test_an_energy_keeps_at_least_itself(tmp_path: Path) -> None:
     assert all(1 - (m.lost / m.norm) ** 2 >= 0.7 for m in report.modules if m.norm)
     assert {m.rank for m in report.modules} <= {1, 2, 3}
     whole = convert(plan_conversion(adapter, energy=1.0), tmp_path / "all")
-    assert whole.error < 1e-6
+    assert whole.error < 1e-6 and {m.rank for m in whole.modules} == {4}
 
 
 def test_what_a_format_cannot_hold_is_refused(tmp_path: Path) -> None:

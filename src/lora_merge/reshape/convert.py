@@ -29,6 +29,9 @@ from lora_merge.linalg.factors import pivot_sign
 from lora_merge.machine.parallel import in_order
 from lora_merge.reshape.module_renames import renamed
 
+# Share of a squared norm below which singular values in float64 are rounding.
+_ROUNDING = 1e-13
+
 
 @dataclass(frozen=True)
 class ConvertedModule:
@@ -278,9 +281,9 @@ def _with_energy(plan: Conversion, jobs: int | None) -> Conversion:
         ranks = []
         for a, b in _pairs(plan.adapter, spec):
             squares = core_svd(b, a).values.square()
-            total = float(squares.sum())
-            kept = squares.cumsum(0) >= (plan.energy or 1.0) * total
-            ranks.append(int(kept.int().argmax()) + 1 if total > 0 else 1)
+            tails = squares.flip(0).cumsum(0).flip(0)  # what is lost by a cut before each value
+            allowed = max(1 - (plan.energy or 1.0), _ROUNDING) * float(tails[0])
+            ranks.append(max(int((tails > allowed).sum()), 1))
         return max(ranks)
 
     names = list(plan.adapter.modules)

@@ -19,6 +19,7 @@ from lora_merge.adapters.config import read_config
 from lora_merge.errors import AdapterError
 from lora_merge.files.checkpoint import open_checkpoint
 from lora_merge.files.tensor_file import SafetensorsFile, TensorDict
+from lora_merge.reshape.convert import convert, plan_conversion
 
 WIDTH, HEIGHT = 24, 36
 
@@ -103,6 +104,17 @@ TUNERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Full rank: refused, unless a rank is asked for.
+FULL: dict[str, tuple[str, dict[str, Any]]] = {
+    "dora": ("LoraConfig", {"r": 4, "lora_alpha": 6, "use_dora": True}),
+    "ia3": ("IA3Config", {"feedforward_modules": ["first"]}),
+    "hira": ("HiraConfig", {"r": 3}),
+    "c3a": ("C3AConfig", {"block_size": 4}),
+    "fourierft": ("FourierFTConfig", {"n_frequency": 50}),
+    "oft": ("OFTConfig", {"oft_block_size": 4, "r": 0}),
+    "oft-exact": ("OFTConfig", {"oft_block_size": 4, "r": 0, "use_cayley_neumann": False}),
+    "shira": ("ShiraConfig", {"r": 2}),
+}
 FROZEN = (
     "delora_w_norm",
     "tinylora_P",
@@ -116,7 +128,7 @@ FROZEN = (
 
 def train(name: str, folder: Path) -> peft.PeftModel:
     """A PEFT model with random trained tensors, saved beside its base."""
-    kind, fields = TUNERS[name]
+    kind, fields = {**TUNERS, **FULL}[name]
     base = Model()
     (folder / "base").mkdir(parents=True, exist_ok=True)
     save_file(base.state_dict(), folder / "base" / "model.safetensors")
@@ -142,7 +154,8 @@ def their_deltas(model: peft.PeftModel) -> dict[str, Tensor]:
     for name, layer in model.base_model.model.named_children():
         base = layer.get_base_layer()
         probe = torch.cat([torch.eye(base.in_features), torch.zeros(1, base.in_features)])
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SHiRA's sparse tensors
             change = layer(probe) - original[name](probe)
         assert change[-1].abs().max() < 1e-6
         deltas[name] = change[:-1].mT
@@ -173,6 +186,22 @@ def test_our_delta_is_what_pefts_layer_does(name: str, tmp_path: Path) -> None:
     for module, delta in theirs.items():
         assert delta.abs().max() > 1e-3, "nothing was trained"
         torch.testing.assert_close(ours[module], delta, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_rank_is_refused_unless_it_is_asked_for(name: str, tmp_path: Path) -> None:
+    theirs = their_deltas(train(name, tmp_path))
+    with pytest.raises(AdapterError, match="full rank") as refusal:
+        opened(tmp_path)
+    assert "lora-merge convert" in refusal.value.remedy
+    adapter = opened(tmp_path, rank=1 << 30)
+    for module, delta in our_deltas(adapter).items():
+        torch.testing.assert_close(delta, theirs[module], rtol=1e-4, atol=1e-5)
+    report = convert(plan_conversion(adapter, rank=3), tmp_path / "out")
+    values = {m: torch.linalg.svdvals(d.double()) for m, d in theirs.items()}
+    lost = sum(float(v[3:].square().sum()) for v in values.values())
+    total = sum(float(v.square().sum()) for v in values.values())
+    assert report.error == pytest.approx((lost / total) ** 0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize(

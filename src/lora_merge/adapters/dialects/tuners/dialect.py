@@ -7,7 +7,7 @@ from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
 from lora_merge.adapters.dialects.grouping import Group
 from lora_merge.adapters.dialects.peft_whole import whole_parameters
-from lora_merge.adapters.dialects.tuners import low_rank, with_base
+from lora_merge.adapters.dialects.tuners import full_rank, low_rank, with_base
 from lora_merge.adapters.dialects.tuners.settings import Settings
 from lora_merge.adapters.dialects.tuners.sort import sort_keys
 from lora_merge.adapters.forms import ExtraSpec, ModuleSpec
@@ -44,6 +44,12 @@ TUNERS: dict[str, Tuner] = {
     "DEFT": Tuner("DEFT", "deft_", with_base.deft),
     "PSOFT": Tuner("PSOFT", "psoft_", with_base.psoft),
     "PEANUT": Tuner("PEANuT", "peanut_", with_base.peanut),
+    "IA3": Tuner("IA3", "ia3_", full_rank.ia3),
+    "HIRA": Tuner("HiRA", "hira_", full_rank.hira),
+    "C3A": Tuner("C3A", "c3a_", full_rank.c3a),
+    "FOURIERFT": Tuner("FourierFT", "fourierft_", full_rank.fourierft),
+    "OFT": Tuner("OFT", "oft_", full_rank.oft),
+    "SHIRA": Tuner("SHiRA", "shira_", full_rank.shira),
     "GLORA": Tuner("GLoRA", "glora_", with_base.glora),
 }
 

@@ -25,6 +25,7 @@ from lora_merge.adapters.dialects.peft_variants import VARIANTS
 from lora_merge.adapters.dialects.peft_whole import whole_parameters
 from lora_merge.adapters.dialects.recipes import blocks, with_base
 from lora_merge.adapters.dialects.recipes.units import Units, precise, product, scaled
+from lora_merge.adapters.dialects.tuners.full_rank import dora
 from lora_merge.adapters.dialects.tuners.settings import Settings
 from lora_merge.adapters.dialects.tuners.sort import sort_keys
 from lora_merge.adapters.forms import ExtraSpec, ModuleSpec
@@ -179,6 +180,7 @@ _BY_FIELD: dict[str, Variant] = {
     "use_bdlora": Variant("BD-LoRA", _bdlora),
     "use_qalora": Variant("QA-LoRA", _qalora),
     "kasa_config": Variant("KaSA", _kasa),
+    "use_dora": Variant("DoRA", dora),
 }
 _BY_INIT = {"pissa": Variant("PiSSA", _mutated), "olora": Variant("OLoRA", _mutated)}
 
