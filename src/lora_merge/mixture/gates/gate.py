@@ -173,6 +173,10 @@ class GateSpec:
                 f"the gate has settings this version does not know: {', '.join(unknown)}",
                 "update lora-merge",
             )
+        switches = [f.name for f in fields(cls) if isinstance(f.default, bool)]
+        wrong = [name for name in switches if not isinstance(raw.get(name, False), bool)]
+        if wrong:
+            raise MethodError(f"the gate's {wrong[0]} is {raw[wrong[0]]!r:.50}", "true or false")
         try:
             return cls(**{**raw, "weights": tuple(raw.get("weights", ()))})
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
