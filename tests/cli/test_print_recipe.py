@@ -40,6 +40,7 @@ FLAGS = {
     "ranks": (["--ranks", "per-module"], "ranks", "per-module"),
     "extras": (["--extras", "drop"], "extras", "drop"),
     "seed": (["--seed", "7"], "seed", 7),
+    "schedule": (["--schedule", "linear"], "adapters", {"weight": 2 / 3}),
     "accept_base_models": (["--accept-base-models"], "accept_base_models", True),
 }
 

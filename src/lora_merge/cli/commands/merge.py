@@ -55,6 +55,12 @@ _method_options = together(
     ),
 )
 _end_options = together(
+    click.option(
+        "--schedule",
+        metavar="NAME",
+        help="Weights over checkpoints of one run, the oldest first (checkpoint-500 before "
+        "checkpoint-1000): uniform, linear, last:K, ema:0.95, power:0.2. Their mean, unless -M.",
+    ),
     click.option("--strict", is_flag=True, help="Fail if the cut to a rank loses over half."),
     click.option("--print-recipe", is_flag=True, help="Print the recipe and stop."),
 )
@@ -68,6 +74,7 @@ Examples:
   lora-merge merge a b -M dare --density 0.3 --density '[0.2, 0.8]'
   lora-merge merge a b -M svd --rank energy:0.95 -w '[0.2, 1.0]' -w 0.8
   lora-merge merge a b c -M wudi -p side=output --scale 0.65 -o out
+  lora-merge merge 'run/checkpoint-*' --schedule ema:0.9
 """,
     short_help="Merge adapters by any method.",
 )
@@ -91,10 +98,26 @@ def command(parameters: tuple[str, ...], **arguments: Any) -> None:
     given += [("density", value) for value in arguments.pop("density")]
     short = {name: arguments.pop(name) for name in ("compat", "side")}
     given += [(name, value) for name, value in short.items() if value is not None]
-    recipe = recipe_from(arguments.pop("method"), parameters=given, **arguments)
+    method = arguments.pop("method")
+    schedule = arguments.pop("schedule")
+    if schedule is not None:
+        method = "mean" if method == "auto" else method
+        arguments |= _scheduled(schedule, arguments)
+    recipe = recipe_from(method, parameters=given, **arguments)
     if print_recipe and run["as_json"]:
         raise click.UsageError("--print-recipe prints YAML: leave --json out")
     if print_recipe:
         sys.stdout.write(recipe.to_yaml())
         return
     run_merge(recipe, strict=strict, **run)
+
+
+def _scheduled(schedule: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The adapters in the order of the run, and their weights."""
+    from lora_merge.adapters.references import expand
+    from lora_merge.merge.auto.schedule import in_order, schedule_weights
+
+    if arguments["weights"]:
+        raise click.UsageError("--schedule gives the weights: leave -w out")
+    adapters = in_order(expand(arguments["adapters"]))
+    return {"adapters": adapters, "weights": schedule_weights(schedule, len(adapters))}
