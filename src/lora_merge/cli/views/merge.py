@@ -12,8 +12,8 @@ from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.report import GroupReport, MergeReport
 
 _MEANING = (
-    "Neither is a loss of quality: a merge of unrelated adapters should not be their sum. To know "
-    "how good\nit is, score it beside its adapters with lora-merge evaluate; docs/which-method.md."
+    "Neither is a loss of quality: unrelated adapters should not become their sum.\n"
+    "How good a merge is, lora-merge evaluate tells; docs/which-method.md says more."
 )
 
 
