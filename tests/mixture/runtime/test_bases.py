@@ -236,3 +236,17 @@ def test_a_trainers_checkpoint_holds_the_gate(tmp_path) -> None:
     resumed = train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for one, other in zip(whole, resumed, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_scheduler_that_packs_requests_is_refused_where_the_caller_hears_it() -> None:
+    rows, model = [tokens(1, n, n)[0].tolist() for n in (7, 5)], llama()
+    for preset, more in (("xlora", {}), ("meteora", {"memory": 0.8}), ("sequence", {})):
+        handle = load_mixture(model, sharp(model, preset, **more))
+        with pytest.raises(MethodError, match="whose tokens"):
+            model.generate_batch(inputs=rows, progress_bar=False)
+        handle.detach()
+    handle = load_mixture(model, sharp(model, "request"))
+    with handle.requests("expert0", "expert1"), pytest.raises(MethodError, match="whose tokens"):
+        model.generate_batch(inputs=rows, progress_bar=False)
+    handle.detach()
+    assert "init_continuous_batching" not in model.__dict__ and "generate" not in model.__dict__

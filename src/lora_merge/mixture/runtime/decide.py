@@ -59,10 +59,9 @@ def decide(
 
 def _weights(group: Modules, passed: Pass, scores: Tensor, start: int, stop: int) -> Tensor:
     """Weights of the gated experts (or ranks) from scores (..., M, n)."""
-    spec, only = passed.gate.spec, passed.gate.only
-    bias = group.gate_bias(start, stop)
-    rule = spec.rule(scores.shape[-1])
-    weights = gated_stack.weights_of(scores, rule, bias)
+    only = passed.gate.only
+    rule = passed.gate.rule(scores.shape[-1])
+    weights = gated_stack.weights_of(scores, rule, group.gate_bias(start, stop))
     if only is not None:
         weights = only_of(weights, only, group.experts[start])
     return weights

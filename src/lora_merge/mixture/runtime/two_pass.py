@@ -139,7 +139,7 @@ class TwoPass:
                 store, (REMEMBERED,), rows, spec.memory, tokens.counts, tokens.documents
             )
         scores = rows.view(rows.shape[0] * rows.shape[1], self.gate.num_scores, -1)
-        weights = gated_stack.weights_of(scores, spec.rule(scores.shape[-1]))
+        weights = gated_stack.weights_of(scores, passed.gate.rule(scores.shape[-1]))
         if passed.gate.observe_hidden is not None and not passed.replay:
             everyone = tuple(range(weights.shape[-1]))
             for module in range(weights.shape[1]):

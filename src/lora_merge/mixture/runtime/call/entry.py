@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_merge.errors import MethodError
-from lora_merge.mixture.runtime.call.generation import generation
+from lora_merge.mixture.runtime.call.generation import generation, refuse_schedulers
 from lora_merge.mixture.runtime.call.hooks import body_of
 from lora_merge.mixture.runtime.call.in_force import InForce, Switch
 from lora_merge.mixture.runtime.call.kv_state import Companion, cache_name, companion_of, tokens_in
@@ -159,14 +159,8 @@ class Entry:
 
     def _refuse_schedulers(self, gate: InForce, given: Mapping[str, Any]) -> None:
         """Refuse batches of a scheduler, whose tokens are those of many requests at many places."""
-        found = [name for name in PACKED_BY_SCHEDULER if given.get(name) is not None]
-        if not found or not (gate.remembers or gate.is_per_row or gate.spec.signal == "hidden"):
-            return
-        raise MethodError(
-            f"the {gate.spec.preset} gate has to know whose tokens a call holds, and a scheduler "
-            f"has packed those of many requests into it ({found[0]})",
-            "use a gate that looks at each token alone (arrow, meteora, smora, spectr)",
-        )
+        if any(given.get(name) is not None for name in PACKED_BY_SCHEDULER):
+            refuse_schedulers(gate)
 
     # -- out -------------------------------------------------------------------------------------
 

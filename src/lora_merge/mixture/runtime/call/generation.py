@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_merge.errors import MethodError
 from lora_merge.mixture.runtime.call.hooks import REGISTRY
+from lora_merge.mixture.runtime.call.in_force import InForce
 
 _TEXTS = ("inputs_embeds", "input_ids")
 _OTHERS = ("inputs", "pixel_values", "input_features")
@@ -28,6 +30,7 @@ class Generation:
     prompt: int | None
 
 
+_SCHEDULE = "init_continuous_batching"  # what transformers' `generate_batch` begins with
 _CURRENT: ContextVar[Generation | None] = ContextVar("lora_merge_generation", default=None)
 
 
@@ -66,6 +69,42 @@ class Generate:
             _CURRENT.reset(token)
 
 
+class Schedule:
+    """A model's `init_continuous_batching` that refuses gates which have to know whose tokens come.
+
+    The scheduler calls the model from a thread of its own, where an error would never be heard of.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own."""
+        for mixture in getattr(self.model, REGISTRY, {}).values():
+            gate = mixture.switch.now()
+            if not gate.is_idle:
+                refuse_schedulers(gate)
+        kind: Any = type(self.model)
+        return kind.init_continuous_batching(self.model, *args, **kwargs)
+
+
+def refuse_schedulers(gate: InForce) -> None:
+    """Refuse gates that cannot run on batches which a scheduler has packed of many requests.
+
+    Raises:
+        MethodError: With the reason.
+    """
+    if gate.remembers or gate.is_per_row or gate.spec.signal == "hidden":
+        raise MethodError(
+            f"the {gate.spec.preset} gate has to know whose tokens a call holds, and a scheduler "
+            "packs those of many requests into one",
+            "use a gate that looks at each token alone (arrow, meteora, smora, spectr)",
+        )
+
+
 def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], *, encodes: bool) -> Generation | None:
     texts = [*(kwargs.get(name) for name in _TEXTS), *args[:1], kwargs.get("inputs")]
     text = next((t for t in texts if isinstance(t, Tensor) and _is_text(t)), None)
@@ -89,10 +128,14 @@ def tell_generation(model: nn.Module) -> None:
     if callable(getattr(model, "generate", None)) and not isinstance(own, Generate):
         encodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         model.__dict__["generate"] = Generate(model, encodes=encodes, own=own)
+    if hasattr(type(model), _SCHEDULE):
+        model.__dict__[_SCHEDULE] = Schedule(model)
 
 
 def stop_telling(model: nn.Module) -> None:
     """Give the model its own `generate` back."""
+    if isinstance(model.__dict__.get(_SCHEDULE), Schedule):
+        del model.__dict__[_SCHEDULE]
     told = model.__dict__.get("generate")
     if isinstance(told, Generate):
         del model.__dict__["generate"]

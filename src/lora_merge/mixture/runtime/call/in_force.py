@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_merge.errors import MethodError
+from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.runtime.call.hooks import ModuleHooks
 from lora_merge.mixture.runtime.call.modules import Modules
@@ -66,6 +67,14 @@ class InForce:
     observe_hidden: Callable[[Tensor, Tensor, tuple[int, ...]], None] | None = None
     freeze_after: int | None = None
     lagged: bool = False
+    _rules: dict[int, Rule] = field(default_factory=dict)
+
+    def rule(self, num_scores: int) -> Rule:
+        """How so many scores become weights; made once, as every module of every token asks."""
+        found = self._rules.get(num_scores)
+        if found is None:
+            found = self._rules[num_scores] = self.spec.rule(num_scores)
+        return found
 
     @property
     def is_idle(self) -> bool:
@@ -178,4 +187,4 @@ def within(gates: Mapping[Switch, InForce]) -> Iterator[None]:
 
 def changed(switch: Switch, **changes: Any) -> InForce:
     """The gate in force here with some of its attributes changed."""
-    return replace(switch.now(), **changes)
+    return replace(switch.now(), **changes, _rules={})
