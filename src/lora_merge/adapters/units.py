@@ -51,12 +51,15 @@ class Recipe:
             expert. With `needs_base` it takes `base=` too, the module's `BaseWeight`.
         verdict: How far the result is the format's own delta.
         needs_base: Whether the base weight takes part.
+        whole_norm: Frobenius norm of the format's own delta from the same tensors, where `units`
+            gives the best part of it alone; None where it gives all.
     """
 
     keys: tuple[str, ...]
     units: Callable[..., Units] = as_stored
     verdict: Verdict = "exact"
     needs_base: bool = False
+    whole_norm: Callable[..., float] | None = None
 
     @property
     def is_stored(self) -> bool:

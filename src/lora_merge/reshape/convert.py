@@ -253,6 +253,12 @@ def _convert_module(plan: Conversion, name: str, writer: AdapterWriter) -> Conve
         stacks.append(_truncated(core, a, b, spec.scaling, rank))
     writer.add(name, stacks, adapter.read_bias(name))
     measured = sqrt(norm) if rank < spec.rank else None
+    if spec.recipe.whole_norm is not None:
+        # The units are the best part of the delta already, so what is missing is orthogonal to it.
+        tensors = (adapter.tensors.read(key) for key in spec.recipe.keys)
+        measured = spec.recipe.whole_norm(*tensors) * abs(spec.scaling)
+        kept = sum(stack.inner(stack) for stack in stacks)
+        lost = max(measured**2 - kept, 0.0)
     return ConvertedModule(name, spec.recipe.verdict, spec.rank, rank, measured, sqrt(lost))
 
 

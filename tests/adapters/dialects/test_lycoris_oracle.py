@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.errors import AdapterError
+from lora_merge.reshape.convert import convert, plan_conversion
 
 pytest.importorskip("lycoris", reason="pip install 'lora-merge[oracles]'")
 from lycoris.modules.dylora import DyLoraModule
@@ -122,6 +123,35 @@ def test_dora_is_refused_by_name(form: str, tmp_path: Path) -> None:
     )
     with pytest.raises(AdapterError, match="lora_unet_one: DoRA"):
         Adapter.from_pretrained(file_of(module, tmp_path / "a.safetensors"))
+
+
+def test_glora_with_its_base_is_that_of_lycoris(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    module = GLoRAModule("lora_unet_one", nn.Linear(24, 36), lora_dim=3, alpha=2).eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    save_file({"one.weight": module.org_module[0].weight.detach()}, tmp_path / "base.safetensors")
+    path = file_of(module, tmp_path / "a.safetensors")
+    adapter = Adapter.from_pretrained(path, base=tmp_path / "base.safetensors")
+    assert adapter.modules["lora_unet_one"].rank == 6
+    (module_spec,) = align([adapter]).modules
+    delta = next(read_stacks(align([adapter]), module_spec)).delta()
+    eye = torch.eye(24)
+    theirs = (module(eye) - module.org_module[0](eye)).detach().mT
+    torch.testing.assert_close(delta, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_lokr_cut_as_it_is_read_tells_what_it_lost(tmp_path: Path) -> None:
+    module = trained("lokr-full")
+    path = file_of(module, tmp_path / "a.safetensors")
+    adapter = Adapter.from_pretrained(path, rank=5)
+    assert adapter.modules["lora_unet_one"].recipe.verdict == "approximate"
+    report = convert(plan_conversion(adapter, rank=5), tmp_path / "out")
+    values = torch.linalg.svdvals(merged_delta(module))
+    assert report.error == pytest.approx(float(values[5:].norm() / values.norm()), rel=1e-5)
+    best = our_delta(Adapter.from_pretrained(tmp_path / "out"))
+    error = (best - merged_delta(module)).norm()
+    assert float(error) == pytest.approx(float(values[5:].norm()), rel=1e-5)
 
 
 def test_glora_needs_the_base(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ class Group:
         kernel: tuple[int, ...] = (),
         verdict: Verdict = "exact",
         needs_base: bool = False,
+        whole_norm: Callable[..., float] | None = None,
     ) -> ModuleSpec:
         """A linear layer or convolution made of some parts.
 
@@ -93,6 +94,7 @@ class Group:
             kernel: Kernel of a convolution.
             verdict: How exact it is.
             needs_base: Whether `units` takes the base weight.
+            whole_norm: Norm of the whole delta, where `units` gives a part of it.
         """
         keys = tuple(self.keys.get(part, part) for part in parts)
         lost = next((key for key in keys if key not in self.header.entries), None)
@@ -107,7 +109,7 @@ class Group:
         else:
             if kernel:
                 units = partial(_as_convolution, units, kernel)
-            recipe = Recipe(keys, units, verdict, needs_base)
+            recipe = Recipe(keys, units, verdict, needs_base, whole_norm)
         return ModuleSpec(
             name=self.module,
             form="conv" if kernel else "linear",

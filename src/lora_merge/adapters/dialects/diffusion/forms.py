@@ -27,6 +27,7 @@ from lora_merge.adapters.dialects.recipes.units import Units, precise, product, 
 from lora_merge.adapters.dialects.recipes.with_base import right_path
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.adapters.units import BaseWeight
+from lora_merge.linalg.factors import frobenius
 
 
 def lora(group: Group, scaling: float | None = None) -> ModuleSpec:
@@ -121,6 +122,7 @@ def lokr(group: Group, scaling: float | None = None) -> ModuleSpec:
         scaling=scaling,
         kernel=kernel,
         verdict="approximate" if short else "exact",
+        whole_norm=partial(_lokr_norm, len(first)) if short else None,
     )
 
 
@@ -147,6 +149,12 @@ def _kronecker_factor(
 def _lokr(first: int, cut: int | None, *tensors: Tensor) -> Units:
     one, two = _factor(tensors[:first]), _factor(tensors[first:])
     return kronecker(one, two) if cut is None else kronecker_truncated(one, two, cut)
+
+
+def _lokr_norm(first: int, *tensors: Tensor) -> float:
+    """The norm of a Kronecker product is the product of its factors' norms."""
+    one, two = _factor(tensors[:first]), _factor(tensors[first:])
+    return frobenius(one.delta()) * frobenius(two.delta())
 
 
 def _factor(tensors: tuple[Tensor, ...]) -> Units:
