@@ -71,6 +71,32 @@ def test_every_form_equals_merge_and_unload(form, shards, tmp_path, monkeypatch)
     assert names == {path.name for path in base.iterdir()} | {"README.md", STAMP}
 
 
+class _Attention(nn.Module):
+    """Attention as torch and OpenCLIP have it: one parameter for three projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+def test_torchs_own_attention_is_left_to_peft(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(_Attention(), nn.Linear(16, 16))
+    base = base_of(tmp_path / "base", model.state_dict())
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["attn", "1"], init_lora_weights=False)
+    trained = get_peft_model(model, config).eval()
+    x = torch.randn(2, 5, 16)
+    wanted = trained(x).detach()
+    adapter = Adapter.from_pretrained(save(trained, tmp_path / "a"))
+    with pytest.raises(AdapterError, match=r"0\.attn is an nn.MultiheadAttention.*out_proj"):
+        fuse(adapter, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    torch.testing.assert_close(trained.merge_and_unload()(x), wanted)  # the remedy
+
+
 def _language_model(kind: str, tie: bool) -> nn.Module:
     import transformers
 

@@ -55,6 +55,7 @@ def find_naming(adapter: Adapter, modules: Sequence[AlignedModule], base: Checkp
     best = min(candidates, key=lambda naming: len(missing(naming)))
     lost = missing(best)
     if lost:
+        _refuse_attention(adapter, lost[0], best.base_name(lost[0]), base)
         _refuse_other_experts(adapter, lost[0], best.base_name(lost[0]), base)
         raise AdapterError(
             f"{adapter.name}: {len(lost)} of {len(names)} modules have no tensor in "
@@ -62,6 +63,16 @@ def find_naming(adapter: Adapter, modules: Sequence[AlignedModule], base: Checkp
             "is this the base model the adapter was trained on?",
         )
     return best
+
+
+def _refuse_attention(adapter: Adapter, module: str, stem: str, base: Checkpoint) -> None:
+    """Name the reason at torch's attention: PEFT 0.21 adds the delta of `out_proj` twice."""
+    if f"{stem.removesuffix('weight')}in_proj_weight" in base.tensors:
+        raise AdapterError(
+            f"{adapter.name}: {module.removesuffix('.weight')} is an nn.MultiheadAttention; how "
+            "often the delta of its out_proj counts depends on the version of PEFT (0.21: twice)",
+            "merge it by the PEFT that trained it: merge_and_unload(), then save the model",
+        )
 
 
 def _refuse_other_experts(adapter: Adapter, module: str, stem: str, base: Checkpoint) -> None:
