@@ -21,6 +21,7 @@ Examples:
   lora-merge evaluate merged mix --base llama --data test.jsonl --metric loss
   lora-merge evaluate merged --base ./llama --data test.jsonl \\
       --metric 'command:python score.py'
+
 \b
 A row is {"text": ...}, {"prompt": ..., "response": ...},
 {"prompt": ..., "choices": [...], "answer": 0} or {"text": ..., "label": 0},

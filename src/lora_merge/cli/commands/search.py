@@ -26,11 +26,11 @@ Examples:
       --over scale,kinds --trials 200 -o best
   lora-merge search a b c --over scale,method --methods svd,tsv,ties ...
   lora-merge search a b c --over scale,modules --sampler cmaes ...
-\b
+
 --over: scale; weights (one per adapter), layers or kinds (by layer, by kind of
 module); method (of --methods); parameters (the method's own); modules (which
 kinds of modules of which adapter to leave out).
-\b
+
 OUT.search/study.db is an Optuna study: a search that was interrupted goes on
 with the same command, several processes may share it (--worker 1, 2, ...), and
 optuna-dashboard shows it. OUT.search/report.json has every trial.
@@ -42,7 +42,9 @@ optuna-dashboard shows it. OUT.search/report.json has every trial.
 @click.option("--data", type=ROWS, required=True, help="JSON lines, as for evaluate.")
 @click.option("-M", "--method", default="svd", show_default=True, help="Method to start from.")
 @click.option("--rank", help="Rank of the result, or a rank rule.")
-@click.option("--over", callback=_words, default="scale,weights", show_default=True)
+@click.option(
+    "--over", callback=_words, default="scale,weights", show_default=True, help="What may vary."
+)
 @click.option("--methods", callback=_words, help="Methods to choose from, with --over method.")
 @click.option("--trials", type=click.IntRange(min=1), default=50, show_default=True)
 @click.option("--metric", default="auto", show_default=True, help="As for evaluate.")
@@ -57,8 +59,14 @@ optuna-dashboard shows it. OUT.search/report.json has every trial.
 @click.option(
     "--sampler", type=click.Choice(["tpe", "cmaes", "random"]), default="tpe", show_default=True
 )
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--worker", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of sampler and split.")
+@click.option(
+    "--worker",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Another number for each process that shares a study.",
+)
 @batch_options
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="Directory to make."

@@ -19,7 +19,7 @@ Examples:
   lora-merge tune                   shapes of Llama-3-8B, 8 experts of rank 16
   lora-merge tune my-mixture        the mixture's own shapes
   lora-merge tune --tokens 1 --experts 28 --rank 8 --json
-  lora-merge tune --check           which kernels compile with the Triton that is installed
+  lora-merge tune --check           which kernels this Triton compiles
 """,
     short_help="Measure which kernels are fastest on this machine.",
 )
