@@ -178,7 +178,7 @@ def _kinds(comparison: Comparison, width: int, plain: bool) -> RenderableType:
         excess = kind.interference[i, j] / kind.chance_interference[i, j].clamp_min(1e-12)
         rows.append(
             [
-                shorten(kind.label, max(16, width - 50)),
+                shorten(kind.label, max(16, width - 52)),
                 str(kind.modules),
                 *(
                     f"{round(float(x), 3) + 0.0:.3f}"
