@@ -103,7 +103,7 @@ def test_the_command_writes_a_page_and_says_so(tmp_path):
     adapters = [str(save_adapter(tmp_path / n, seed=i)) for i, n in enumerate("ab")]
     out = tmp_path / "r.html"
     result = CliRunner().invoke(cli, ["report", *adapters, "-o", str(out)], catch_exceptions=False)
-    assert result.exit_code == 0 and f"{out}: " in result.stdout
+    assert result.exit_code == 0 and f"wrote {out}: " in result.stdout
     result = CliRunner().invoke(cli, ["report", adapters[0], "-o", str(out), "--json"])
     assert json.loads(result.stdout)["bytes"] == out.stat().st_size
     assert "Interference" not in out.read_text()  # one adapter has no pairs

@@ -160,7 +160,10 @@ def _weights_in(ref: str, folder: Path, allow_pickle: bool) -> Path:
             f"name one of them: {', '.join(p.name for p in others[:4])}",
         )
     nested = sorted(p.parent.name for p in folder.glob(f"*/{WEIGHTS_NAME}"))
-    remedy = f"did you mean {ref.rstrip('/')}/{nested[0]}?" if nested else "check the path"
+    remedy = "check the path"
+    if nested:
+        remedy = f"did you mean {ref.rstrip('/')}/{nested[0]}"
+        remedy += f", or all {len(nested)} of them: {ref.rstrip('/')}/*?" if nested[1:] else "?"
     raise SourceError(f"{ref}: no {WEIGHTS_NAME} in this directory", remedy)
 
 

@@ -40,7 +40,11 @@ _COMMANDS = {
     "novelty": "lora_merge.cli.commands.novelty",
     "export": "lora_merge.cli.commands.export",
     "tune": "lora_merge.cli.commands.tune",
+    "doctor": "lora_merge.cli.commands.doctor",
+    "completion": "lora_merge.cli.commands.completion",
 }
+# click's name of the variable by which a shell asks; `completion` writes the shell's side of it.
+COMPLETE = "_LORA_MERGE_COMPLETE"
 
 
 class _LazyGroup(click.Group):
@@ -71,7 +75,7 @@ class _LazyGroup(click.Group):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="lora-merge")
+@click.version_option(__version__, "-V", "--version", prog_name="lora-merge")
 def cli() -> None:
     """Cluster, merge and look into LoRA adapters, rank by rank.
 
@@ -82,6 +86,8 @@ def cli() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code, as `__main__.main` explains them."""
+    if COMPLETE in os.environ:  # a shell asks what could follow
+        import_module("lora_merge.cli.shared.completion")
     try:
         with noting_inputs():
             cli.main(arguments, prog_name="lora-merge", standalone_mode=False)

@@ -43,5 +43,10 @@ def _place(bench: Bench, base: str, subject: Subject) -> Path | None:
     for path in (*sorted(p for p in folder.iterdir() if p.is_file()), *subject.files):
         about = path.stat()
         content.update(f"{path.resolve()} {about.st_size} {about.st_mtime_ns}\0".encode())
+    return score_directory() / f"{content.hexdigest()}.json"
+
+
+def score_directory() -> Path:
+    """Where scores are kept."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "lora-merge" / "scores" / f"{content.hexdigest()}.json"
+    return Path(home) / "lora-merge" / "scores"

@@ -79,3 +79,10 @@ def download(ref: str, repo: str, revision: str | None, patterns: Sequence[str])
             f"{ref}: not on disk, not in the Hub cache, and the Hub cannot be asked",
             "check the path, the network and HF_HUB_OFFLINE",
         ) from error
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it downloads."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)

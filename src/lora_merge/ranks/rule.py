@@ -134,6 +134,11 @@ def _check_range(kind: str, value: float, unit: str, text: str) -> None:
         low, high = (0, 1) if unit == "share" else (0, math.inf)
     whole = kind in _WHOLE or unit == "parameters"
     if not low <= value <= high or (whole and value != int(value)) or high == 0:
+        if unit == "parameters" and 0 < value < 1:
+            raise MethodError(
+                f"{text!r}: {value:g} is no number of parameters",
+                f"a share is written with an x: x{value:g}",
+            )
         limits = "takes no number" if high == 0 else f"lies between {low:g} and {high:g}"
         raise MethodError(
             f"{text!r}: the number of {kind!r} {limits}{' and is whole' if whole else ''}",

@@ -74,6 +74,6 @@ def command(
         "error": error,
         "rank": rank,
     }
-    lines = [f"{out}: {what}", *(f"  {' + '.join(group)}" for group in groups)]
+    lines = [f"wrote {out}: {what}", *(f"  {' + '.join(group)}" for group in groups)]
     lines.append(f"cut to rank {rank}: error {percent(error)}" if rank else "all ranks kept")
     output.data(result, *lines)

@@ -57,5 +57,5 @@ def command(
     result = {
         "schema": 1, "out": str(out), "experts": list(known.experts), "modules": known.modules
     }  # fmt: skip
-    line = f"{out}: {', '.join(known.experts)} described at {len(known.modules)} modules"
+    line = f"wrote {out}: {', '.join(known.experts)} described at {len(known.modules)} modules"
     output.data(result, line)

@@ -187,7 +187,8 @@ def command(
         output.note(note)
     if not mixture.spec.trained:
         output.note(f"the {mixture.spec.preset} gate is untrained; next: lora-merge train {out}")
-    output.data(mixture_data(mixture, None if dry_run else out), *mixture_view(mixture))
+    wrote = () if dry_run else (f"\nwrote {out}",)
+    output.data(mixture_data(mixture, None if dry_run else out), *mixture_view(mixture), *wrote)
 
 
 def _check_together(

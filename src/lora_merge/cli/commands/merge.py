@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from lora_merge.cli.shared.method_names import complete_method
 from lora_merge.cli.shared.options import WeightType, adapters_argument, together
 from lora_merge.cli.shared.recipe_options import (
     merging_options,
@@ -20,6 +21,7 @@ _method_options = together(
         "--method",
         default="auto",
         show_default=True,
+        shell_complete=complete_method,
         help="Method; see `lora-merge methods`.",
     ),
     click.option(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_merge.cli.shared.method_names import complete_method
 from lora_merge.cli.shared.options import json_option
 
 if TYPE_CHECKING:
@@ -12,9 +13,18 @@ if TYPE_CHECKING:
 
     from lora_merge.merge.methods.method import Method
 
+# What adapters are → what `auto` merges them by (`merge.auto.method.choose`).
+AUTO = {
+    "one adapter": "svd",
+    "all share A, or all share B": "fedavg",
+    "mean cosine of their deltas above 0.5": "mean",
+    "two adapters": "svd",
+    "three and more": "wudi-iso",
+}
+
 
 @click.command(short_help="The merge methods, or one of them in full.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_method)
 @json_option
 def command(name: str | None, as_json: bool) -> None:
     """Show all merge methods, or everything about the one of a NAME."""
@@ -25,6 +35,16 @@ def command(name: str | None, as_json: bool) -> None:
     if name is None:
         table = list(methods().values())
         output.data({"schema": 1, "methods": [_data(m) for m in table]}, *_overview(table))
+    elif name == "auto":
+        rules = [{"adapters": adapters, "method": method} for adapters, method in AUTO.items()]
+        lines = [f"  {adapters:<52} {method}" for adapters, method in AUTO.items()]
+        output.data(
+            {"schema": 1, "name": "auto", "rules": rules},
+            "auto chooses a method from the adapters and says why; the recipe names it.",
+            "It looks at up to eight modules; the first line that holds decides:\n",
+            *lines,
+            "\n--scale auto then chooses how much of it to apply, whatever the method.",
+        )
     else:
         method = find_method(name)
         output.data({"schema": 1, **_data(method)}, *_details(method))

@@ -78,5 +78,5 @@ def command(
     warnings = [{"text": w.text, "remedy": w.remedy} for w in document.warnings]
     output.data(
         {"schema": 1, "output": str(out), "bytes": written, "warnings": warnings},
-        f"{out}: {size(written)}, {len(warnings)} warnings",
+        f"wrote {out}: {size(written)}, {len(warnings)} warnings",
     )

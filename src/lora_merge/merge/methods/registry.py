@@ -23,6 +23,7 @@ from lora_merge.merge.methods.lego import lego_units
 from lora_merge.merge.methods.lego_options import LegoOptions
 from lora_merge.merge.methods.lego_refit import LegoRefitOptions, lego_refit
 from lora_merge.merge.methods.method import Job, Method, Outcome
+from lora_merge.merge.methods.other_names import CALLED, SAME
 
 __all__ = ["METHODS", "Job", "Method", "Outcome", "find_method", "methods"]
 
@@ -273,12 +274,13 @@ METHODS: Mapping[str, Method] = {method.name: method for method in _TABLE}
 
 
 def find_method(name: str) -> Method:
-    """The method of this name or alias; underscores count as hyphens.
+    """The method of this name or alias, ours or another tool's; `DARE_TIES` is `dare-ties`.
 
     Raises:
         MethodError: If there is none; says the nearest name.
     """
-    wanted = name.replace("_", "-")
+    wanted = name.lower().replace("_", "-")
+    wanted = SAME.get(wanted, wanted)
     if wanted in METHODS:  # looking for installed packages takes 60 ms
         return METHODS[wanted]
     table = methods()
@@ -286,7 +288,5 @@ def find_method(name: str) -> Method:
     if wanted in names:
         return table[names[wanted]]
     near = get_close_matches(wanted, names, n=1)
-    raise MethodError(
-        f"there is no method {name!r}",
-        f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(table)}",
-    )
+    guess = f"did you mean {near[0]!r}?" if near else "`lora-merge methods` lists them"
+    raise MethodError(f"there is no method {name!r}", CALLED.get(wanted, guess))

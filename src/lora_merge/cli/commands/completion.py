@@ -1,0 +1,23 @@
+"""`lora-merge completion`: what a shell needs to complete our command lines."""
+
+import sys
+
+import click
+
+
+@click.command(
+    epilog="""\b
+Install it:
+  echo 'eval "$(lora-merge completion bash)"' >> ~/.bashrc
+  echo 'eval "$(lora-merge completion zsh)"' >> ~/.zshrc
+  lora-merge completion fish > ~/.config/fish/completions/lora-merge.fish
+""",
+    short_help="Completion for bash, zsh or fish.",
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def command(shell: str) -> None:
+    """Print a script that lets SHELL complete commands, options, methods and paths."""
+    from lora_merge.cli.app import COMPLETE, cli
+    from lora_merge.cli.shared.completion import SHELLS
+
+    sys.stdout.write(SHELLS[shell](cli, {}, "lora-merge", COMPLETE).source() + "\n")
