@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from builders import save_adapter
+import lora_merge
+from builders import SHAPES, delta, save_adapter
+from lora_merge.adapters.adapter import Adapter
 from lora_merge.cli.app import run
+from lora_merge.merge.methods.lego_options import LegoOptions
 
 
 @pytest.fixture
@@ -61,3 +65,14 @@ def test_explain_shows_who_is_in_a_unit_and_writes_nothing(three, tmp_path, caps
     first = [c for c in document["clusters"] if c["module"] == document["clusters"][0]["module"]]
     assert sum(len(c["members"]) for c in first) == 12
     assert all(0 <= c["lost"] <= 1 and 0 <= c["similarity"] <= 1 for c in document["clusters"])
+
+
+def test_python_clusters_as_the_command_does(three, tmp_path) -> None:
+    out = tmp_path / "out"
+    for options, flags in ((None, []), (LegoOptions(balance=True), ["--balance"])):
+        command = ["cluster", *three, "--rank", "4", "-o", str(out), "--force", *flags]
+        assert run(command) == 0
+        made = lora_merge.cluster(three, 4, options=options)
+        written = Adapter.from_pretrained(out)
+        for name in SHAPES:
+            torch.testing.assert_close(delta(made, name), delta(written, name))

@@ -28,6 +28,7 @@ def cluster(
     *,
     options: LegoOptions | None = None,
     weights: Sequence[Any] | None = None,
+    scale: float | Literal["auto"] = "auto",
     dtype: DType | None = None,
     ranks: Literal["uniform", "per-module"] = "uniform",
     extras: Literal["average", "first", "drop", "error"] = "average",
@@ -41,8 +42,10 @@ def cluster(
     Args:
         adapters: What `open_adapters` takes.
         rank: Rank of the result: k of the k-means.
-        options: How units are clustered; default: the published procedure.
+        options: The published procedure, or a variant of it (the method `lego`); default: singular
+            units, refitted (`lego-refit`), as the command does.
         weights: One per adapter, as for `merge`.
+        scale: As for `merge`.
         dtype: Output dtype; default: the inputs'.
         ranks: One rank for all modules, or "per-module".
         extras: What becomes of tensors that are not low-rank factors.
@@ -64,13 +67,14 @@ def cluster(
         >>> made.ranks()
         Counter({16: 14})
     """
-    chosen = options or LegoOptions()
+    given = {spec.name: getattr(options, spec.name) for spec in fields(options)} if options else {}
     return merge(
         adapters,
-        method="lego",
+        method="lego" if options else "lego-refit",
         rank=rank,
         weights=weights,
-        parameters={spec.name: getattr(chosen, spec.name) for spec in fields(chosen)},
+        parameters=given,
+        scale=scale,
         dtype=dtype,
         ranks=ranks,
         extras=extras,
