@@ -20,7 +20,6 @@ _OPTIONAL = {
     "accelerate": "bases larger than one device",
     "optuna": "search",
     "diffusers": "convert --pipeline",
-    "gguf": "GGUF adapters",
 }
 
 
