@@ -33,6 +33,7 @@ def look() -> None:
 def make(folder: Path) -> None:
     """Many adapters in, one out; one adapter at other ranks."""
     print(len(lora_merge.methods()), "methods")
+    print(len(lora_merge.report(ADAPTERS, folder / "report.html").warnings), "warnings")
     merged = lora_merge.merge(ADAPTERS, method="ties", rank=8, parameters={"density": 0.4})
     print(merged.report)
     merged.save_pretrained(folder / "merged")

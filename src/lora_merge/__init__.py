@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lora_merge.api.mixing import export as export
     from lora_merge.api.mixing import import_mixture as import_mixture
     from lora_merge.api.mixing import train as train
+    from lora_merge.api.reporting import report as report
     from lora_merge.api.reshaping import convert as convert
     from lora_merge.api.reshaping import extract as extract
     from lora_merge.api.reshaping import fuse as fuse
@@ -96,6 +97,7 @@ _PUBLIC = {
     "novelty": "lora_merge.api.texts",
     "open_adapter": "lora_merge.adapters.access.coerce",
     "open_adapters": "lora_merge.adapters.access.coerce",
+    "report": "lora_merge.api.reporting",
     "resize": "lora_merge.api.reshaping",
     "run_recipe": "lora_merge.merge.api",
     "search": "lora_merge.evaluation.search",
@@ -152,6 +154,7 @@ __all__ = [
     "novelty",
     "open_adapter",
     "open_adapters",
+    "report",
     "resize",
     "run_recipe",
     "search",

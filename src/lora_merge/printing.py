@@ -85,3 +85,15 @@ def span(values: Sequence[int]) -> str:
 def notes(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Facts of what else a user should know."""
     yield from (("note", line) for line in lines)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Paths without the directories that all of them share."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    if len(parts) == 1:
+        return [parts[0][-1]]
+    while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    while all(len(p) > 1 for p in parts) and len({p[-1] for p in parts}) == 1:
+        parts = [p[:-1] for p in parts]
+    return ["/".join(p) for p in parts]

@@ -142,7 +142,7 @@ def test_run_makes_the_same_bytes(three: list[str], tmp_path: Path) -> None:
         (["info", "{none}"], 1, ["no such file"]),
         (["merge", "{a}", "--print-recipe", "--json"], 2, ["prints YAML"]),
         (["info", ""], 1, ["an empty name"]),
-        (["resize", "{in}/[ab]", "--full"], 2, ["stands for 2 adapters"]),
+        (["resize", "{in}/[ab]", "--full", "-o", "x"], 2, ["stands for 2 adapters"]),
         (["fuse", "{in}/[ab]", "--base", "{in}", "-o", "x"], 2, ["stands for 2 adapters"]),
         (["fuse", "{a}", "--base", "{in}", "-o", "x", "-w", "nan"], 1, ["the weight is nan"]),
         (["merge", "{a}", "{b}", "--scale", "inf"], 1, ["scale is inf", "a finite number"]),

@@ -163,5 +163,6 @@ def _card(plan: MergePlan, recipe: str) -> str:
         sources=[(adapters[i].name, str(weights[i])) for i in plan.by_name],
         method=f"`{plan.method.name}` ({plan.method.summary}; {plan.method.paper})",
         recipe=recipe,
-        notes=plan.notes,
+        # A recipe that is run again has the scale as a number, and the card shall be the same.
+        notes=[note for note in plan.notes if note != plan.scale_reason],
     )

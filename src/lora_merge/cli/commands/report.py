@@ -1,5 +1,6 @@
 """`lora-merge report`: one page to look at adapters in a browser."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -46,12 +47,10 @@ def command(
 
     It opens from a disk, asks no network for anything, prints, and works by keyboard.
     """
-    from lora_merge.adapters.measured.spectra import adapter_spectra
-    from lora_merge.analysis.compare import compare
-    from lora_merge.analysis.report.document import report_document
-    from lora_merge.analysis.report.page import write_page
+    from contextlib import ExitStack
+
+    import lora_merge
     from lora_merge.cli.shared.output import Output, size
-    from lora_merge.cli.views.format import short_names
     from lora_merge.files.targets import MARK, check_file
 
     output = Output(as_json)
@@ -59,22 +58,23 @@ def command(
     opened = open_all(
         adapters, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle, rename=rename
     )
-    with output.progress("reading", sum(len(a.modules) for a in opened)) as advance:
-        spectra = [adapter_spectra(a, modules=modules, on_module=advance) for a in opened]
-    comparison = None
-    if len(opened) > 1:
-        names = {name for adapter in opened for name in adapter.modules}
-        with output.progress("comparing", len(names)) as advance:
-            comparison = compare(
-                opened, modules=modules, accept_base_models=accept_base_models, on_module=advance
-            )
-    document = report_document(
-        spectra,
-        comparison,
-        names=short_names([a.name for a in opened]),
-        notes=[a.notes for a in opened],
-    )
-    written = write_page(document, out)
+    with ExitStack() as bars:
+        shown: dict[str, Callable[[], None]] = {}
+
+        def advance(what: str, total: int) -> None:
+            if what not in shown:
+                bars.close()
+                shown[what] = bars.enter_context(output.progress(what, total))
+            shown[what]()
+
+        document = lora_merge.report(
+            opened,
+            out,
+            modules=modules,
+            accept_base_models=accept_base_models,
+            on_module=advance,
+        )
+    written = out.stat().st_size
     warnings = [{"text": w.text, "remedy": w.remedy} for w in document.warnings]
     output.data(
         {"schema": 1, "output": str(out), "bytes": written, "warnings": warnings},

@@ -9,8 +9,8 @@ from rich.text import Text
 
 from lora_merge.adapters.module_names import place_of
 from lora_merge.cli.shared.output import percent, table
-from lora_merge.cli.views.format import short_names
 from lora_merge.merge.clusters import Cluster
+from lora_merge.printing import short_names
 
 _LEGEND = (
     "alone: units with members of one adapter only; alike: mean cosine of the members with their "

@@ -12,9 +12,10 @@ from lora_merge.analysis.families import Tree
 from lora_merge.analysis.verdicts import MEANING, Kind, Verdict, judge_set
 from lora_merge.cli.views.angles import angles_view, degrees
 from lora_merge.cli.views.dendrogram import dendrogram
-from lora_merge.cli.views.format import number, short_names, shorten
+from lora_merge.cli.views.format import number, shorten
 from lora_merge.cli.views.glyphs import RAMP
 from lora_merge.cli.views.grid import grid
+from lora_merge.printing import short_names
 
 if TYPE_CHECKING:
     from torch import Tensor

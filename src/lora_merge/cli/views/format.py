@@ -1,7 +1,6 @@
 """Short forms of numbers and names for narrow columns."""
 
 import math
-from collections.abc import Sequence
 
 
 def number(value: float | None) -> str:
@@ -30,15 +29,3 @@ def shorten(text: str, width: int) -> str:
         parts[index] = parts[index][:3]
     text = ".".join(parts)
     return text if len(text) <= width else "…" + text[1 - width :]
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """Paths without the directories that all of them share."""
-    parts = [name.rstrip("/").split("/") for name in names]
-    if len(parts) == 1:
-        return [parts[0][-1]]
-    while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
-        parts = [p[1:] for p in parts]
-    while all(len(p) > 1 for p in parts) and len({p[-1] for p in parts}) == 1:
-        parts = [p[:-1] for p in parts]
-    return ["/".join(p) for p in parts]

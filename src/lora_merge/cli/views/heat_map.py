@@ -8,8 +8,9 @@ from rich.text import Text
 from lora_merge.adapters.measured.spectra import AdapterSpectra
 from lora_merge.adapters.module_names import Place, labels
 from lora_merge.analysis.metrics import LOG_METRICS, METRICS
-from lora_merge.cli.views.format import number, short_names, shorten
+from lora_merge.cli.views.format import number, shorten
 from lora_merge.cli.views.glyphs import RAMP, level
+from lora_merge.printing import short_names
 
 METRIC_NAMES = {
     "frobenius": "Frobenius norm",

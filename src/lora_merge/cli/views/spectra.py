@@ -18,10 +18,11 @@ from lora_merge.analysis.advice import (
     sort_modules,
     total_group,
 )
-from lora_merge.cli.views.format import number, short_names, shorten, span
+from lora_merge.cli.views.format import number, shorten, span
 from lora_merge.cli.views.glyphs import common_floor, median_profile, sparkline
 from lora_merge.cli.views.grid import grid, room_for
 from lora_merge.cli.views.heat_map import adapter_map, kind_map
+from lora_merge.printing import short_names
 
 # Columns that a name and a sparkline get at least; a narrow terminal loses the spectral norm.
 _LEAST_LABEL, _LEAST_LINE = 14, 4

@@ -20,18 +20,21 @@ _STATE, _METRICS = "state.pt", "metrics.jsonl"
 _FREE = ("save_every", "eval_every")  # settings that a resumed run may have otherwise
 
 
-def check_work(work: Path, inputs: Sequence[Path] = ()) -> None:
+def check_work(work: Path, inputs: Sequence[Path] = (), *, resume: bool = False) -> None:
     """Refuse a directory that holds something else: a checkpoint replaces it as a whole.
 
     Raises:
+        MethodError: If a run shall go on from a checkpoint that is damaged.
         OutputError: If it is not empty and no checkpoint.
     """
-    check_target(work, force=True, inputs=inputs)
-    if work.exists() and not (work / _STATE).is_file() and any(work.iterdir()):
+    if resume and (work / _STATE).is_file():
+        _read_state(work)
+    if work.is_dir() and not (work / _STATE).is_file() and any(work.iterdir()):
         raise OutputError(
             f"{work} exists and is no training checkpoint, so it is not replaced",
             "name a directory for the checkpoint alone",
         )
+    check_target(work, force=True, inputs=inputs)
 
 
 def save_state(
@@ -67,15 +70,9 @@ def restore_state(
     Raises:
         MethodError: If it is damaged, or belongs to another run.
     """
-    path = work / _STATE
-    if not path.is_file():
+    if not (work / _STATE).is_file():
         return 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise MethodError(
-            f"{work}: the checkpoint cannot be read", "start afresh without --resume"
-        ) from error
+    state = _read_state(work)
     kept, now = state["settings"], asdict(settings)
     changed = [k for k in now if kept.get(k) != now[k] and k not in _FREE]
     shapes = [tuple(t.shape) for t in state["tensors"]]
@@ -91,6 +88,16 @@ def restore_state(
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
+
+
+def _read_state(work: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(work / _STATE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise MethodError(
+            f"{work}: the checkpoint cannot be read", "start afresh without --resume"
+        ) from error
+    return state
 
 
 def add_metrics(work: Path, metrics: Mapping[str, Any]) -> None:

@@ -60,7 +60,7 @@ def train_gate(
     by_expert = mixture.spec.standardise
     _check(mixture, examples, settings)
     if work is not None:
-        check_work(work, mixture.files)
+        check_work(work, mixture.files, resume=resume)
     # PHATGOOSE trains each vector on its own expert's rows behind a sigmoid, and compares
     # standardised vectors only afterwards (arXiv 2402.05859).
     start = _sigmoid_form(mixture) if by_expert else mixture
