@@ -50,7 +50,9 @@ def kohya(folder: Path, seed: int = 0) -> Adapter:
 
 @pytest.mark.parametrize("to", ["peft", "kohya", "diffusers", "comfyui", "mlx"])
 def test_peft_to_any_format_and_back_is_the_same_delta(to: str, tmp_path: Path) -> None:
-    adapter = Adapter.from_pretrained(save_adapter(tmp_path / "a", shapes=SHAPES, alpha=12))
+    adapter = Adapter.from_pretrained(
+        save_adapter(tmp_path / "a", shapes=SHAPES, alpha=12, task_type=None)
+    )
     component = "unet" if to in ("kohya", "diffusers") else None
     there = converted(adapter, tmp_path / "there", to=to, component=component)
     back = there
@@ -108,7 +110,7 @@ def test_an_energy_keeps_at_least_itself(tmp_path: Path) -> None:
 
 
 def test_what_a_format_cannot_hold_is_refused(tmp_path: Path) -> None:
-    config, tensors = adapter_parts(lora_bias=True)
+    config, tensors = adapter_parts(lora_bias=True, task_type=None)
     tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias"] = torch.ones(24)
     adapter = Adapter.from_pretrained(save_parts(tmp_path / "a", config, tensors))
     for to in ("kohya", "mlx", "diffusers"):
@@ -119,6 +121,17 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert "--component" in refusal.value.remedy
     with pytest.raises(MethodError):
         plan_conversion(adapter, to="nothing")
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+@pytest.mark.parametrize("component", [None, "unet", "transformer"])
+def test_a_language_model_is_no_part_of_a_picture_model(to, component, tmp_path: Path) -> None:
+    adapter = Adapter.from_pretrained(save_adapter(tmp_path / "a"))
+    with pytest.raises(AdapterError, match="trained for CAUSAL_LM") as refusal:
+        plan_conversion(adapter, to=to, component=component)
+    assert "--component text_encoder" in refusal.value.remedy
+    assert plan_conversion(adapter, to=to, component="text_encoder").output.num_bytes > 0
+    assert plan_conversion(adapter, to="mlx").output.num_bytes > 0
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +165,9 @@ def test_diffusers_loads_what_is_written_for_it(tmp_path: Path) -> None:
         for name, m in unet.named_modules()
         if name.endswith(("to_q", "to_out.0"))
     }
-    adapter = Adapter.from_pretrained(save_adapter(tmp_path / "a", shapes=shapes, alpha=12))
+    adapter = Adapter.from_pretrained(
+        save_adapter(tmp_path / "a", shapes=shapes, alpha=12, task_type=None)
+    )
     converted(adapter, tmp_path / "out", to="diffusers", component="unet")
     mixin = diffusers.loaders.StableDiffusionLoraLoaderMixin
     with warnings.catch_warnings():

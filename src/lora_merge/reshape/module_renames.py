@@ -49,9 +49,9 @@ def renamed(
             )
         return adapter
     rules: Mapping[tuple[str, str], Callable[[str], str]] = {
-        ("transformers", "diffusers"): lambda name: f"{_needed(component)}.{name}",
+        ("transformers", "diffusers"): lambda name: f"{_needed(adapter, component)}.{name}",
         ("transformers", "comfyui"): lambda name: f"diffusion_model.{name}",
-        ("transformers", "kohya"): lambda name: _flat(_needed(component), name, False),
+        ("transformers", "kohya"): lambda name: _flat(_needed(adapter, component), name, False),
         ("diffusers", "transformers"): lambda name: name.partition(".")[2],
         ("diffusers", "kohya"): lambda name: _flat_of_diffusers(adapter, name),
         ("comfyui", "transformers"): lambda name: _after(name, "diffusion_model."),
@@ -102,7 +102,14 @@ def _apply(adapter: Adapter, rule: Callable[[str], str], dialect: str) -> Adapte
     )
 
 
-def _needed(component: str | None) -> str:
+def _needed(adapter: Adapter, component: str | None) -> str:
+    """The component, where there is one: a language model is no part of a pipeline's image side."""
+    if adapter.config.task_type is not None and component in (None, "unet", "transformer"):
+        raise AdapterError(
+            f"{adapter.name} was trained for {adapter.config.task_type}: its base is no diffusion "
+            "model",
+            "write it for peft or mlx; of a pipeline's text encoder, give --component text_encoder",
+        )
     if component is None:
         raise AdapterError(
             "PEFT's names do not say which part of the pipeline they belong to",

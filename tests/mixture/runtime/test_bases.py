@@ -170,7 +170,7 @@ def test_what_a_mixture_cannot_weigh_of_a_moe_model() -> None:
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config).eval()
     for shapes, message in (
-        ({"model.layers.0.mlp.gate": (4, 32)}, "a router"),
+        ({"model.layers.0.mlp.gate": (4, 32)}, r"(?s)a router.*without the routers"),
         ({"model.layers.0.mlp.experts.1.up_proj": (16, 32)}, "as one stack"),
     ):
         with pytest.raises(AlignmentError, match=message):

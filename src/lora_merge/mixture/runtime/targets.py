@@ -22,6 +22,8 @@ _MOVED = (
     (r"^model\.(layers|embed_tokens|norm)\b", r"model.language_model.\1"),
 )
 
+_ROUTER = "a router, which chooses MoE experts by more than its output"
+
 
 def without_wrappers(model: nn.Module) -> nn.Module:
     """The model itself, if it was compiled as a whole."""
@@ -67,9 +69,10 @@ def find_targets(model: nn.Module, mixture: Mixture) -> dict[str, nn.Module]:
     chosen = (fitting or called)[0]
     faults = _faults(specs, chosen, table)
     if faults:
-        raise AlignmentError(
-            faults[:8], "load the base model the experts were trained on", what=MISFIT
-        )
+        remedy = "load the base model the experts were trained on"
+        if all(_ROUTER in fault for fault in faults):
+            remedy = "train the adapters without the routers"
+        raise AlignmentError(faults[:8], remedy, what=MISFIT)
     return {name: table[there] for name, there in chosen.items()}
 
 
@@ -122,7 +125,7 @@ def _faults(
 def _misfit(spec: ModuleSpec, target: nn.Module) -> str | None:
     """What does not fit between an adapted module and the model's, in words."""
     if type(target).__name__.endswith("Router"):
-        return f"{spec.name}: a router, which chooses MoE experts by more than its output"
+        return f"{spec.name}: {_ROUTER}"
     if spec.form == "conv":
         if getattr(target, "groups", 1) != 1 or getattr(target, "padding_mode", "zeros") != "zeros":
             return f"{spec.name}: a grouped or unusually padded convolution"
