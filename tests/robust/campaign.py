@@ -20,6 +20,7 @@ from robust.mutations import damage
 from robust.verdicts import faults
 
 LONGEST = 20.0  # seconds of one command
+STARTING = 120.0  # seconds until a process has loaded everything and done its first
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def campaign(root: Path, cases: range, seed: int) -> Iterator[Result]:
     places = build(root / "corpus")
     for name in ("home", "here"):
         (root / name).mkdir()
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     pristine = _snapshot(root)
     waiting = list(cases)
     while waiting:
@@ -52,9 +53,10 @@ def campaign(root: Path, cases: range, seed: int) -> Iterator[Result]:
         worker = context.Process(target=_work, args=(theirs, root, places, waiting, seed))
         worker.start()
         theirs.close()
+        longest = STARTING
         while waiting:
             try:
-                result = ours.recv() if ours.poll(LONGEST) else None
+                result = ours.recv() if ours.poll(longest) else None
             except EOFError:
                 result = None
             if result is None:  # a hang, or a process that died
@@ -65,6 +67,7 @@ def campaign(root: Path, cases: range, seed: int) -> Iterator[Result]:
                 case = waiting.pop(0)
                 yield Result(case, draw(case, seed, root, places, pristine).what, None, (end,))
                 break
+            longest = LONGEST
             waiting.remove(result.case)
             yield result
         worker.join(LONGEST)
