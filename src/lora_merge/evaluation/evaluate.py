@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_merge.arguments import checked
-from lora_merge.evaluation.bench import ALL, Judge, Subject, open_bench, open_subjects
+from lora_merge.evaluation.bench import Judge, Subject, open_bench, open_subjects
 from lora_merge.evaluation.score_cache import cached, keep
-
-__all__ = ["ALL", "Evaluation", "Score", "evaluate", "normalised"]
 
 
 @dataclass(frozen=True)

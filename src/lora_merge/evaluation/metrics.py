@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_merge.errors import LoraMergeError, MethodError
-from lora_merge.evaluation.rows import IGNORED, Kind, Padded, Row, Rows, padded
+from lora_merge.evaluation.rows import Kind, Padded, Row, Rows, padded
+from lora_merge.mixture.training.data import IGNORED
 
 COMMAND = "command:"
 _NEW_TOKENS = 32

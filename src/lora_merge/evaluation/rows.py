@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lora_merge.errors import LoraMergeError
+from lora_merge.mixture.training.data import IGNORED
 
 Kind = Literal["text", "response", "choices", "label"]
-IGNORED = -100
 _SHAPES = '{"text": ...}, {"prompt": ..., "response": ...}, {"prompt": ..., "choices": [...], '
 _SHAPES += '"answer": 0} or {"text": ..., "label": 0}'
 

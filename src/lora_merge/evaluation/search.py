@@ -12,7 +12,6 @@ from lora_merge.errors import LoraMergeError
 from lora_merge.evaluation.bench import ALL, Bench, Judge, open_bench
 from lora_merge.evaluation.search_space import SearchSpace
 from lora_merge.files.atomic import atomic_file
-from lora_merge.files.targets import check_target
 from lora_merge.merge.api import as_recipe, run_recipe
 from lora_merge.merge.auto.scale import with_scale
 from lora_merge.merge.plan import plan_merge
@@ -184,7 +183,6 @@ def search(
 
 def save_winner(result: SearchResult, out: Path, *, force: bool = False) -> None:
     """Write the winner's adapter into a directory; its recipe there makes the same bytes again."""
-    check_target(out, force=force)
     run_recipe(result.recipe, out, force=force)
 
 

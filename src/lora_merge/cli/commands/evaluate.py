@@ -78,7 +78,7 @@ def command(
 def evaluation_view(found: "Evaluation") -> "list[RenderableType]":
     """One line a subject, a column a task."""
     from lora_merge.cli.shared.output import percent, table
-    from lora_merge.evaluation.evaluate import ALL
+    from lora_merge.evaluation.bench import ALL
 
     rated = any(line.normalised is not None for line in found.lines)
     tasks = found.tasks if len(found.tasks) <= 6 else ()  # what fits; --json has them all
