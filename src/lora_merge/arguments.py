@@ -31,7 +31,7 @@ def checked(
     Args:
         hint: (keyword, value) → a better remedy where the function knows one, or "".
 
-    Example:
+    Examples:
         >>> @checked()
         ... def resize(adapter: str, *, max_rank: int = 8) -> None: ...
         >>> resize("math", maxrank=4)

@@ -10,7 +10,7 @@ class LoraMergeError(Exception):
         message: What is wrong and where (adapter, module, shapes).
         remedy: What the user can do about it.
 
-    Example:
+    Examples:
         >>> print(LoraMergeError("math: no such file or directory", "check the path"))
         math: no such file or directory
           try: check the path

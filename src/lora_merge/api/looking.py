@@ -43,7 +43,7 @@ def info(adapter: AdaptersLike, *, on_module: Callable[[], None] | None = None) 
     Raises:
         AdapterError: If a tensor is not finite; names the module.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> about = lora_merge.info("examples/adapters/upper")
         >>> about.base_model, len(about.modules), about.modules[0].rank
@@ -76,7 +76,7 @@ def spectra(
     Raises:
         MethodError: If the patterns match no module.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> found = lora_merge.spectra("examples/adapters/upper", modules=["0.*.q_proj"])
         >>> found.modules[0].values.shape
@@ -113,7 +113,7 @@ def spectra_beside_base(
         SourceError: If the base is no safetensors checkpoint.
         AdapterError: If a weight does not fit its module.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> report = lora_merge.spectra_beside_base("examples/adapters/upper", "examples/base")
         >>> len(report.relations)
@@ -161,7 +161,7 @@ def compare(
         MethodError: If there are fewer than two adapters, or the patterns match no module.
         AlignmentError: If they do not fit together.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> comparison = lora_merge.compare("examples/adapters/*")
         >>> comparison.total.cosine.shape
@@ -188,7 +188,7 @@ def judge(comparison: comparing.Comparison) -> list[Verdict]:
     Returns:
         One verdict per pair, the most alarming first.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> verdicts = lora_merge.judge(lora_merge.compare("examples/adapters/*"))
         >>> [verdict.kind for verdict in verdicts]
@@ -217,7 +217,7 @@ def group(
     Raises:
         MethodError: If there are fewer adapters than groups.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> lora_merge.group(lora_merge.compare("examples/adapters/*"), 3)
         [0, 1, 2]
@@ -261,7 +261,7 @@ def choose_ranks(
         AdapterError: If a module is not finite.
         MethodError: If the rule cannot be met.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> plan = lora_merge.choose_ranks("examples/adapters/upper", "budget:x0.5")
         >>> plan.parameters <= plan.parameters_before / 2

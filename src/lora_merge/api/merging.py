@@ -60,7 +60,7 @@ def cluster(
     Raises:
         LoraMergeError: If the adapters or the request do not fit.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> made = lora_merge.cluster("examples/adapters/*", 16,
         ...                           options=lora_merge.LegoOptions(units="normalized"))
@@ -89,7 +89,7 @@ def cluster(
 def methods() -> Mapping[str, Method]:
     """Every merge method by name, those of other packages too.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> [p.name for p in lora_merge.methods()["ties"].parameters()][:1]
         ['density']

@@ -59,7 +59,7 @@ def append_experts(
     Raises:
         AlignmentError: If they do not fit the old ones.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> two = lora_merge.Mixture(["examples/adapters/upper", "examples/adapters/double"])
         >>> lora_merge.append_experts(two, "examples/adapters/reverse").names
@@ -97,7 +97,7 @@ def import_mixture(
     Raises:
         AdapterError: If it is neither.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> lora_merge.import_mixture("examples/adapters/upper/nothing.safetensors")
         Traceback (most recent call last):
@@ -154,7 +154,7 @@ def train(
         MethodError: If there is nothing to train, or the loss is no longer finite.
         DataError: If the rows do not carry what the training needs.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> start = lora_merge.Mixture("examples/adapters/*", "meteora")
         >>> done = lora_merge.train(start, "examples/base", "examples/data/train.jsonl",
@@ -204,7 +204,7 @@ def export(
         MethodError: If arguments do not go together, or the mixture has no such form.
         OutputError: If `out` cannot be written; nothing is left behind.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> mixture = lora_merge.Mixture("examples/adapters/*")
         >>> lora_merge.export(mixture, "static", "static", weights=[1, 0, 0]).error

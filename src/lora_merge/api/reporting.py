@@ -38,7 +38,7 @@ def report(
         LoraMergeError: If the adapters do not fit together, or the file cannot be written; nothing
             is left behind.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import lora_merge
         >>> with tempfile.TemporaryDirectory() as folder:

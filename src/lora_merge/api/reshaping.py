@@ -72,7 +72,7 @@ def resize(
         MethodError: If the rule cannot be met.
         OutputError: If `out` cannot be written; nothing is left behind.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> small = lora_merge.resize("examples/adapters/upper", 4)
         >>> small.ranks()
@@ -148,7 +148,7 @@ def extract(
         MethodError: If no weight has changed, or none can be extracted.
         OutputError: If the directory cannot be written.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> report = lora_merge.fuse("examples/adapters/upper", "examples/base", "tuned")
         >>> made = lora_merge.extract("examples/base", "tuned", "extracted", 8)
@@ -200,7 +200,7 @@ def fuse(
         AdapterError: If the adapter does not fit the base; nothing is written.
         OutputError: If the directory cannot be written; nothing is left behind.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> lora_merge.fuse("examples/adapters/upper", "examples/base", "fused").modules
         14
@@ -251,7 +251,7 @@ def convert(
         AdapterError: If a form needs `rank`, `energy` or `base`.
         OutputError: If `out` cannot be written; nothing is left behind.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> report = lora_merge.convert("examples/adapters/upper", "plain", to="peft")
         >>> lora_merge.open_adapter("plain").ranks()

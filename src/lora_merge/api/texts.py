@@ -35,7 +35,7 @@ def usage(
         batch_size: Rows of one pass.
         device: Where a base model is loaded.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> mixture = lora_merge.Mixture("examples/adapters/*")
         >>> seen = lora_merge.usage(mixture, "examples/base", "examples/data/test.jsonl")
@@ -72,7 +72,7 @@ def consolidate(
     Raises:
         MethodError: If the gate cannot lead groups, or the usage is of another mixture.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> mixture = lora_merge.Mixture("examples/adapters/*")
         >>> seen = lora_merge.usage(mixture, "examples/base", "examples/data/test.jsonl")
@@ -115,7 +115,7 @@ def describe(
     Raises:
         MethodError: If an expert has fewer than four rows, or the modules are not the old ones.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> mixture = lora_merge.Mixture("examples/adapters/*")
         >>> known = lora_merge.describe(mixture, "examples/base", "examples/data/test.jsonl")
@@ -159,7 +159,7 @@ def novelty(
     Raises:
         MethodError: If the mixture has no descriptors.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> mixture = lora_merge.Mixture("examples/adapters/*")
         >>> known = lora_merge.describe(mixture, "examples/base", "examples/data/test.jsonl")

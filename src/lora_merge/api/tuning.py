@@ -47,7 +47,7 @@ def tune(
         MethodError: If `graph` is asked for without a GPU.
         OutputError: If the table cannot be written.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> mixture = lora_merge.Mixture("examples/adapters/*")
         >>> rows = lora_merge.tune(mixture, device="cpu", tokens=[1], rounds=1, dry_run=True)

@@ -29,7 +29,7 @@ def applied(model: nn.Module, adapter: Adapter) -> Iterator[None]:
         AlignmentError: Listing every module that the model lacks or that has another shape;
             nothing is changed then.
 
-    Example:
+    Examples:
         >>> from transformers import AutoModelForCausalLM
         >>> import lora_merge
         >>> model = AutoModelForCausalLM.from_pretrained("examples/base")

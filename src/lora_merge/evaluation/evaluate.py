@@ -85,7 +85,7 @@ def evaluate(
     Raises:
         LoraMergeError: If rows, model and subjects do not fit together.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> found = lora_merge.evaluate("examples/adapters/*", base="examples/base",
         ...                             data="examples/data/test.jsonl", cache=False)

@@ -137,7 +137,7 @@ def search(
         LoraMergeError: If recipe, rows and model do not fit together, a study in the file is of
             something else, or no trial could be scored.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> found = lora_merge.search(
         ...     {"merge_method": "svd", "adapters": ["examples/adapters/*"], "scale": 0.2},

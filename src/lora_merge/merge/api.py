@@ -109,7 +109,7 @@ def merge(
     Raises:
         LoraMergeError: If the adapters or the request do not fit.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> merged = lora_merge.merge("examples/adapters/*", method="ties", rank=8,
         ...                           parameters={"density": 0.5})
@@ -214,7 +214,7 @@ def run_recipe(
         LoraMergeError: If recipe, adapters and request do not fit together, or nothing can be
             written there; nothing is left behind.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> adapters = [{"adapter": "examples/adapters/*"}]
         >>> recipe = {"merge_method": "ties", "rank": 8, "adapters": adapters}

@@ -56,7 +56,7 @@ def open_adapters(
             the above.
         AdapterError: If a file is no adapter that can be taken apart.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> [a.name for a in lora_merge.open_adapters("examples/adapters/*")]
         ['examples/adapters/double', 'examples/adapters/reverse', 'examples/adapters/upper']
@@ -116,7 +116,7 @@ def open_adapter(
         SourceError: If it leads nowhere, or stands for several adapters.
         AdapterError: If it is no adapter that can be taken apart.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> lora_merge.open_adapter("examples/adapters/upper")
         Adapter examples/adapters/upper

@@ -9,7 +9,7 @@ _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 def canonical(name: str) -> str:
     """A name without wrappers: the base model's own.
 
-    Example:
+    Examples:
         >>> canonical("module.base_model.model.model.layers.0._orig_mod.mlp.up_proj")
         'model.layers.0.mlp.up_proj'
     """

@@ -59,7 +59,7 @@ def predict(adapter: "Adapter", reader: str) -> tuple[Finding, ...]:
         adapter: As opened from its own files.
         reader: A name of `READERS`.
 
-    Example:
+    Examples:
         >>> from lora_merge import open_adapter
         >>> predict(open_adapter("examples/adapters/upper"), "peft")
         ()

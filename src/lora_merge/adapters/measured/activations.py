@@ -139,7 +139,7 @@ def collect_statistics(
     Raises:
         StatisticsError: If a module is not in the model, or an adapter has no batches.
 
-    Example:
+    Examples:
         >>> import lora_merge, torch
         >>> from transformers import AutoModelForCausalLM
         >>> model = AutoModelForCausalLM.from_pretrained("examples/base")

@@ -21,7 +21,7 @@ def schedule_weights(schedule: str, count: int) -> list[float]:
     Raises:
         MethodError: If it is no such schedule.
 
-    Example:
+    Examples:
         >>> schedule_weights("linear", 3)
         [0.16666666666666666, 0.3333333333333333, 0.5]
     """

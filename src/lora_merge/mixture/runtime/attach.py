@@ -79,7 +79,7 @@ def load_mixture(
             weights that cannot be moved (tied, quantised, offloaded); or if the layout or
             LORA_MERGE_KERNELS is none of the names.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> from transformers import AutoModelForCausalLM
         >>> model = AutoModelForCausalLM.from_pretrained("examples/base")
