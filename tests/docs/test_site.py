@@ -1,0 +1,73 @@
+"""The site: built without a warning, and no page of it asks another machine for anything."""
+
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from pages import ROOT
+
+pytestmark = pytest.mark.skipif(
+    not all(map(find_spec, ("mkdocs", "material", "mkdocstrings"))), reason="needs the extra docs"
+)
+
+
+class _Loads(HTMLParser):
+    """What a browser fetches for a page; a link that a reader may click is none of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        if tag == "link" and named.get("rel") not in ("canonical", "prev", "next"):
+            self.found.append(named.get("href") or "")
+        if tag != "a":
+            self.found.append(named.get("src") or "")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 15
+    for page in pages:
+        loads = _Loads()
+        loads.feed(page.read_text(encoding="utf-8"))
+        assert loads.found
+        assert not [name for name in loads.found if name.startswith(("http:", "https:", "//"))]
+    for sheet in site.rglob("*.css"):
+        assert "url(http" not in sheet.read_text(encoding="utf-8")
+
+
+def test_every_public_name_has_its_place(site: Path) -> None:
+    import lora_merge
+
+    text = (site / "reference.html").read_text(encoding="utf-8")
+    for name in lora_merge.__all__:
+        if name not in ("AdapterLike", "AdaptersLike", "__version__"):  # types, said in api.md
+            assert f'.{name}"' in text, name
+
+
+def test_a_page_that_no_menu_shows_fails_the_build(tmp_path: Path) -> None:
+    copy = tmp_path / "project"
+    shutil.copytree(ROOT / "docs", copy / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", copy)
+    (copy / "src").symlink_to(ROOT / "src")
+    (copy / "docs" / "lost.md").write_text("# Lost\n")
+    command = [sys.executable, "-m", "mkdocs", "build", "-d", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "lost.md" in done.stderr
