@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_merge import open_adapter
-from lora_merge.reshape.convert import convert, plan_conversion
+from lora_merge.reshape.convert import plan_conversion
 
 FORMS = {
     "LoHa": ("LoHaConfig", {"r": 8, "alpha": 8}, 64),
@@ -63,7 +63,7 @@ def main() -> None:
                 delta = (layer(torch.eye(given.size)) - layer.base_layer(torch.eye(given.size))).mT
             start = time.perf_counter()
             adapter = open_adapter(folder / "adapter", base=folder / "base")
-            convert(plan_conversion(adapter), folder / "ours")
+            plan_conversion(adapter).run(folder / "ours")
             ours = time.perf_counter() - start
             start = time.perf_counter()
             _, state = peft.convert_to_lora(model, rank=rank)

@@ -40,16 +40,20 @@ def make(folder: Path) -> None:
     print(lora_merge.run_recipe(folder / "merged" / "lora_merge.yaml", folder / "again").out)
     options = lora_merge.LegoOptions(units="normalized")
     print(lora_merge.cluster(ADAPTERS, 16, options=options))
+    print(lora_merge.plan_resize(merged, "energy:0.9"))
     small = lora_merge.resize(merged, "energy:0.9")
     print(small.report)
-    print(lora_merge.convert(UPPER, folder / "plain", to="peft").to_dict().keys())
+    print(lora_merge.plan_convert(UPPER, to="mlx"))
+    print(lora_merge.convert(UPPER, folder / "plain", to="peft").report)
 
 
 def beside_a_model(folder: Path, model: torch.nn.Module) -> None:
     """Adapters and their base: fuse, extract, look at both."""
     print(lora_merge.spectra_beside_base(UPPER, BASE).missing)
+    print(lora_merge.plan_fuse(UPPER, BASE))
     print(lora_merge.fuse(UPPER, BASE, folder / "tuned"))
-    again = lora_merge.extract(BASE, folder / "tuned", folder / "extracted", 8)
+    print(lora_merge.plan_extract(BASE, folder / "tuned", 8))
+    again = lora_merge.extract(BASE, folder / "tuned", 8)
     print(again.report)
     live = again.to_peft(model, "again")
     print(lora_merge.open_adapters(live))

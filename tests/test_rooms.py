@@ -12,7 +12,8 @@ SOURCE = Path(lora_merge.__file__).parent
 # From the ground up; a room may import only rooms on lower lines: those of one line are strangers.
 FLOORS = [
     ["errors", "_version"],
-    ["printing", "arguments", "options"],
+    ["printing", "options"],
+    ["arguments", "planning"],
     ["machine", "files", "linalg"],
     ["ranks"],
     ["adapters"],
@@ -25,7 +26,7 @@ FLOORS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # The ground floor is there to be used, for one name too; an arrow higher up wants more reason.
-GROUND = {"errors", "_version", "printing", "arguments", "options", "machine", "files", "linalg"}
+GROUND = {room for floor in FLOORS[: FLOORS.index(["ranks"])] for room in floor}
 # Two files that are one until the pass of a model is decided in one place.
 CIRCLES: set[tuple[str, str]] = set()
 # Library → rooms that may import it at all.

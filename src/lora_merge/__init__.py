@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lora_merge._version import __version__
 
 if TYPE_CHECKING:
-    from lora_merge.adapters.access.coerce import AdapterLike as AdapterLike
-    from lora_merge.adapters.access.coerce import AdaptersLike as AdaptersLike
+    from lora_merge.adapters.access.adapter_like import AdapterLike as AdapterLike
+    from lora_merge.adapters.access.adapter_like import AdaptersLike as AdaptersLike
     from lora_merge.adapters.access.coerce import open_adapter as open_adapter
     from lora_merge.adapters.access.coerce import open_adapters as open_adapters
     from lora_merge.adapters.adapter import Adapter as Adapter
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from lora_merge.api.reshaping import convert as convert
     from lora_merge.api.reshaping import extract as extract
     from lora_merge.api.reshaping import fuse as fuse
+    from lora_merge.api.reshaping import plan_convert as plan_convert
+    from lora_merge.api.reshaping import plan_extract as plan_extract
+    from lora_merge.api.reshaping import plan_fuse as plan_fuse
+    from lora_merge.api.reshaping import plan_resize as plan_resize
     from lora_merge.api.reshaping import resize as resize
     from lora_merge.api.texts import consolidate as consolidate
     from lora_merge.api.texts import describe as describe
@@ -62,8 +66,8 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Adapter": "lora_merge.adapters.adapter",
     "AdapterError": "lora_merge.errors",
-    "AdapterLike": "lora_merge.adapters.access.coerce",
-    "AdaptersLike": "lora_merge.adapters.access.coerce",
+    "AdapterLike": "lora_merge.adapters.access.adapter_like",
+    "AdaptersLike": "lora_merge.adapters.access.adapter_like",
     "AlignmentError": "lora_merge.errors",
     "ArgumentError": "lora_merge.arguments",
     "Example": "lora_merge.mixture.training.data",
@@ -83,11 +87,14 @@ _PUBLIC = {
     "compare": "lora_merge.api.looking",
     "consolidate": "lora_merge.api.texts",
     "convert": "lora_merge.api.reshaping",
+    "plan_convert": "lora_merge.api.reshaping",
     "describe": "lora_merge.api.texts",
     "evaluate": "lora_merge.evaluation.evaluate",
     "export": "lora_merge.api.mixing",
     "extract": "lora_merge.api.reshaping",
+    "plan_extract": "lora_merge.api.reshaping",
     "fuse": "lora_merge.api.reshaping",
+    "plan_fuse": "lora_merge.api.reshaping",
     "group": "lora_merge.api.looking",
     "import_mixture": "lora_merge.api.mixing",
     "info": "lora_merge.api.looking",
@@ -99,6 +106,7 @@ _PUBLIC = {
     "open_adapters": "lora_merge.adapters.access.coerce",
     "report": "lora_merge.api.reporting",
     "resize": "lora_merge.api.reshaping",
+    "plan_resize": "lora_merge.api.reshaping",
     "run_recipe": "lora_merge.merge.api",
     "search": "lora_merge.evaluation.search",
     "spectra": "lora_merge.api.looking",
@@ -154,6 +162,10 @@ __all__ = [
     "novelty",
     "open_adapter",
     "open_adapters",
+    "plan_convert",
+    "plan_extract",
+    "plan_fuse",
+    "plan_resize",
     "report",
     "resize",
     "run_recipe",

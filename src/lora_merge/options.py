@@ -1,11 +1,11 @@
 """Fields of options dataclasses: checks, help, command lines and documents follow from them."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from math import isfinite
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from lora_merge.errors import MethodError
 
@@ -47,6 +47,9 @@ def option(
     above: float | None = None,
     below: float | None = None,
     unset: str = "",
+    flags: tuple[str, ...] = (),
+    metavar: str | None = None,
+    switch: bool = False,
 ) -> Any:
     """A field of an options dataclass: default, one line of help, inclusive limits.
 
@@ -58,9 +61,62 @@ def option(
         above: Largest value that is too small.
         below: Smallest value that is too large.
         unset: What None stands for, in words.
+        flags: How a command line spells it; default: --its-name.
+        metavar: What a command line calls its value.
+        switch: Of two choices: a command line has a switch to the one that is no default.
     """
+    said = {"about": about, "unset": unset, "flags": flags, "metavar": metavar, "switch": switch}
     limits = {"low": low, "high": high, "above": above, "below": below}
-    return field(default=default, metadata={"about": about, "unset": unset, **limits})
+    return field(default=default, metadata={**said, **limits})
+
+
+def argument(default: Any, about: str) -> Any:
+    """A field that no command line has: an object, a callback."""
+    return field(default=default, metadata={"about": about, "shown": False})
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Of a field without a default: `Annotated[kind, Needed("what it is")]`.
+
+    Attributes:
+        about: What the parameter does, in a line.
+        flags: How a command line spells it; none of a field that no option gives.
+    """
+
+    about: str
+    flags: tuple[str, ...] = ()
+
+
+def said_of(spec: Field[Any]) -> Mapping[str, Any]:
+    """What `option`, `argument` or `Needed` says of a field; nothing of another field."""
+    for said in getattr(spec.type, "__metadata__", ()):
+        if isinstance(said, Needed):
+            return {**said.__dict__, "shown": bool(said.flags), "needed": True, "metavar": None}
+    return spec.metadata
+
+
+def about_of(spec: Field[Any]) -> str:
+    """What a field is for, as a sentence."""
+    return sentence(str(said_of(spec)["about"]))
+
+
+def sentence(text: str) -> str:
+    """A capital letter, unless the first word is a name, and one full stop."""
+    first = text.split()[0]
+    text = text[:1].upper() + text[1:] if first.isalpha() else text
+    return text if text.endswith(".") else f"{text}."
+
+
+def in_order(kind: type[Any]) -> list[Field[Any]]:
+    """A dataclass's fields in the order of its arguments."""
+    return sorted(fields(kind), key=lambda spec: bool(spec.kw_only))
+
+
+def is_shown(spec: Field[Any]) -> bool:
+    """Whether a command line has the field."""
+    said = said_of(spec)
+    return "about" in said and bool(said.get("shown", True))
 
 
 def parse_options(kind: type[T], given: Mapping[str, Any], owner: str) -> T:
@@ -94,7 +150,7 @@ def check_options(values: Any, owner: str) -> None:
         MethodError: On a value of the wrong kind or out of range.
     """
     for spec in fields(values):
-        if "about" in spec.metadata:
+        if is_shown(spec) and is_plain(spec.type):
             _check(owner, spec.name, spec.type, spec.metadata, getattr(values, spec.name))
 
 
@@ -114,10 +170,19 @@ def describe_options(kind: type[Any], presets: Mapping[str, Any] | None = None) 
 
 
 def bare_type(kind: Any) -> Any:
-    """A field's type without None."""
+    """A field's type without None and without what is said of it."""
+    if get_origin(kind) is Annotated:
+        return bare_type(get_args(kind)[0])
     if get_origin(kind) in _UNIONS:
         return next(k for k in get_args(kind) if k is not NoneType)
     return kind
+
+
+def is_plain(kind: Any) -> bool:
+    """Whether a field holds one number, switch, text or word of a list: what can be checked."""
+    parts = get_args(kind) if get_origin(kind) in _UNIONS else (kind,)
+    plain = (bool, int, float, str, NoneType)
+    return all(part in plain or get_origin(part) is Literal for part in parts)
 
 
 def _check(owner: str, name: str, kind: Any, limits: Mapping[str, Any], value: Any) -> None:

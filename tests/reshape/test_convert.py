@@ -16,7 +16,8 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.cli.app import run
 from lora_merge.errors import AdapterError, MethodError
-from lora_merge.reshape.convert import convert, plan_conversion
+from lora_merge.reshape.convert import plan_conversion
+from lora_merge.reshape.options import ConvertOptions
 
 SHAPES = {"down.0.attn.to_q": (24, 16), "mid.attn.to_k": (24, 16)}
 
@@ -27,7 +28,8 @@ def deltas(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def converted(adapter: Adapter, out: Path, **options: Any) -> Adapter:
-    convert(plan_conversion(adapter, **options), out)
+    base = options.pop("base", None)
+    plan_conversion(adapter, ConvertOptions(**options), base=base).run(out)
     return Adapter.from_pretrained(out)
 
 
@@ -76,7 +78,7 @@ def test_the_base_tells_where_the_dots_were(to: str, prefix: str, tmp_path: Path
 
     adapter = kohya(tmp_path)
     with pytest.raises(AdapterError) as refusal:
-        plan_conversion(adapter, to=to)
+        plan_conversion(adapter, ConvertOptions(to=to))
     assert "--base" in refusal.value.remedy
     base = open_checkpoint(tmp_path / "base.safetensors")
     there = converted(adapter, tmp_path / "there", to=to, base=base)
@@ -89,7 +91,7 @@ def test_the_base_tells_where_the_dots_were(to: str, prefix: str, tmp_path: Path
 
 def test_a_cut_is_the_best_one_and_its_error_is_told(tmp_path: Path) -> None:
     adapter = Adapter.from_pretrained(save_adapter(tmp_path / "a", alpha=12))
-    report = convert(plan_conversion(adapter, rank=2), tmp_path / "two")
+    report = plan_conversion(adapter, ConvertOptions(rank=2)).run(tmp_path / "two").report
     before, after = deltas(adapter), deltas(Adapter.from_pretrained(tmp_path / "two"))
     for module in report.modules:
         values = torch.linalg.svdvals(before[module.name].double())
@@ -102,10 +104,10 @@ def test_a_cut_is_the_best_one_and_its_error_is_told(tmp_path: Path) -> None:
 
 def test_an_energy_keeps_at_least_itself(tmp_path: Path) -> None:
     adapter = Adapter.from_pretrained(save_adapter(tmp_path / "a"))
-    report = convert(plan_conversion(adapter, energy=0.7), tmp_path / "some")
+    report = plan_conversion(adapter, ConvertOptions(energy=0.7)).run(tmp_path / "some").report
     assert all(1 - (m.lost / m.norm) ** 2 >= 0.7 for m in report.modules if m.norm)
     assert {m.rank for m in report.modules} <= {1, 2, 3}
-    whole = convert(plan_conversion(adapter, energy=1.0), tmp_path / "all")
+    whole = plan_conversion(adapter, ConvertOptions(energy=1.0)).run(tmp_path / "all").report
     assert whole.error < 1e-6 and {m.rank for m in whole.modules} == {4}
 
 
@@ -115,12 +117,14 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path: Path) -> None:
     adapter = Adapter.from_pretrained(save_parts(tmp_path / "a", config, tensors))
     for to in ("kohya", "mlx", "diffusers"):
         with pytest.raises(AdapterError, match="bias on B"):
-            plan_conversion(adapter, to=to, component=None if to == "mlx" else "unet")
+            plan_conversion(
+                adapter, ConvertOptions(to=to, component=None if to == "mlx" else "unet")
+            )
     with pytest.raises(AdapterError) as refusal:
-        plan_conversion(Adapter.from_pretrained(tmp_path / "a"), to="diffusers")
+        plan_conversion(Adapter.from_pretrained(tmp_path / "a"), ConvertOptions(to="diffusers"))
     assert "--component" in refusal.value.remedy
     with pytest.raises(MethodError):
-        plan_conversion(adapter, to="nothing")
+        plan_conversion(adapter, ConvertOptions(to="nothing"))
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
@@ -128,10 +132,13 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path: Path) -> None:
 def test_a_language_model_is_no_part_of_a_picture_model(to, component, tmp_path: Path) -> None:
     adapter = Adapter.from_pretrained(save_adapter(tmp_path / "a"))
     with pytest.raises(AdapterError, match="trained for CAUSAL_LM") as refusal:
-        plan_conversion(adapter, to=to, component=component)
+        plan_conversion(adapter, ConvertOptions(to=to, component=component))
     assert "--component text_encoder" in refusal.value.remedy
-    assert plan_conversion(adapter, to=to, component="text_encoder").output.num_bytes > 0
-    assert plan_conversion(adapter, to="mlx").output.num_bytes > 0
+    assert (
+        plan_conversion(adapter, ConvertOptions(to=to, component="text_encoder")).output.num_bytes
+        > 0
+    )
+    assert plan_conversion(adapter, ConvertOptions(to="mlx")).output.num_bytes > 0
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.cli.app import cli
 from lora_merge.errors import MethodError, OutputError
 from lora_merge.files.checkpoint import open_checkpoint
-from lora_merge.reshape.extract import extract
+from lora_merge.reshape.extract import plan_extract
+from lora_merge.reshape.options import ExtractOptions
 
 
 @pytest.fixture
@@ -39,6 +40,10 @@ def models(tmp_path):
 def run(models, out, rule="energy:0.9999", **options):
     base, tuned, _ = models
     return extract(open_checkpoint(base), open_checkpoint(tuned), out, rule, **options)
+
+
+def extract(base, tuned, out, rule="energy:0.95", **options):
+    return plan_extract(base, tuned, rule, ExtractOptions(**options)).run(out).report
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-module"])

@@ -18,7 +18,11 @@ from lora_merge.cli.commands.fuse import command
 from lora_merge.errors import AdapterError, OutputError, SourceError
 from lora_merge.files.stamp import STAMP
 from lora_merge.reshape import fuse as fuse_module
-from lora_merge.reshape.fuse import fuse
+from lora_merge.reshape.fuse import plan_fuse
+
+
+def fuse(adapter, base, out, *, weight=1.0, force=False):
+    return plan_fuse(adapter, base, weight=weight).run(out, force=force)
 
 
 def base_of(folder: Path, tensors, *, shards: int = 1, config=None) -> Path:

@@ -14,7 +14,7 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.measured.spectra import adapter_spectra
 from lora_merge.errors import AdapterError, MethodError, OutputError
 from lora_merge.ranks.choose import choose_ranks
-from lora_merge.reshape.resize import cast_error, plan_resize, resize, truncated
+from lora_merge.reshape.resize import cast_error, plan_resize, truncated
 
 
 def best(dense: torch.Tensor, rank: int) -> torch.Tensor:
@@ -26,8 +26,7 @@ def run(source: Path, out: Path, rule: str, *, dtype=None, layout="per-module", 
     adapter = Adapter.from_pretrained(source)
     spectra = adapter_spectra(adapter, keep_cores=True)
     plan = choose_ranks(spectra.by_module, spectra.costs, rule, before=spectra.ranks, **options)
-    output = plan_resize(adapter, spectra, plan, dtype=dtype, layout=layout)
-    return resize(adapter, spectra, plan, output, out)
+    return plan_resize(adapter, spectra, plan, dtype=dtype, layout=layout).run(out).report
 
 
 @pytest.mark.parametrize("rule", ["2", "energy:0.8", "budget:x0.5", "full", "elbow"])

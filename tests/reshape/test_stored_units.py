@@ -9,7 +9,7 @@ from builders import adapter_parts, save_adapter, save_parts
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.measured.spectra import adapter_spectra
 from lora_merge.cli.app import cli
-from lora_merge.reshape.resize import plan_resize, resize
+from lora_merge.reshape.resize import plan_resize
 from lora_merge.reshape.stored_units import nested_plan, prune_plan
 
 
@@ -26,7 +26,7 @@ def test_nested_truncation_keeps_the_first_stored_units(tmp_path):
     adapter = Adapter.from_pretrained(save_adapter(tmp_path / "a", r=5))
     spectra = adapter_spectra(adapter, keep_cores=True)
     plan = nested_plan(adapter, spectra, dict.fromkeys(spectra.ranks, 2))
-    report = resize(adapter, spectra, plan, plan_resize(adapter, spectra, plan), tmp_path / "out")
+    report = plan_resize(adapter, spectra, plan).run(tmp_path / "out").report
     after = Adapter.from_pretrained(tmp_path / "out")
     for module in report.modules:
         a, b = (half.double() for half in adapter.read(module.name))
@@ -87,7 +87,7 @@ def test_zero_units_of_a_plain_lora_go_too_and_an_empty_module_only_if_asked(tmp
         assert plan.ranks == dict.fromkeys(adapter.modules, 4) | {one: 2, two: rest}
         assert plan.energy == 1.0
         out = tmp_path / f"out{min_rank}"
-        report = resize(adapter, spectra, plan, plan_resize(adapter, spectra, plan), out)
+        report = plan_resize(adapter, spectra, plan).run(out).report
         assert report.truncation == 0 and report.cast < 1e-6
         after = Adapter.from_pretrained(out)
         assert set(after.modules) == {n for n, r in plan.ranks.items() if r}
@@ -117,11 +117,11 @@ def test_limits_hold_for_nested_ranks(tmp_path, limits, ranks):
     ("options", "message"),
     [
         (["--prune-gates", "--rank", 2], "give one rank rule"),
-        (["--prune-gates", "--max-rank", 2], "takes no --min-rank"),
-        (["--prune-gates", "--nested"], "--nested needs --rank"),
-        (["--rank", 2, "--exact"], "--exact needs --budget"),
-        (["--rank", 2, "--objective", "relative"], "--objective needs"),
-        (["--drop-empty", "--min-rank", 2], "--drop-empty allows rank 0"),
+        (["--prune-gates", "--max-rank", 2], "takes no min_rank"),
+        (["--prune-gates", "--nested"], "nested needs a rank"),
+        (["--rank", 2, "--exact"], "exact spreads a budget"),
+        (["--rank", 2, "--objective", "relative"], "objective is of budget"),
+        (["--drop-empty", "--min-rank", 2], "drop_empty allows rank 0"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(tmp_path, options, message):

@@ -26,9 +26,8 @@ from lora_merge.adapters.forms import ExtraSpec, ModuleSpec, to_matrix
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.references import Source, resolve
 from lora_merge.adapters.units import BaseWeight, Units
-from lora_merge.adapters.writer import AdapterWriter, OutputPlan, TensorWriter, Writer, plan_output
+from lora_merge.adapters.writer import OutputPlan, TensorWriter, Writer, plan_output, save_output
 from lora_merge.errors import AdapterError
-from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.checkpoint import open_checkpoint
 from lora_merge.files.hub import upload
 from lora_merge.files.tensor_file import (
@@ -160,6 +159,13 @@ class Adapter(Printed):
             target = Path(folder) / "adapter"
             save_adapter(self, target)
             return upload(target, repo, private=private, message="Upload LoRA adapter")
+
+    @property
+    def files(self) -> list[Path]:
+        """What it was read from; nothing of an adapter made in memory."""
+        if self.source is None:
+            return []
+        return [path for path in (self.source.weights, self.source.config) if path]
 
     @property
     def num_parameters(self) -> int:
@@ -312,13 +318,14 @@ def save_adapter(
         AdapterError: If the format cannot hold it.
     """
     plan = _portable(adapter, file_format or format_of([adapter]))
-    source = adapter.source
-    inputs = [path for path in (source.weights, source.config) if path] if source else []
-    with atomic_directory(out, force=force, inputs=inputs, needed=plan.num_bytes) as folder:
-        with AdapterWriter(folder, plan) as writer:
-            _fill(writer, adapter)
-        for name, text in adapter.texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+    save_output(
+        out,
+        plan,
+        lambda writer: _fill(writer, adapter),
+        lambda _: adapter.texts,
+        force=force,
+        inputs=adapter.files,
+    )
 
 
 def _portable(adapter: Adapter, file_format: FileFormat = PEFT) -> OutputPlan:

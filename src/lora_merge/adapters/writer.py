@@ -7,11 +7,11 @@ with `rank_pattern` (vLLM ignores it, llama.cpp divides by each tensor's own ran
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +26,11 @@ from lora_merge.adapters.identity.expert_names import equal_experts, is_expert_m
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.references import CONFIG_NAME
 from lora_merge.errors import AdapterError
+from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.tensor_file import DTYPES
 from lora_merge.files.tensor_stream import SafetensorsStream, cast_to, header_of
+
+R = TypeVar("R")
 
 
 class Origin(Protocol):
@@ -257,6 +260,39 @@ class AdapterWriter(Writer):
         self._stream.__exit__(kind, error, trace)
         if kind is None and self.format.finish is not None:
             self.format.finish(self._path)
+
+
+def save_output(
+    out: Path,
+    plan: OutputPlan,
+    fill: Callable[[Writer], R],
+    texts: Callable[[R], Mapping[str, str]],
+    *,
+    force: bool = False,
+    inputs: Sequence[Path] = (),
+) -> R:
+    """Make an adapter's directory, whole or not at all.
+
+    Args:
+        out: The directory to make.
+        plan: What it will be.
+        fill: Writes every tensor of the plan.
+        texts: Name → text of the files beside the tensors, from what `fill` returned.
+        force: Replace a directory that lora-merge wrote.
+        inputs: Files that are read.
+
+    Returns:
+        What `fill` returned.
+
+    Raises:
+        OutputError: If the directory cannot be written; nothing is left behind.
+    """
+    with atomic_directory(out, force=force, inputs=inputs, needed=plan.num_bytes) as folder:
+        with AdapterWriter(folder, plan) as writer:
+            done = fill(writer)
+        for name, text in texts(done).items():
+            (folder / name).write_text(text, encoding="utf-8")
+    return done
 
 
 class TensorWriter(Writer):

@@ -5,20 +5,59 @@ file of JSON lines, or rows that were read from one.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
 
+from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.references import expand
+from lora_merge.api.arguments.writing import Folder, Running
 from lora_merge.errors import MethodError
+from lora_merge.files.targets import check_target
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.training.base_model import load_base
 from lora_merge.mixture.training.data import Example, read_examples
+from lora_merge.planning import Plan
 
-Base: TypeAlias = str | os.PathLike[str] | nn.Module
-Data: TypeAlias = str | os.PathLike[str] | Sequence[Example]
-MixtureLike: TypeAlias = Mixture | str | os.PathLike[str]
+T = TypeVar("T")
+
+Base: TypeAlias = Folder | nn.Module
+Data: TypeAlias = Folder | Sequence[Example]
+MixtureLike: TypeAlias = Mixture | Folder
+
+
+def check_out(out: Folder | None, *inputs: Any, force: bool) -> None:
+    """Refuse an output directory before anything is read, measured or downloaded.
+
+    Args:
+        out: The directory; None of a result in memory.
+        inputs: What is read: paths, globs and Hub ids, opened adapters and mixtures, lists of them.
+        force: Replace a directory that lora-merge wrote.
+    """
+    if out is not None:
+        check_target(Path(out), force=force, inputs=list(_places(inputs)))
+
+
+def _places(given: Any) -> Iterator[Path]:
+    """The files and directories among what a caller gave."""
+    if isinstance(given, str | os.PathLike):
+        found = (Path(ref).expanduser() for ref in expand([os.fspath(given)]))
+        yield from (path for path in found if path.exists())
+    elif isinstance(given, Adapter):
+        yield from given.files
+    elif isinstance(given, list | tuple):
+        for one in given:
+            yield from _places(one)
+
+
+def run(plan: Plan[T], given: Running, out: Folder | None) -> T:
+    """Run a plan with the arguments that all functions have which make something."""
+    if given.on_plan is not None:
+        given.on_plan(plan)
+    place = None if out is None else Path(out)
+    return plan.run(place, force=given.force, jobs=given.jobs, progress=given.progress)
 
 
 def opened_mixture(mixture: MixtureLike) -> Mixture:

@@ -3,14 +3,13 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
-from lora_merge.adapters.access.coerce import AdaptersLike, open_adapter, open_adapters
+from lora_merge.adapters.access.adapter_like import AdaptersLike
+from lora_merge.adapters.access.coerce import open_adapter, open_adapters
 from lora_merge.adapters.measured.spectra import AdapterSpectra, adapter_spectra, require_finite
 from lora_merge.analysis import compare as comparing
 from lora_merge.analysis.beside_base import (
     BaseReport,
-    base_weights,
     default_cache,
     relate_to_base,
 )
@@ -18,15 +17,12 @@ from lora_merge.analysis.families import Algorithm, cluster_adapters
 from lora_merge.analysis.info import AdapterInfo, describe
 from lora_merge.analysis.verdicts import Verdict
 from lora_merge.analysis.verdicts import judge as judge_pairs
-from lora_merge.analysis.weighted_spectra import read_moments, weigh_spectra
-from lora_merge.arguments import checked
+from lora_merge.api.arguments.reshaping import ChooseRanks
+from lora_merge.api.ranking import check_rule, chosen, read_rule, weighed
+from lora_merge.arguments import checked, takes
 from lora_merge.errors import MethodError
 from lora_merge.files.checkpoint import open_checkpoint
 from lora_merge.ranks.choose import RankPlan
-from lora_merge.ranks.choose import choose_ranks as choose_from_spectra
-from lora_merge.ranks.rule import RankRule
-
-Objective = Literal["absolute", "relative", "base-relative"]
 
 
 @checked()
@@ -225,34 +221,9 @@ def group(
     return cluster_adapters(comparison.total.cosine, groups, algorithm=algorithm)
 
 
-@checked()
-def choose_ranks(
-    adapter: AdaptersLike | AdapterSpectra,
-    rule: RankRule | str = "energy:0.95",
-    *,
-    min_rank: int = 1,
-    max_rank: int | None = None,
-    round_to: int = 1,
-    objective: Objective = "absolute",
-    base: str | os.PathLike[str] | None = None,
-    exact: bool = False,
-    bottleneck: str | os.PathLike[str] | None = None,
-    fisher: str | os.PathLike[str] | None = None,
-) -> RankPlan:
+@takes(ChooseRanks)
+def choose_ranks(given: ChooseRanks) -> RankPlan:
     """Choose a rank for every module of an adapter from its spectra; `resize` takes the plan.
-
-    Args:
-        adapter: One adapter, as `open_adapter` takes it, or its spectra.
-        rule: A rank, or a rule: energy:0.95, elbow, budget:x0.5, match:4, full, ...
-        min_rank: Smallest rank; 0 lets modules be dropped.
-        max_rank: Largest rank.
-        round_to: Ranks become multiples of this, rounded up, where a module has that many.
-        objective: What `budget` and `match` minimise: squared error, or that over the delta's
-            ("relative") or the base weight's norm ("base-relative").
-        base: Directory of the base model, for "base-relative".
-        exact: Spread a budget by dynamic programming instead of water-filling.
-        bottleneck: Statistics file: keep output energy on data instead of the sum of squares.
-        fisher: The same, outputs weighted by their Fisher information.
 
     Returns:
         The ranks and what they keep.
@@ -267,36 +238,12 @@ def choose_ranks(
         >>> plan.parameters <= plan.parameters_before / 2
         True
     """
-    if isinstance(adapter, AdapterSpectra):
-        if bottleneck or fisher or base:
+    rule = read_rule(given.rule)
+    check_rule(rule, given)
+    if isinstance(given.adapter, AdapterSpectra):
+        if given.bottleneck or given.fisher or given.base:
             raise MethodError("statistics and a base need the adapter, not its spectra", "give it")
-        opened, found = None, adapter
-    else:
-        opened = open_adapter(adapter)
-        found = adapter_spectra(opened)
-    require_finite(found)
-    stats = bottleneck or fisher
-    if bottleneck and fisher:
-        raise MethodError("two statistics files", "give bottleneck or fisher, not both")
-    if (objective == "base-relative") != (base is not None):
-        raise MethodError("objective base-relative and base belong together", "give both or none")
-    if opened is not None and stats is not None:
-        moments = read_moments(Path(stats))
-        found = weigh_spectra(opened, found, moments, fisher=fisher is not None)
-    weights = None
-    if objective == "relative":
-        energies = {n: float(v.square().sum()) for n, v in found.by_module.items()}
-        weights = {n: 1 / energy if energy > 0 else 1.0 for n, energy in energies.items()}
-    elif opened is not None and base is not None:
-        weights = base_weights(opened, open_checkpoint(Path(base)))
-    return choose_from_spectra(
-        found.by_module,
-        found.costs,
-        rule,
-        before=found.ranks,
-        min_rank=min_rank,
-        max_rank=max_rank,
-        round_to=round_to,
-        weights=weights,
-        exact=exact,
-    )
+        require_finite(given.adapter)
+        return chosen(None, given.adapter, rule, given)
+    adapter = open_adapter(given.adapter, **given.opening)
+    return chosen(adapter, weighed(adapter, adapter_spectra(adapter), given), rule, given)

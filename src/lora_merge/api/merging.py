@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
-from lora_merge.adapters.access.coerce import AdaptersLike
+from lora_merge.adapters.access.adapter_like import AdaptersLike
 from lora_merge.adapters.in_memory import MadeAdapter
 from lora_merge.arguments import checked
+from lora_merge.files.header import DTypeName
 from lora_merge.merge.api import merge
 from lora_merge.merge.methods.lego_options import LegoOptions
 from lora_merge.merge.methods.method import Method
 from lora_merge.merge.methods.registry import methods as table
-from lora_merge.merge.recipe.recipe import DType
 from lora_merge.merge.report import MergeReport
 
 
@@ -29,7 +29,7 @@ def cluster(
     options: LegoOptions | None = None,
     weights: Sequence[Any] | None = None,
     scale: float | Literal["auto"] = "auto",
-    dtype: DType | None = None,
+    dtype: DTypeName | None = None,
     ranks: Literal["uniform", "per-module"] = "uniform",
     extras: Literal["average", "first", "drop", "error"] = "average",
     seed: int = 0,

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lora_merge.adapters.access.coerce import AdaptersLike, open_adapters
+from lora_merge.adapters.access.adapter_like import AdaptersLike
+from lora_merge.adapters.access.coerce import open_adapters
 from lora_merge.api.inputs import Base, Data, MixtureLike, loaded_base, opened_mixture, read_rows
 from lora_merge.arguments import checked, nearest
 from lora_merge.errors import MethodError

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lora_merge.adapters.access.coerce import AdaptersLike, open_adapters
+from lora_merge.adapters.access.adapter_like import AdaptersLike
+from lora_merge.adapters.access.coerce import open_adapters
 from lora_merge.adapters.measured.spectra import adapter_spectra
 from lora_merge.analysis.compare import compare
 from lora_merge.analysis.report.document import ReportDocument, report_document

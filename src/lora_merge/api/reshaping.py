@@ -1,69 +1,97 @@
-"""One adapter in, one out: resize it, extract it from two models, fuse it into its base."""
+"""One adapter in, one out: resize, convert, extract it from two models, fuse it into its base.
 
-import os
-from collections.abc import Callable, Sequence
+Each as a pair: `plan_...` decides and shows, from headers as far as that can be; the function of
+the same name plans and runs.
+"""
+
 from pathlib import Path
-from typing import Literal
 
-from lora_merge.adapters.access.coerce import AdaptersLike, open_adapter
+from lora_merge.adapters.access.coerce import open_adapter
 from lora_merge.adapters.adapter import Adapter
-from lora_merge.adapters.config import RankLayout
 from lora_merge.adapters.in_memory import MadeAdapter
-from lora_merge.adapters.measured.spectra import adapter_spectra
-from lora_merge.api.looking import choose_ranks
-from lora_merge.arguments import checked, nearest
+from lora_merge.adapters.measured.spectra import AdapterSpectra, adapter_spectra
+from lora_merge.api.arguments import reshaping as takes_of
+from lora_merge.api.inputs import check_out, run
+from lora_merge.api.ranking import check_rule, chosen, read_rule, weighed
+from lora_merge.arguments import ArgumentError, takes
 from lora_merge.errors import MethodError
 from lora_merge.files.checkpoint import open_checkpoint
+from lora_merge.files.header import code_of
+from lora_merge.planning import counted
 from lora_merge.ranks.choose import RankPlan
-from lora_merge.ranks.rule import RankRule
-from lora_merge.reshape.convert import ConvertReport, plan_conversion
-from lora_merge.reshape.convert import convert as write_converted
-from lora_merge.reshape.diffusers_names import through_diffusers
-from lora_merge.reshape.extract import ExtractReport
-from lora_merge.reshape.extract import extract as extract_adapter
-from lora_merge.reshape.fuse import FuseReport
-from lora_merge.reshape.fuse import fuse as fuse_adapter
-from lora_merge.reshape.resize import ResizeReport, plan_resize, resize_in_memory
-from lora_merge.reshape.resize import resize as resize_adapter
-from lora_merge.reshape.stored_units import nested_plan, prune_plan
+from lora_merge.reshape import extract as extracting
+from lora_merge.reshape import fuse as fusing
+from lora_merge.reshape import resize as resizing
+from lora_merge.reshape.convert import ConversionPlan, ConvertReport, plan_conversion
+from lora_merge.reshape.stored_units import PRUNE_GATES, nested_plan, prune_plan
 
-Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 _WHOLE = 1 << 30  # every rank: `energy` then says where to cut
-_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-@checked()
-def resize(
-    adapter: AdaptersLike,
-    ranks: RankPlan | RankRule | str | int = "energy:0.95",
-    out: str | os.PathLike[str] | None = None,
-    *,
-    nested: bool = False,
-    min_rank: int = 1,
-    max_rank: int | None = None,
-    round_to: int = 1,
-    layout: RankLayout = "per-module",
-    dtype: Dtype | None = None,
-    force: bool = False,
-    jobs: int | None = None,
-    on_module: Callable[[], None] | None = None,
-) -> MadeAdapter[ResizeReport]:
+@takes(takes_of.PlanResize)
+def plan_resize(given: takes_of.PlanResize) -> resizing.ResizePlan:
+    """Decide the ranks of `resize`, and what would be written; reads the adapter once.
+
+    Returns:
+        The plan: `ranks` has every module's rank and what that keeps, `run_plan` runs it.
+
+    Raises:
+        MethodError: If the rule cannot be met.
+
+    Examples:
+        >>> import lora_merge
+        >>> plan = lora_merge.plan_resize("examples/adapters/upper", "budget:x0.5")
+        >>> plan.ranks.parameters <= plan.ranks.parameters_before / 2
+        True
+    """
+    return _plan_resize(given)
+
+
+def _plan_resize(given: takes_of.PlanResize) -> resizing.ResizePlan:
+    _check_resize(given)
+    adapter = open_adapter(given.adapter, **given.opening)
+    step = counted(given.progress, "measuring", len(adapter.modules))
+    spectra = weighed(adapter, adapter_spectra(adapter, keep_cores=True, on_module=step), given)
+    ranks = _ranks(adapter, spectra, given)
+    return resizing.plan_resize(
+        adapter, spectra, ranks, dtype=code_of(given.dtype), layout=given.layout
+    )
+
+
+def _check_resize(given: takes_of.PlanResize) -> None:
+    """Refuse arguments that would be ignored beside others, before anything is read."""
+    prune = given.ranks == PRUNE_GATES
+    if given.nested and (prune or isinstance(given.ranks, RankPlan)):
+        raise ArgumentError("nested needs a rank", "give the rank, or leave nested out")
+    if given.nested and read_rule(given.ranks).kind != "fixed":  # type: ignore[arg-type]
+        raise ArgumentError("nested needs a rank, not a rule", "give the rank")
+    if (given.nested or prune) and (given.bottleneck or given.fisher):
+        what = "nested" if given.nested else PRUNE_GATES
+        raise ArgumentError(f"{what} keeps units as they are: it takes no statistics", "leave out")
+    if prune and (given.max_rank or given.min_rank > 1 or given.round_to > 1):
+        raise ArgumentError(
+            f"{PRUNE_GATES} keeps every unit that adds something: it takes no min_rank, max_rank "
+            "or round_to",
+            "resize its result",
+        )
+    if not prune and not isinstance(given.ranks, RankPlan):
+        check_rule(read_rule(given.ranks), given)
+
+
+def _ranks(adapter: Adapter, spectra: AdapterSpectra, given: takes_of.PlanResize) -> RankPlan:
+    if isinstance(given.ranks, RankPlan):
+        if set(given.ranks.ranks) != set(adapter.modules):
+            raise MethodError("the plan is that of another adapter", "choose ranks for this one")
+        return given.ranks
+    if given.ranks == PRUNE_GATES:
+        return prune_plan(adapter, spectra, min_rank=given.smallest)
+    plan = chosen(adapter, spectra, read_rule(given.ranks), given)
+    return nested_plan(adapter, spectra, plan.ranks) if given.nested else plan
+
+
+@takes(takes_of.Resize)
+def resize(given: takes_of.Resize) -> MadeAdapter[resizing.ResizeReport]:
     """Give an adapter new ranks: the best approximation of every delta at its rank.
-
-    Args:
-        adapter: One adapter, as `open_adapter` takes it.
-        ranks: A plan of `choose_ranks` (made with the same adapter), a rank, a rule such as
-            "energy:0.95" or "budget:x0.5", or "prune-gates" (AdaLoRA, SoRA).
-        out: Directory to write as it is computed; default: the result stays in memory.
-        nested: Keep the first units as stored (DyLoRA) instead of the singular ones.
-        min_rank: Smallest rank, where `ranks` is no plan; 0 lets modules be dropped.
-        max_rank: Largest rank, where `ranks` is no plan.
-        round_to: Ranks become multiples of this, where `ranks` is no plan.
-        layout: "per-module" writes rank_pattern; "uniform" pads with zeros.
-        dtype: Of the factors; default: the adapter's.
-        force: Replace an adapter directory that is there.
-        jobs: Worker threads.
-        on_module: Called after each module.
 
     Returns:
         The adapter, with the `report` of what truncation and rounding cost.
@@ -80,69 +108,42 @@ def resize(
         >>> 0 < small.report.truncation < 1
         True
     """
-    opened = open_adapter(adapter)
-    found = adapter_spectra(opened, keep_cores=True, jobs=jobs)
-    if isinstance(ranks, RankPlan):
-        plan = ranks
-        if set(plan.ranks) != set(opened.modules):
-            raise MethodError("the plan is that of another adapter", "choose ranks for this one")
-    elif ranks == "prune-gates":
-        plan = prune_plan(opened, found, min_rank=min_rank)
-    else:
-        rule = str(ranks) if isinstance(ranks, int) else ranks
-        plan = choose_ranks(found, rule, min_rank=min_rank, max_rank=max_rank, round_to=round_to)
-    if nested:
-        plan = nested_plan(opened, found, plan.ranks)
-    output = plan_resize(opened, found, plan, dtype=_code(dtype), layout=layout)
-    if out is None:
-        return resize_in_memory(opened, found, plan, output, jobs=jobs, on_module=on_module)
-    folder = Path(out)
-    report = resize_adapter(
-        opened, found, plan, output, folder, force=force, jobs=jobs, on_module=on_module
-    )
-    return MadeAdapter.of(Adapter.from_pretrained(folder), report)
+    _check_resize(given)
+    stats = (given.base, given.bottleneck, given.fisher)
+    check_out(given.out, given.adapter, *stats, force=given.force)
+    return run(_plan_resize(given), given, given.out)
 
 
-@checked()
-def extract(
-    base: str | os.PathLike[str],
-    tuned: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    rule: RankRule | str | int = "energy:0.95",
-    *,
-    max_rank: int = 64,
-    denoise: bool = True,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    base_name: str | None = None,
-    dtype: Dtype | None = None,
-    layout: RankLayout = "uniform",
-    seed: int = 0,
-    force: bool = False,
-    jobs: int | None = None,
-    on_module: Callable[[], None] | None = None,
-) -> MadeAdapter[ExtractReport]:
-    """A LoRA of the differences between a model and its fine-tuned version.
-
-    Args:
-        base: Directory of the base model, in safetensors.
-        tuned: Directory of the fine-tuned model.
-        out: The directory to make.
-        rule: A rank or a rule; energies are of the whole difference.
-        max_rank: Triples computed per weight, and the largest rank.
-        denoise: Cap ranks at the Gavish-Donoho threshold.
-        include: Shell patterns of modules; default: every matrix but embeddings and heads.
-        exclude: Shell patterns to leave out.
-        base_name: Name of the base model for the config; default: its directory's.
-        dtype: Of the factors; default: that of the tuned model.
-        layout: "uniform" pads all modules to one rank; "per-module" writes rank_pattern.
-        seed: Of the randomised SVD.
-        force: Replace an adapter directory that is there.
-        jobs: Worker threads.
-        on_module: Called after each weight.
+@takes(takes_of.PlanExtract)
+def plan_extract(given: takes_of.PlanExtract) -> extracting.ExtractPlan:
+    """Decide from headers which weights `extract` will compare.
 
     Returns:
-        The adapter that was written, with the `report` of what was extracted and what was not.
+        The plan; which weights differ, and by how much, shows when it runs.
+
+    Raises:
+        MethodError: If none can be extracted.
+
+    Examples:
+        >>> import lora_merge
+        >>> plan = lora_merge.plan_extract("examples/base", "examples/base", 8)
+        >>> len(plan.names)
+        14
+    """
+    return _plan_extract(given)
+
+
+def _plan_extract(given: takes_of.PlanExtract) -> extracting.ExtractPlan:
+    base, tuned = open_checkpoint(Path(given.base)), open_checkpoint(Path(given.tuned))
+    return extracting.plan_extract(base, tuned, read_rule(given.rule), given)
+
+
+@takes(takes_of.Extract)
+def extract(given: takes_of.Extract) -> MadeAdapter[extracting.ExtractReport]:
+    """A LoRA of the differences between a model and its fine-tuned version.
+
+    Returns:
+        The adapter, with the `report` of what was extracted and what was not.
 
     Raises:
         MethodError: If no weight has changed, or none can be extracted.
@@ -151,50 +152,38 @@ def extract(
     Examples:
         >>> import lora_merge
         >>> report = lora_merge.fuse("examples/adapters/upper", "examples/base", "tuned")
-        >>> made = lora_merge.extract("examples/base", "tuned", "extracted", 8)
+        >>> made = lora_merge.extract("examples/base", "tuned", 8)
         >>> max(made.ranks())
         8
     """
-    checkpoint = open_checkpoint(Path(base))
-    report = extract_adapter(
-        checkpoint,
-        open_checkpoint(Path(tuned)),
-        Path(out),
-        str(rule) if isinstance(rule, int) else rule,
-        max_rank=max_rank,
-        denoise=denoise,
-        include=include,
-        exclude=exclude,
-        base_model=base_name or checkpoint.folder.name,
-        dtype=_code(dtype),
-        layout=layout,
-        seed=seed,
-        force=force,
-        jobs=jobs,
-        on_module=on_module,
-    )
-    return MadeAdapter.of(Adapter.from_pretrained(Path(out)), report)
+    check_out(given.out, given.base, given.tuned, force=given.force)
+    return run(_plan_extract(given), given, given.out)
 
 
-@checked()
-def fuse(
-    adapter: AdaptersLike,
-    base: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    weight: float = 1.0,
-    force: bool = False,
-    on_module: Callable[[], None] | None = None,
-) -> FuseReport:
+@takes(takes_of.PlanFuse)
+def plan_fuse(given: takes_of.PlanFuse) -> fusing.FusePlan:
+    """Find which tensors of the base `fuse` will change, from headers alone.
+
+    Raises:
+        AdapterError: If the adapter does not fit the base.
+
+    Examples:
+        >>> import lora_merge
+        >>> plan = lora_merge.plan_fuse("examples/adapters/upper", "examples/base")
+        >>> len(plan.rows())
+        14
+    """
+    return _plan_fuse(given)
+
+
+def _plan_fuse(given: takes_of.PlanFuse) -> fusing.FusePlan:
+    adapter = open_adapter(given.adapter, **given.opening)
+    return fusing.plan_fuse(adapter, Path(given.base), weight=given.weight)
+
+
+@takes(takes_of.Fuse)
+def fuse(given: takes_of.Fuse) -> fusing.FuseReport:
     """Write the base model with the adapter in it, shard by shard, in the base's dtype.
-
-    Args:
-        adapter: One adapter, as `open_adapter` takes it.
-        base: Directory of the base model, in safetensors.
-        out: The directory to make.
-        weight: Multiplies the adapter's deltas.
-        force: Replace a model or adapter directory that is there.
-        on_module: Called after each module.
 
     Raises:
         AdapterError: If the adapter does not fit the base; nothing is written.
@@ -205,47 +194,39 @@ def fuse(
         >>> lora_merge.fuse("examples/adapters/upper", "examples/base", "fused").modules
         14
     """
-    return fuse_adapter(
-        open_adapter(adapter),
-        Path(base),
-        Path(out),
-        weight=weight,
-        force=force,
-        on_module=on_module,
-    )
+    check_out(given.out, given.adapter, given.base, force=given.force)
+    return run(_plan_fuse(given), given, given.out)
 
 
-@checked()
-def convert(
-    adapter: AdaptersLike,
-    out: str | os.PathLike[str],
-    *,
-    to: str | None = None,
-    base: str | os.PathLike[str] | None = None,
-    rank: int | None = None,
-    energy: float | None = None,
-    component: str | None = None,
-    pipeline: str | None = None,
-    dtype: Dtype | None = None,
-    force: bool = False,
-    jobs: int | None = None,
-    on_module: Callable[[], None] | None = None,
-) -> ConvertReport:
-    """Write an adapter in another format: exactly where its form is low-rank.
+@takes(takes_of.PlanConvert)
+def plan_convert(given: takes_of.PlanConvert) -> ConversionPlan:
+    """Decide names, ranks and headers of a conversion, from headers alone.
 
-    Args:
-        adapter: One adapter, as `open_adapter` takes it.
-        out: The directory to make.
-        to: Format to write; default: its own, or PEFT's.
-        base: Directory of the base model, for forms and names that depend on it.
-        rank: Cut every delta at this rank.
-        energy: Cut every delta where this share of its squared norm is kept.
-        component: Part of a pipeline that PEFT's names belong to: unet, ...
-        pipeline: Rename by diffusers' converter: StableDiffusionXL, Flux, ...
-        dtype: Of the factors; default: the adapter's.
-        force: Replace a directory that lora-merge wrote.
-        jobs: Worker threads.
-        on_module: Called after each module.
+    Raises:
+        AdapterError: If a form needs `rank`, `energy` or `base`, or no rule leads to the format.
+
+    Examples:
+        >>> import lora_merge
+        >>> plan = lora_merge.plan_convert("examples/adapters/upper", to="mlx")
+        >>> plan.report().target, plan.report().out
+        ('mlx', None)
+    """
+    return _plan_convert(given)
+
+
+def _plan_convert(given: takes_of.PlanConvert) -> ConversionPlan:
+    rank = given.rank if given.energy is None else _WHOLE
+    adapter = open_adapter(given.adapter, base=given.base, rank=rank, **given.opening)
+    base = None if given.base is None else open_checkpoint(Path(given.base))
+    return plan_conversion(adapter, given, base=base)
+
+
+@takes(takes_of.Convert)
+def convert(given: takes_of.Convert) -> MadeAdapter[ConvertReport]:
+    """An adapter in another format: exactly where its form is low-rank.
+
+    Returns:
+        The adapter, with the `report` of how exact each module's form is, and what a cut lost.
 
     Raises:
         AdapterError: If a form needs `rank`, `energy` or `base`.
@@ -253,29 +234,8 @@ def convert(
 
     Examples:
         >>> import lora_merge
-        >>> report = lora_merge.convert("examples/adapters/upper", "plain", to="peft")
-        >>> lora_merge.open_adapter("plain").ranks()
+        >>> lora_merge.convert("examples/adapters/upper", "plain", to="peft").ranks()
         Counter({8: 14})
     """
-    if rank is not None and energy is not None:
-        raise MethodError("rank and energy are two cuts", "give one of them")
-    opened = open_adapter(adapter, base=base, rank=rank if energy is None else _WHOLE)
-    model = None if base is None else open_checkpoint(Path(base))
-    if pipeline is not None:
-        opened = through_diffusers(opened, pipeline, base=model)
-    plan = plan_conversion(
-        opened,
-        to=to,
-        component=component,
-        base=model,
-        rank=rank,
-        energy=energy,
-        dtype=_code(dtype),
-    )
-    return write_converted(plan, Path(out), force=force, jobs=jobs, on_module=on_module)
-
-
-def _code(dtype: str | None) -> str | None:
-    if dtype is not None and dtype not in _CODES:
-        raise MethodError(f"dtype is {dtype!r}", nearest(dtype, _CODES))
-    return _CODES[dtype] if dtype else None
+    check_out(given.out, given.adapter, given.base, force=given.force)
+    return run(_plan_convert(given), given, given.out)

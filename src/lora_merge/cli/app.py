@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from lora_merge._version import __version__
+from lora_merge.arguments import ArgumentError
 from lora_merge.cli.shared.escape import for_terminal
 from lora_merge.errors import LoraMergeError
 from lora_merge.files.inputs import noting_inputs
@@ -66,10 +67,15 @@ class _LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a reader that goes away (`| head`) ends it without a complaint."""
+        """Run the command; a reader that goes away (`| head`) ends it without a complaint.
+
+        Arguments that exclude one another are the command line's fault.
+        """
         try:
             super().invoke(ctx)
             sys.stdout.flush()
+        except ArgumentError as error:
+            raise click.UsageError(str(error)) from error
         except BrokenPipeError:  # here, because click would exit with 1
             _leave_stdout()
 

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_merge.errors import SourceError
+
+# The dtypes that factors are written in, as people and torch call them, and their codes.
+DTypeName = Literal["float64", "float32", "float16", "bfloat16"]
+CODES: dict[str, str] = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 _LARGEST = 100_000_000  # bytes of a header, safetensors' own limit
 _MOST_DIMENSIONS = 16
@@ -42,6 +46,11 @@ class FileHeader:
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
     data: int
+
+
+def code_of(name: DTypeName | None) -> str | None:
+    """A dtype's code, None of None."""
+    return None if name is None else CODES[name]
 
 
 def read_header(path: Path) -> FileHeader:

@@ -12,14 +12,10 @@ from torch import Tensor
 
 from lora_merge.errors import AdapterError
 from lora_merge.files.documents import reason_of
+from lora_merge.files.header import CODES
 from lora_merge.files.inputs import note_input
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in CODES.items()}
 DTYPE_CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 # Open at once; below the smallest usual limit of a process (macOS: 256).
 _OPEN_FILES = 100

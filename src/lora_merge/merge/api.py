@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_merge.adapters.access.coerce import AdaptersLike, open_adapters
+from lora_merge.adapters.access.adapter_like import AdaptersLike
+from lora_merge.adapters.access.coerce import open_adapters
 from lora_merge.adapters.config import RankLayout
 from lora_merge.adapters.identity.rename import rename_all
 from lora_merge.adapters.in_memory import MadeAdapter
 from lora_merge.arguments import checked
 from lora_merge.errors import MethodError
+from lora_merge.files.header import DTypeName
 from lora_merge.files.targets import check_target
 from lora_merge.merge.auto.scale import with_scale
 from lora_merge.merge.methods.registry import methods
@@ -18,7 +20,6 @@ from lora_merge.merge.recipe.read import expanded, open_recipe, parse_recipe, re
 from lora_merge.merge.recipe.recipe import (
     AdapterItem,
     Anchor,
-    DType,
     ExtrasPolicy,
     Normalize,
     Recipe,
@@ -62,7 +63,7 @@ def merge(
     smooth: Smooth = "none",
     statistics: str | None = None,
     seed: int = 0,
-    dtype: DType | None = None,
+    dtype: DTypeName | None = None,
     ranks: RankLayout = "uniform",
     extras: ExtrasPolicy = "average",
     accept_base_models: bool = False,

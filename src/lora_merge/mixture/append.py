@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_merge.adapters.access.coerce import AdaptersLike
+from lora_merge.adapters.access.adapter_like import AdaptersLike
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.alignment import align
 from lora_merge.errors import MethodError

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_merge.adapters.access.coerce import AdaptersLike, open_adapters
+from lora_merge.adapters.access.adapter_like import AdaptersLike
+from lora_merge.adapters.access.coerce import open_adapters
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.references import CONFIG_NAME, WEIGHTS_NAME, sha256

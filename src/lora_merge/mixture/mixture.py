@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.adapters.access.coerce import AdaptersLike
+from lora_merge.adapters.access.adapter_like import AdaptersLike
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.alignment import Alignment, align
 from lora_merge.errors import AdapterError, AlignmentError, MethodError

@@ -19,6 +19,7 @@ from lora_merge.ranks.budget import (
     water_fill,
 )
 from lora_merge.ranks.measures import tail_energy
+from lora_merge.ranks.module_rules import RULES
 from lora_merge.ranks.rule import RankRule, parse_rule
 
 
@@ -146,13 +147,12 @@ def choose_ranks(
     limits = {name: _limits(before[name], min_rank, max_rank) for name in spectra}
     certificate: Certificate | None = None
     threshold: float | None = None
-    of_module = rule.of_module
-    if of_module is None:
+    if rule.is_global:
         ranks, certificate, threshold = _allocate(
             rule, clean, costs, before, limits, round_to, weights or {}, exact
         )
     else:
-        ranks = {}
+        ranks, of_module = {}, RULES[rule.kind]
         for name, values in clean.items():
             rank = of_module(values, rule.value or 0.0) if values.numel() else 0
             low, high = limits[name]

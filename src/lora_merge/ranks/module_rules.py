@@ -108,3 +108,24 @@ def lycoris_ratio(values: Tensor, value: float) -> int:
 def lycoris_threshold(values: Tensor, value: float) -> int:
     """`threshold` of LyCORIS: values above an absolute number."""
     return int((values > value).sum())
+
+
+# Rule (`rule.KINDS`) → what it does to one module; budget and match look at all modules together.
+RULES: dict[str, ModuleRule] = {
+    "fixed": fixed,
+    "energy": energy,
+    "nuclear": nuclear,
+    "ratio": ratio,
+    "elbow": elbow,
+    "erank": effective,
+    "soka": soka,
+    "full": full,
+    "welore": threshold,
+    "kohya-fro": kohya_fro,
+    "kohya-cumulative": kohya_cumulative,
+    "kohya-ratio": kohya_ratio,
+    "lycoris-quantile": lycoris_quantile,
+    "lycoris-ratio": lycoris_ratio,
+    "lycoris-threshold": lycoris_threshold,
+    "peft": energy,
+}

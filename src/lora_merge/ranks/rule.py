@@ -1,54 +1,83 @@
-"""Rank rules as text: what rules there are, what number each takes, and how they are written."""
+"""Rank rules as text: what rules there are, what number each takes, and how they are written.
+
+Plain data, from which the commands are made; `module_rules` has what they do.
+"""
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from lora_merge.errors import MethodError
-from lora_merge.ranks import module_rules
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """One rule: how it is called, what its value may be, and what it says of itself."""
+class RuleKind:
+    """One rule: what its value may be, what it says of itself, and how a command line spells it.
 
-    apply: module_rules.ModuleRule | None
+    Attributes:
+        default: Its number if none is given; None where it must be given.
+        low: Smallest number.
+        high: Largest number; 0 of a rule without one.
+        about: What it does.
+        option: Its option's name, "" where it has none of its own.
+        help: What the option says, where that is more than `about`.
+        metavar: What the option calls its value.
+        compat: Other tool → the rule that counts as it does.
+    """
+
     default: float | None
     low: float
     high: float
     about: str
+    option: str = ""
+    help: str = ""
+    metavar: str | None = None
+    compat: Mapping[str, str] = field(default_factory=dict)
 
 
-_KINDS: dict[str, _Kind] = {
-    "fixed": _Kind(module_rules.fixed, None, 0, math.inf, "the same rank for every module"),
-    "energy": _Kind(module_rules.energy, 0.95, 0, 1, "share of sum s^2 that a module keeps"),
-    "nuclear": _Kind(module_rules.nuclear, 0.95, 0, 1, "share of sum s that a module keeps"),
-    "ratio": _Kind(module_rules.ratio, 20, 1, math.inf, "keeps values above the first / this"),
-    "elbow": _Kind(module_rules.elbow, 0, 0, 0, "cut at the knee of each spectrum"),
-    "erank": _Kind(
-        module_rules.effective, 0, 0, 0, "the effective rank (Roy-Vetterli), rounded up"
+KINDS: dict[str, RuleKind] = {
+    "fixed": RuleKind(
+        None, 0, math.inf, "the same rank for every module", "rank", compat={"peft": "fixed"}
     ),
-    "soka": _Kind(module_rules.soka, 0.95, 0, 1, "the smaller of energy and elbow"),
-    "full": _Kind(module_rules.full, 0, 0, 0, "every direction that is not numerically zero"),
-    "welore": _Kind(
-        module_rules.threshold, 0.05, 0, 1, "one cut on s / s_1, or the one for a budget"
+    "energy": RuleKind(
+        0.95, 0, 1, "share of sum s^2 that a module keeps", "energy",
+        compat={"kohya": "kohya-fro", "peft": "peft"},
     ),
-    "budget": _Kind(None, None, 0, math.inf, "a parameter budget, spread where it saves most"),
-    "match": _Kind(None, None, 1, math.inf, "fewest parameters, error as at this uniform rank"),
-    "kohya-fro": _Kind(module_rules.kohya_fro, 0.9, 0, 1, "sd-scripts' sv_fro"),
-    "kohya-cumulative": _Kind(
-        module_rules.kohya_cumulative, 0.9, 0, 1, "sd-scripts' sv_cumulative"
+    "nuclear": RuleKind(
+        0.95, 0, 1, "share of sum s that a module keeps", "nuclear",
+        compat={"kohya": "kohya-cumulative", "lycoris": "lycoris-quantile"},
     ),
-    "kohya-ratio": _Kind(module_rules.kohya_ratio, 20, 1, math.inf, "sd-scripts' sv_ratio"),
-    "lycoris-quantile": _Kind(module_rules.lycoris_quantile, 0.9, 0, 1, "LyCORIS' quantile"),
-    "lycoris-ratio": _Kind(module_rules.lycoris_ratio, 0.05, 0, 1, "LyCORIS' ratio"),
-    "lycoris-threshold": _Kind(
-        module_rules.lycoris_threshold, 0.0, 0, math.inf, "LyCORIS' threshold"
+    "ratio": RuleKind(
+        20, 1, math.inf, "keeps values above the first / this", "ratio",
+        compat={"kohya": "kohya-ratio", "lycoris": "lycoris-ratio"},
     ),
-    "peft": _Kind(module_rules.energy, 0.95, 0, 1, "PEFT's float rank (equal to energy)"),
-}
+    "elbow": RuleKind(0, 0, 0, "cut at the knee of each spectrum", "elbow"),
+    "erank": RuleKind(0, 0, 0, "the effective rank (Roy-Vetterli), rounded up", "erank"),
+    "soka": RuleKind(0.95, 0, 1, "the smaller of energy and elbow", "soka"),
+    "welore": RuleKind(
+        0.05, 0, 1, "one cut on s / s_1, or the one for a budget", "welore",
+        "one cut T on s / s_1 for all modules, or the one that leaves a share or N parameters",
+        "T|xF|N",
+    ),
+    "budget": RuleKind(
+        None, 0, math.inf, "a parameter budget, spread where it saves most", "budget",
+        "N parameters, or a share (x0.5), where they save most", "N|xF",
+    ),
+    "match": RuleKind(
+        None, 1, math.inf, "fewest parameters, error as at this uniform rank", "match"
+    ),
+    "full": RuleKind(0, 0, 0, "every direction that is not numerically zero: lossless", "full"),
+    "kohya-fro": RuleKind(0.9, 0, 1, "sd-scripts' sv_fro"),
+    "kohya-cumulative": RuleKind(0.9, 0, 1, "sd-scripts' sv_cumulative"),
+    "kohya-ratio": RuleKind(20, 1, math.inf, "sd-scripts' sv_ratio"),
+    "lycoris-quantile": RuleKind(0.9, 0, 1, "LyCORIS' quantile"),
+    "lycoris-ratio": RuleKind(0.05, 0, 1, "LyCORIS' ratio"),
+    "lycoris-threshold": RuleKind(0.0, 0, math.inf, "LyCORIS' threshold"),
+    "peft": RuleKind(0.95, 0, 1, "PEFT's float rank (equal to energy)"),
+}  # fmt: skip
 _BUDGETED = ("budget", "welore")
-_WHOLE = ("fixed", "match")
+WHOLE = ("fixed", "match")  # rules whose number is a rank
 _TEXT = re.compile(r"^(?P<kind>[a-z-]+)(?::(?P<value>.+))?$")
 
 
@@ -67,7 +96,7 @@ class RankRule:
     unit: str = ""
 
     def __str__(self) -> str:
-        if self.value is None or (self.kind in _KINDS and _KINDS[self.kind].high == 0):
+        if self.value is None or (self.kind in KINDS and KINDS[self.kind].high == 0):
             return self.kind
         whole = self.value == int(self.value)
         number = f"{self.value:.0f}" if whole else repr(self.value)  # all digits: a recipe has them
@@ -76,15 +105,14 @@ class RankRule:
         return f"{self.kind}:{'x' if self.unit == 'share' else ''}{number}"
 
     @property
-    def of_module(self) -> module_rules.ModuleRule | None:
-        """The rule of one module's spectrum; None where all modules are looked at together."""
-        together = self.kind in ("budget", "match") or (self.kind == "welore" and self.unit)
-        return None if together else _KINDS[self.kind].apply
+    def is_global(self) -> bool:
+        """Whether all modules are looked at together, instead of one after another."""
+        return self.kind in ("budget", "match") or (self.kind == "welore" and bool(self.unit))
 
 
 def rule_names() -> dict[str, str]:
     """Every rule and what it does."""
-    return {name: kind.about for name, kind in _KINDS.items()}
+    return {name: kind.about for name, kind in KINDS.items()}
 
 
 def parse_rule(text: str) -> RankRule:
@@ -96,13 +124,13 @@ def parse_rule(text: str) -> RankRule:
     if re.fullmatch(r"\d+", text):
         text = f"fixed:{text}"
     match = _TEXT.match(text)
-    if match is None or match["kind"] not in _KINDS:
+    if match is None or match["kind"] not in KINDS:
         raise MethodError(
             f"{text!r} is no rank rule",
-            f"give a rank, or one of {', '.join(_KINDS)}, as in energy:0.95 or budget:x0.5",
+            f"give a rank, or one of {', '.join(KINDS)}, as in energy:0.95 or budget:x0.5",
         )
     kind, raw = match["kind"], match["value"]
-    spec = _KINDS[kind]
+    spec = KINDS[kind]
     if raw is None:
         if spec.default is None:
             raise MethodError(f"the rank rule {kind!r} needs a number", f"write {kind}:NUMBER")
@@ -128,11 +156,11 @@ def _number(text: str, rule: str) -> float:
 
 
 def _check_range(kind: str, value: float, unit: str, text: str) -> None:
-    spec = _KINDS[kind]
+    spec = KINDS[kind]
     low, high = spec.low, spec.high
     if unit:
         low, high = (0, 1) if unit == "share" else (0, math.inf)
-    whole = kind in _WHOLE or unit == "parameters"
+    whole = kind in WHOLE or unit == "parameters"
     if not low <= value <= high or (whole and value != int(value)) or high == 0:
         if unit == "parameters" and 0 < value < 1:
             raise MethodError(

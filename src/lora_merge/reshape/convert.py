@@ -1,8 +1,9 @@
 """One adapter from any dialect to any file format: exact, or cut with the error stated."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,25 @@ from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.formats.file_format import FileFormat
 from lora_merge.adapters.formats.table import FORMATS, format_of
 from lora_merge.adapters.forms import ModuleSpec, to_matrix
+from lora_merge.adapters.in_memory import MadeAdapter, make
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.units import Verdict
-from lora_merge.adapters.writer import AdapterWriter, OutputPlan, plan_output
+from lora_merge.adapters.writer import OutputPlan, Writer, plan_output
 from lora_merge.errors import MethodError
-from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.cards import code, short_card
 from lora_merge.files.checkpoint import Checkpoint
+from lora_merge.files.header import code_of
 from lora_merge.files.targets import check_target
 from lora_merge.files.tensor_file import commonest_dtype, refuse_non_finite
 from lora_merge.linalg.core_svd import CoreSVD, core_svd
 from lora_merge.linalg.factors import pivot_sign
 from lora_merge.machine.parallel import in_order
+from lora_merge.planning import Plan, Progress, counted
+from lora_merge.printing import Report, Summary
+from lora_merge.printing import notes as noted
+from lora_merge.reshape.diffusers_names import through_diffusers
 from lora_merge.reshape.module_renames import renamed
+from lora_merge.reshape.options import ConvertOptions
 
 # Share of a squared norm below which singular values in float64 are rounding.
 _ROUNDING = 1e-13
@@ -54,8 +61,8 @@ class ConvertedModule:
     lost: float = 0.0
 
 
-@dataclass(frozen=True)
-class ConvertReport:
+@dataclass(frozen=True, repr=False)
+class ConvertReport(Report):
     """What a conversion did.
 
     Attributes:
@@ -82,6 +89,24 @@ class ConvertReport:
         total = sum((m.norm or 0.0) ** 2 for m in self.modules)
         return sqrt(sum(m.lost**2 for m in self.modules) / total) if total else 0.0
 
+    def summary(self) -> Summary:
+        """From what to what, how exactly, and where it lies."""
+        verdicts = Counter(m.verdict for m in self.modules)
+        facts = [
+            ("from", self.dialect),
+            ("to", f"{self.target}, {self.num_bytes:,} bytes, {self.dtype}"),
+            *((verdict, f"{count} modules") for verdict, count in verdicts.items()),
+        ]
+        if self.error:
+            facts.append(("cut", f"{100 * self.error:.3g} % of the norm"))
+        if self.out:
+            facts.append(("written to", self.out))
+        return Summary("Conversion", (*facts, *noted(self.notes)))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per module."""
+        return [dict(m.__dict__) for m in self.modules]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
@@ -93,12 +118,12 @@ class ConvertReport:
             "dtype": self.dtype,
             "error": self.error,
             "notes": list(self.notes),
-            "modules": [dict(m.__dict__) for m in self.modules],
+            "modules": self.rows(),
         }
 
 
-@dataclass(frozen=True)
-class Conversion:
+@dataclass(frozen=True, eq=False, repr=False)
+class ConversionPlan(Plan[MadeAdapter[ConvertReport]]):
     """A conversion that was checked from headers and not yet done.
 
     Attributes:
@@ -134,6 +159,59 @@ class Conversion:
             file_format=self.target,
         )
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the reader understood that a user should know."""
+        return self.adapter.notes
+
+    def summary(self) -> Summary:
+        """That of its report."""
+        return replace(self.report().summary(), title="Conversion plan")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per module."""
+        return self.report().rows()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As its report."""
+        return self.report().to_dict()
+
+    def run(
+        self,
+        out: Path | None = None,
+        *,
+        force: bool = False,
+        jobs: int | None = None,
+        device: str = "auto",
+        progress: Progress | None = None,
+    ) -> MadeAdapter[ConvertReport]:
+        """The adapter in its new form; arguments as `Plan.run` has them."""
+        if out is not None:
+            check_target(out, force=force, inputs=self.adapter.files)
+        plan = self if self.energy is None else _with_energy(self, jobs)
+        step = counted(progress, "converting", len(plan.ranks))
+
+        def fill(writer: Writer) -> ConvertReport:
+            done = []
+            for result in in_order(
+                partial(_convert_module, plan, writer), list(plan.ranks), jobs=jobs
+            ):
+                done.append(result)
+                step()
+            for name in plan.adapter.extras:
+                writer.add_extra(name, plan.adapter.read_extra(name))
+            return plan.report(tuple(done), out)
+
+        return make(
+            plan.output,
+            fill,
+            lambda report: {"README.md": _card(plan, report)},
+            out=out,
+            name=plan.adapter.name,
+            force=force,
+            inputs=plan.adapter.files,
+        )
+
     def report(
         self, modules: tuple[ConvertedModule, ...] | None = None, out: Path | None = None
     ) -> ConvertReport:
@@ -156,90 +234,38 @@ class Conversion:
 
 def plan_conversion(
     adapter: Adapter,
+    options: ConvertOptions | None = None,
     *,
-    to: str | None = None,
-    component: str | None = None,
     base: Checkpoint | None = None,
-    rank: int | None = None,
-    energy: float | None = None,
-    dtype: str | None = None,
-) -> Conversion:
+) -> ConversionPlan:
     """Decide names, ranks and headers of a conversion, from headers alone.
 
     Args:
-        adapter: As opened; with `base` and `rank` where its form needs them.
-        to: A format's name (`formats/table.py`). Default: the adapter's own, PEFT where it has
-            none.
-        component: The part of a pipeline ("unet") that bare names belong to.
+        adapter: As opened; with base and rank where its form needs them.
+        options: What to make.
         base: The base model, where names depend on it.
-        rank: Cut every module to its best approximation of this rank.
-        energy: Keep this share of every module's squared norm.
-        dtype: safetensors dtype code; default: the one that most modules have.
 
     Raises:
         AdapterError: If no rule leads to the format's names, or it cannot hold the adapter.
-        MethodError: If there is no such format, or both `rank` and `energy` are given.
+        MethodError: If there is no such format.
     """
-    if rank is not None and energy is not None:
-        raise MethodError("a rank and an energy cannot both decide", "give one of them")
-    target = format_of([adapter]) if to is None else _format(to)
-    dialect, adapter = adapter.dialect, renamed(adapter, target, component=component, base=base)
+    options = options or ConvertOptions()
+    target = format_of([adapter]) if options.to is None else _format(options.to)
+    dialect = adapter.dialect
+    if options.pipeline is not None:
+        adapter = through_diffusers(adapter, options.pipeline, base=base)
+    adapter = renamed(adapter, target, component=options.component, base=base)
     ranks = {
-        name: min(spec.rank, spec.d_in, spec.d_out, rank or spec.rank)
+        name: min(spec.rank, spec.d_in, spec.d_out, options.rank or spec.rank)
         for name, spec in adapter.modules.items()
     }
-    code = dtype or commonest_dtype(spec.dtype for spec in adapter.modules.values())
-    plan = Conversion(adapter, dialect, target, ranks, code, energy)
+    dtype = code_of(options.dtype) or commonest_dtype(s.dtype for s in adapter.modules.values())
+    plan = ConversionPlan(adapter, dialect, target, ranks, dtype, options.energy)
     plan.output  # noqa: B018 - checks that the format can hold it
     return plan
 
 
-def convert(
-    plan: Conversion,
-    out: Path,
-    *,
-    force: bool = False,
-    jobs: int | None = None,
-    on_module: Callable[[], None] | None = None,
-) -> ConvertReport:
-    """Write the adapter; the directory appears when everything is done.
-
-    Args:
-        plan: From `plan_conversion`.
-        out: The directory to make.
-        force: Replace a directory that lora-merge wrote.
-        jobs: Worker threads.
-        on_module: Called after each module.
-
-    Raises:
-        OutputError: If it cannot be written; nothing is left behind.
-        AdapterError: If a tensor is damaged.
-    """
-    adapter = plan.adapter
-    source = adapter.source
-    inputs = [path for path in (source.weights, source.config) if path] if source else []
-    check_target(out, force=force, inputs=inputs, needed=plan.output.num_bytes)
-    if plan.energy is not None:
-        plan = _with_energy(plan, jobs)
-    done: list[ConvertedModule] = []
-
-    def one(name: str) -> ConvertedModule:
-        return _convert_module(plan, name, writer)
-
-    with atomic_directory(out) as folder:
-        with AdapterWriter(folder, plan.output) as writer:
-            for result in in_order(one, list(adapter.modules), jobs=jobs):
-                done.append(result)
-                if on_module:
-                    on_module()
-            for name in adapter.extras:
-                writer.add_extra(name, adapter.read_extra(name))
-        report = plan.report(tuple(done), out)
-        (folder / "README.md").write_text(_card(plan, report), encoding="utf-8")
-    return report
-
-
-def _convert_module(plan: Conversion, name: str, writer: AdapterWriter) -> ConvertedModule:
+def _convert_module(plan: ConversionPlan, writer: Writer, name: str) -> ConvertedModule:
     adapter, spec, rank = plan.adapter, plan.adapter.modules[name], plan.ranks[name]
     stacks, norm, lost = [], 0.0, 0.0
     for a, b in _pairs(adapter, spec):
@@ -279,7 +305,7 @@ def _truncated(core: CoreSVD, a: Tensor, b: Tensor, scaling: float, rank: int) -
     return RankStack.single(up * sign * scaling, sign.mT * down)
 
 
-def _with_energy(plan: Conversion, jobs: int | None) -> Conversion:
+def _with_energy(plan: ConversionPlan, jobs: int | None) -> ConversionPlan:
     """The plan once the spectra are known: a first pass over the file."""
 
     def needed(name: str) -> int:
@@ -303,7 +329,7 @@ def _format(name: str) -> FileFormat:
     return FORMATS[name]
 
 
-def _card(plan: Conversion, report: ConvertReport) -> str:
+def _card(plan: ConversionPlan, report: ConvertReport) -> str:
     cut = f" Cutting it lost {100 * report.error:.3g} % of its norm." if report.error else ""
     return short_card(
         "A converted LoRA adapter",

@@ -7,8 +7,9 @@ choose below it.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,28 @@ from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
-from lora_merge.adapters.config import AdapterConfig, RankLayout
+from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.forms import ModuleSpec
+from lora_merge.adapters.in_memory import MadeAdapter, make
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.units import Recipe
-from lora_merge.adapters.writer import AdapterWriter, OutputPlan, plan_output
+from lora_merge.adapters.writer import OutputPlan, Writer, plan_output
 from lora_merge.errors import MethodError
-from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.cards import short_card
 from lora_merge.files.checkpoint import Checkpoint
+from lora_merge.files.header import code_of
 from lora_merge.files.targets import check_target
 from lora_merge.files.tensor_file import LARGEST_ENTRY, TensorDict, commonest_dtype
 from lora_merge.linalg.factors import frobenius
 from lora_merge.linalg.range_finder import leading_svd
 from lora_merge.machine.parallel import in_order
+from lora_merge.planning import Plan, Progress, counted
 from lora_merge.printing import Report, Summary
 from lora_merge.ranks.choose import RankPlan, choose_ranks
 from lora_merge.ranks.rule import RankRule
 from lora_merge.reshape.coverage import Coverage, measured, survey
 from lora_merge.reshape.noise import noise_rank
+from lora_merge.reshape.options import ExtractOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +75,14 @@ class ExtractReport(Report):
         plan: The ranks; energies are relative to the whole differences.
         coverage: Every tensor of both checkpoints.
         capped: Modules whose rank the noise threshold lowered.
-        out: The directory written.
+        out: The directory written, None for a result in memory.
         num_bytes: Size of the weights.
     """
 
     plan: RankPlan
     coverage: tuple[Coverage, ...]
     capped: tuple[str, ...]
-    out: str
+    out: str | None
     num_bytes: int
 
     def summary(self) -> Summary:
@@ -88,7 +92,7 @@ class ExtractReport(Report):
             *self.plan.summary().facts,
             *((what, f"{count} tensors") for what, count in counts.items()),
             ("capped", f"{len(self.capped)} ranks, at the noise threshold"),
-            ("written to", self.out),
+            *([("written to", self.out)] if self.out else []),
         ]
         return Summary("Extract report", tuple(facts))
 
@@ -108,93 +112,146 @@ class ExtractReport(Report):
         }
 
 
-def extract(
+@dataclass(frozen=True, eq=False, repr=False)
+class ExtractPlan(Plan[MadeAdapter[ExtractReport]]):
+    """Which weights of two checkpoints will be compared; how they differ shows when it runs.
+
+    Attributes:
+        base: The base model.
+        tuned: The fine-tuned model.
+        names: The weights.
+        others: Every other tensor, and why it is left out.
+        rule: How ranks are chosen.
+        options: How much is taken.
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint
+    names: tuple[str, ...]
+    others: tuple[Coverage, ...]
+    rule: RankRule | str
+    options: ExtractOptions
+
+    def summary(self) -> Summary:
+        """How many weights are compared, and what is not."""
+        counts = Counter(entry.what for entry in self.others)
+        facts = [("weights", f"{len(self.names)} are compared"), ("rule", str(self.rule))]
+        return Summary("Extract plan", (*facts, *((w, f"{n} tensors") for w, n in counts.items())))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per tensor of either checkpoint."""
+        compared = [{"name": name, "what": "compared", "change": None} for name in self.names]
+        return [*compared, *(dict(entry.__dict__) for entry in self.others)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"schema": 1, "rule": str(self.rule), "tensors": self.rows()}
+
+    def run(
+        self,
+        out: Path | None = None,
+        *,
+        force: bool = False,
+        jobs: int | None = None,
+        device: str = "auto",
+        progress: Progress | None = None,
+    ) -> MadeAdapter[ExtractReport]:
+        """The LoRA of the differences; arguments as `Plan.run` has them.
+
+        Raises:
+            MethodError: If no weight has changed.
+            OutputError: If the directory cannot be written.
+        """
+        inputs = [*self.base.paths, *self.tuned.paths]
+        if out is not None:
+            check_target(out, force=force, inputs=inputs)
+        parts, coverage = self._compared(jobs, counted(progress, "extracting", len(self.names)))
+        ranks, capped = _choose(parts, self.rule, self.options.denoise)
+        output = self._output(parts, ranks)
+        said = None if out is None else str(out)
+
+        def fill(writer: Writer) -> ExtractReport:
+            for name, part in parts.items():
+                root = part.values[: ranks.ranks[name]].sqrt().float()
+                up, down = part.u[:, : len(root)] * root, root[:, None] * part.vh[: len(root)]
+                writer.add(name, [RankStack.single(up, down)])
+            return ExtractReport(ranks, coverage, capped, said, output.num_bytes)
+
+        return make(
+            output,
+            fill,
+            lambda _: {"README.md": _card(ranks, output)},
+            out=out,
+            name="extracted",
+            force=force,
+            inputs=inputs,
+        )
+
+    def _compared(
+        self, jobs: int | None, step: Callable[[], None]
+    ) -> tuple[dict[str, Difference], tuple[Coverage, ...]]:
+        """The weights that differ, and every tensor with what became of it."""
+        coverage = [measured(self.base, self.tuned, one) for one in self.others]
+        parts: dict[str, Difference] = {}
+        compare = partial(_difference, self.base, self.tuned, self.options)
+        for name, found in zip(
+            self.names, in_order(compare, list(self.names), jobs=jobs), strict=True
+        ):
+            if isinstance(found, Coverage):
+                coverage.append(found)
+            else:
+                parts[found.spec.name] = found
+                coverage.append(Coverage(name, "extracted", found.relative_change))
+            step()
+        if not parts:
+            raise MethodError("no weight differs between the checkpoints", "check both directories")
+        return parts, tuple(sorted(coverage, key=lambda c: c.name))
+
+    def _output(self, parts: Mapping[str, Difference], ranks: RankPlan) -> OutputPlan:
+        config = AdapterConfig(
+            base_model=self.options.base_name or self.base.folder.name,
+            r=None,
+            target_modules=tuple(sorted(parts)),
+            fan_in_fan_out=any(map(self.base.is_conv1d, parts)),
+        )
+        specs = {name: part.spec for name, part in parts.items()}
+        dtype = code_of(self.options.dtype)
+        return plan_output(
+            [Adapter("extracted", config, specs, {}, TensorDict({}))],
+            [AlignedModule(name, {0: spec}) for name, spec in specs.items()],
+            ranks.ranks,
+            dtype=dtype or commonest_dtype(spec.dtype for spec in specs.values()),
+            layout=self.options.layout,
+        )
+
+
+def plan_extract(
     base: Checkpoint,
     tuned: Checkpoint,
-    out: Path,
     rule: RankRule | str = "energy:0.95",
-    *,
-    max_rank: int = 64,
-    denoise: bool = True,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    base_model: str | None = None,
-    dtype: str | None = None,
-    layout: RankLayout = "uniform",
-    seed: int = 0,
-    force: bool = False,
-    jobs: int | None = None,
-    on_module: Callable[[], None] | None = None,
-) -> ExtractReport:
-    """Write a LoRA of the differences between two checkpoints.
+    options: ExtractOptions | None = None,
+) -> ExtractPlan:
+    """Decide from headers which weights are compared.
 
     Args:
         base: The base model.
         tuned: The fine-tuned model.
-        out: The directory to make.
         rule: How ranks are chosen; energies are of the whole difference.
-        max_rank: Triples computed per weight, and the largest rank.
-        denoise: Cap ranks at the Gavish-Donoho threshold.
-        include: Patterns (`adapters.patterns`) of modules; default: every matrix but embeddings
-            and heads.
-        exclude: Patterns of modules to leave out.
-        base_model: Name of the base model for the config.
-        dtype: safetensors dtype code; default: that of the tuned checkpoint.
-        layout: As for `plan_output`.
-        seed: Of the randomised SVD.
-        force: Replace an adapter directory.
-        jobs: Worker threads.
-        on_module: Called after each weight.
+        options: How much is taken.
 
     Raises:
-        MethodError: If no weight has changed, or none can be extracted.
-        OutputError: If the directory cannot be written.
+        MethodError: If none can be extracted.
     """
-    inputs = [*base.paths, *tuned.paths]
-    check_target(out, force=force, inputs=inputs)
-    names, others = survey(base, tuned, include=include, exclude=exclude)
+    options = options or ExtractOptions()
+    names, others = survey(base, tuned, include=options.include, exclude=options.exclude)
     if not names:
+        some = bool(options.include or options.exclude)
         raise MethodError(
             "the checkpoints have no matrix of the same name and shape"
-            + (" among those to extract" if include or exclude else ""),
-            "check both directories" + (", --include and --exclude" if include or exclude else ""),
+            + (" among those to extract" if some else ""),
+            "check both directories" + (", include and exclude" if some else ""),
         )
-    coverage = [measured(base, tuned, one) for one in others]
-    parts: dict[str, Difference] = {}
-
-    def one(name: str) -> Difference | Coverage:
-        return _difference(base, tuned, name, max_rank, denoise, seed)
-
-    for name, found in zip(names, in_order(one, names, jobs=jobs), strict=True):
-        if isinstance(found, Coverage):
-            coverage.append(found)
-        else:
-            parts[found.spec.name] = found
-            coverage.append(Coverage(name, "extracted", found.relative_change))
-        if on_module:
-            on_module()
-    if not parts:
-        raise MethodError("no weight differs between the checkpoints", "check both directories")
-    plan, capped = _choose(parts, rule, denoise)
-    config = AdapterConfig(
-        base_model=base_model,
-        r=None,
-        target_modules=tuple(sorted(parts)),
-        fan_in_fan_out=any(map(base.is_conv1d, parts)),
-    )
-    specs = {name: part.spec for name, part in parts.items()}
-    output = plan_output(
-        [Adapter("extracted", config, specs, {}, TensorDict({}))],
-        [AlignedModule(name, {0: spec}) for name, spec in specs.items()],
-        plan.ranks,
-        dtype=dtype or commonest_dtype(spec.dtype for spec in specs.values()),
-        layout=layout,
-    )
-    needed = output.num_bytes
-    with atomic_directory(out, force=force, inputs=inputs, needed=needed) as folder:
-        _write(parts, plan, output, folder)
-    ordered = tuple(sorted(coverage, key=lambda c: c.name))
-    return ExtractReport(plan, ordered, capped, str(out), output.num_bytes)
+    return ExtractPlan(base, tuned, tuple(names), tuple(others), rule, options)
 
 
 def _choose(
@@ -230,12 +287,7 @@ def _choose(
 
 
 def _difference(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    name: str,
-    max_rank: int,
-    denoise: bool,
-    seed: int,
+    base: Checkpoint, tuned: Checkpoint, options: ExtractOptions, name: str
 ) -> Difference | Coverage:
     module = name.removesuffix(".weight")
     before, after = base.read(name).float(), tuned.read(name).float()
@@ -245,8 +297,10 @@ def _difference(
         return Coverage(name, "not finite", None)
     if norm == 0:
         return Coverage(name, "unchanged", 0.0)
-    leading = leading_svd(delta, min(max_rank, *delta.shape), seed=seed)
-    cap = noise_rank(delta, leading.s, leading.residual) if denoise else len(leading.s)
+    leading = leading_svd(delta, min(options.max_rank, *delta.shape), seed=options.seed)
+    cap = len(leading.s)
+    if options.denoise:
+        cap = noise_rank(delta, leading.s, leading.residual)
     spec = ModuleSpec(
         name=module,
         form="linear",
@@ -269,19 +323,10 @@ def _difference(
     )
 
 
-def _write(
-    parts: Mapping[str, Difference], plan: RankPlan, output: OutputPlan, folder: Path
-) -> None:
-    with AdapterWriter(folder, output) as writer:
-        for name, part in parts.items():
-            rank = plan.ranks[name]
-            root = part.values[:rank].sqrt().float()
-            up, down = part.u[:, :rank] * root, root[:, None] * part.vh[:rank]
-            writer.add(name, [RankStack.single(up, down)])
-    text = short_card(
+def _card(ranks: RankPlan, output: OutputPlan) -> str:
+    return short_card(
         "An extracted LoRA adapter",
         output.config["base_model_name_or_path"],
-        f"The leading part of the difference between two checkpoints: rule `{plan.rule}`, "
-        f"{100 * plan.energy:.2f} % of the squared difference of {len(parts)} weights.",
+        f"The leading part of the difference between two checkpoints: rule `{ranks.rule}`, "
+        f"{100 * ranks.energy:.2f} % of the squared difference of {len(ranks.modules)} weights.",
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")

@@ -22,7 +22,7 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.identity.expert_layout import fit_to
 from lora_merge.adapters.rank_stack import RankStack
-from lora_merge.errors import AdapterError, MethodError
+from lora_merge.errors import AdapterError, MethodError, OutputError
 from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.cards import code, fused_card, markdown
 from lora_merge.files.checkpoint import Checkpoint, TensorPlace, open_checkpoint
@@ -30,7 +30,8 @@ from lora_merge.files.documents import read_json
 from lora_merge.files.shards import ShardEditor, copy_shard
 from lora_merge.files.tensor_file import DTYPES, refuse_non_finite
 from lora_merge.files.tensor_stream import cast_to
-from lora_merge.printing import Printed, Summary
+from lora_merge.planning import Plan, Progress, counted
+from lora_merge.printing import Report, Summary
 from lora_merge.printing import notes as noted
 from lora_merge.reshape.fuse_targets import Match, Target, match_adapter
 
@@ -51,7 +52,7 @@ _BAND_ENTRIES = 1 << 18
 
 
 @dataclass(frozen=True, repr=False)
-class FuseReport(Printed):
+class FuseReport(Report):
     """What was done.
 
     Attributes:
@@ -85,66 +86,115 @@ class FuseReport(Printed):
                 facts.append((what, f"{len(getattr(self, what))} tensors"))
         return Summary("Fuse report", (*facts, *noted(self.notes)))
 
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per tensor that is not only a changed weight."""
+        what = ("replaced", "added", "untied")
+        return [{"tensor": name, "what": one} for one in what for name in getattr(self, one)]
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return {"schema": 1, **asdict(self)}
 
 
-def fuse(
-    adapter: Adapter,
-    base: Path,
-    out: Path,
-    *,
-    weight: float = 1.0,
-    force: bool = False,
-    on_module: Callable[[], None] | None = None,
-) -> FuseReport:
-    """Write the base model with the adapter in it.
+@dataclass(frozen=True, eq=False, repr=False)
+class FusePlan(Plan[FuseReport]):
+    """An adapter and the base that it fits, and which tensors will change.
+
+    Attributes:
+        adapter: The adapter, its modules named as the base's.
+        base: The base model.
+        match: Which tensor of the base each of the adapter's changes.
+        weight: Multiplies the adapter's deltas and its `lora_bias`.
+    """
+
+    adapter: Adapter
+    base: Checkpoint
+    match: Match
+    weight: float
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
+        return (*self.adapter.notes, *self.match.notes)
+
+    def summary(self) -> Summary:
+        """How many tensors will change."""
+        facts = [("modules", f"{len(self.match.targets)} of {self.base.folder}")]
+        return Summary("Fuse plan", (*facts, *noted(self.notes)))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per weight."""
+        return [{"module": t.module.name, "tensor": t.tensor} for t in self.match.targets]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"schema": 1, "notes": list(self.notes), "modules": self.rows()}
+
+    def run(
+        self,
+        out: Path | None = None,
+        *,
+        force: bool = False,
+        jobs: int | None = None,
+        device: str = "auto",
+        progress: Progress | None = None,
+    ) -> FuseReport:
+        """Write the model; arguments as `Plan.run` has them.
+
+        Raises:
+            AdapterError: If base + delta is beyond the base's dtype.
+            OutputError: If the directory cannot be written; nothing is left behind.
+        """
+        if out is None:
+            raise OutputError("a model is made in a directory, not in memory", "give one")
+        base, match = self.base, self.match
+        new_bytes = sum(prod(shape) * DTYPES[code].itemsize for code, shape in match.new.values())
+        inputs = [base.folder, *base.paths, *self.adapter.files]
+        needed = base.num_bytes + new_bytes
+        step = counted(progress, "fusing", len(match.targets))
+        with atomic_directory(out, force=force, inputs=inputs, needed=needed) as folder:
+            for name in base.other_files():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(base.folder / name, folder / name)
+            places = _copy_shards(base, match, folder)
+            with _Editors(folder, places, match.prefix) as editors:
+                _write_whole_tensors(self.adapter, match, editors)
+                change = _add_deltas(self.adapter, match, editors, self.weight, step)
+            _write_json(base, match, places, folder)
+            notes = (*self.notes, *_copy_tokenizer(self.adapter, folder))
+            card = _card(self.adapter, base, self.weight, notes)
+            (folder / "README.md").write_text(card, "utf-8")
+            num_bytes = sum((folder / shard).stat().st_size for shard in base.shards)
+        return FuseReport(
+            out=str(out),
+            modules=len(match.targets),
+            replaced=tuple(sorted(n for n in match.whole.values() if n in base.tensors)),
+            added=tuple(sorted(set(match.new) - set(match.untied) - match.resized)),
+            untied=tuple(sorted(match.untied)),
+            relative_change=change,
+            num_bytes=num_bytes,
+            notes=notes,
+        )
+
+
+def plan_fuse(adapter: Adapter, base: Path, *, weight: float = 1.0) -> FusePlan:
+    """Find the base's tensors that an adapter changes, from headers alone.
 
     Args:
         adapter: The adapter.
         base: Directory of the base model, in safetensors.
-        out: The directory to make.
         weight: Multiplies the adapter's deltas and its `lora_bias`.
-        force: Replace an existing model or adapter directory.
-        on_module: Called after each module.
 
     Raises:
         SourceError: If the base is no safetensors checkpoint.
-        AdapterError: If the adapter does not fit the base; nothing is written.
+        AdapterError: If the adapter does not fit the base.
         MethodError: If the weight is no finite number.
-        OutputError: If the directory cannot be written; nothing is left behind.
     """
     if not isfinite(weight):
         raise MethodError(f"the weight is {weight}", "give a finite number")
     checkpoint = open_checkpoint(base)
     adapter = fit_to(adapter, {name: place.shape for name, place in checkpoint.tensors.items()})
-    match = match_adapter(adapter, checkpoint)
-    new_bytes = sum(prod(shape) * DTYPES[code].itemsize for code, shape in match.new.values())
-    inputs = [base, *checkpoint.paths, *([adapter.source.weights] if adapter.source else [])]
-    needed = checkpoint.num_bytes + new_bytes
-    with atomic_directory(out, force=force, inputs=inputs, needed=needed) as folder:
-        for name in checkpoint.other_files():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.folder / name, folder / name)
-        places = _copy_shards(checkpoint, match, folder)
-        with _Editors(folder, places, match.prefix) as editors:
-            _write_whole_tensors(adapter, match, editors)
-            change = _add_deltas(adapter, match, editors, weight, on_module)
-        _write_json(checkpoint, match, places, folder)
-        notes = (*adapter.notes, *match.notes, *_copy_tokenizer(adapter, folder))
-        (folder / "README.md").write_text(_card(adapter, checkpoint, weight, notes), "utf-8")
-        num_bytes = sum((folder / shard).stat().st_size for shard in checkpoint.shards)
-    return FuseReport(
-        out=str(out),
-        modules=len(match.targets),
-        replaced=tuple(sorted(n for n in match.whole.values() if n in checkpoint.tensors)),
-        added=tuple(sorted(set(match.new) - set(match.untied) - match.resized)),
-        untied=tuple(sorted(match.untied)),
-        relative_change=change,
-        num_bytes=num_bytes,
-        notes=notes,
-    )
+    return FusePlan(adapter, checkpoint, match_adapter(adapter, checkpoint), weight)
 
 
 def _copy_tokenizer(adapter: Adapter, folder: Path) -> list[str]:
@@ -225,7 +275,7 @@ def _add_deltas(
     match: Match,
     editors: _Editors,
     weight: float,
-    on_module: Callable[[], None] | None,
+    step: Callable[[], None],
 ) -> float:
     """Returns the Frobenius norm of all deltas over that of what they are added to."""
     alignment = align([adapter])
@@ -239,8 +289,7 @@ def _add_deltas(
         if bias is not None and target.bias is not None:
             stored = editors.read(target.bias, 0, bias.numel())
             editors.write(target.bias, 0, stored.double() + bias * weight)
-        if on_module:
-            on_module()
+        step()
     delta, base = squares
     return sqrt(delta / base) if base > 0 else 0.0
 

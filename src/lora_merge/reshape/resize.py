@@ -18,16 +18,16 @@ from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.config import RankLayout
 from lora_merge.adapters.formats.table import format_of
 from lora_merge.adapters.forms import to_matrix
-from lora_merge.adapters.in_memory import MadeAdapter, MemoryWriter
+from lora_merge.adapters.in_memory import MadeAdapter, make
 from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum, require_finite
 from lora_merge.adapters.rank_stack import RankStack
-from lora_merge.adapters.writer import AdapterWriter, OutputPlan, Writer, plan_output
+from lora_merge.adapters.writer import OutputPlan, Writer, plan_output
 from lora_merge.errors import MethodError
-from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.cards import code, short_card
 from lora_merge.files.tensor_file import DTYPES, commonest_dtype
 from lora_merge.linalg.factors import gram, pivot_sign
 from lora_merge.machine.parallel import in_order
+from lora_merge.planning import Plan, Progress, counted
 from lora_merge.printing import Report, Summary
 from lora_merge.ranks.choose import RankPlan
 from lora_merge.reshape.stored_units import keeps_stored_units, split_units
@@ -65,15 +65,23 @@ class ResizeReport(Report):
         plan: The ranks and the rule they came from.
         modules: One entry per module.
         out: The directory written, None for a result in memory.
-        num_bytes: Size of the weights.
-        dtype: safetensors dtype code of the factors.
+        output: What was written: names, headers, size.
     """
 
     plan: RankPlan
     modules: tuple[ResizedModule, ...]
     out: str | None
-    num_bytes: int
-    dtype: str
+    output: OutputPlan
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights."""
+        return self.output.num_bytes
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors dtype code of the factors."""
+        return self.output.dtype
 
     @property
     def truncation(self) -> float:
@@ -112,20 +120,77 @@ class ResizeReport(Report):
         }
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class ResizePlan(Plan[MadeAdapter[ResizeReport]]):
+    """New ranks of an adapter, and what will be written; modules of rank 0 are left out.
+
+    Attributes:
+        adapter: The adapter.
+        spectra: Its spectra, with cores kept.
+        ranks: The new ranks.
+        output: Names and headers of the result.
+    """
+
+    adapter: Adapter
+    spectra: AdapterSpectra
+    ranks: RankPlan
+    output: OutputPlan
+
+    def summary(self) -> Summary:
+        """The ranks, and the size of the result."""
+        size = ("size", f"{self.output.num_bytes:,} bytes, {self.output.dtype}")
+        return Summary("Resize plan", (*self.ranks.summary().facts, size))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per module."""
+        return self.ranks.rows()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"schema": 1, "plan": self.ranks.to_dict(), "bytes": self.output.num_bytes}
+
+    def run(
+        self,
+        out: Path | None = None,
+        *,
+        force: bool = False,
+        jobs: int | None = None,
+        device: str = "auto",
+        progress: Progress | None = None,
+    ) -> MadeAdapter[ResizeReport]:
+        """The adapter with new ranks; arguments as `Plan.run` has them."""
+        step = counted(progress, "writing", len(self.ranks.ranks))
+
+        def fill(writer: Writer) -> ResizeReport:
+            done = _fill(writer, self, jobs, step)
+            said = None if out is None else str(out)
+            return ResizeReport(self.ranks, done, said, self.output)
+
+        return make(
+            self.output,
+            fill,
+            lambda _: {"README.md": _card(self.adapter, self.ranks)},
+            out=out,
+            name=self.adapter.name,
+            force=force,
+            inputs=self.adapter.files,
+        )
+
+
 def plan_resize(
     adapter: Adapter,
     spectra: AdapterSpectra,
-    plan: RankPlan,
+    ranks: RankPlan,
     *,
     dtype: str | None = None,
     layout: RankLayout = "per-module",
-) -> OutputPlan:
-    """What `resize` will write; modules of rank 0 are left out.
+) -> ResizePlan:
+    """Decide names and headers of the result.
 
     Args:
         adapter: The adapter.
         spectra: Its spectra, of all modules, with cores kept.
-        plan: New ranks.
+        ranks: New ranks.
         dtype: safetensors dtype code; default: the one most modules have now.
         layout: "per-module" writes rank_pattern; "uniform" pads with zeros.
 
@@ -134,102 +199,44 @@ def plan_resize(
         MethodError: If every module would be dropped.
     """
     require_finite(spectra)
-    kept = {name: rank for name, rank in plan.ranks.items() if rank > 0}
+    kept = {name: rank for name, rank in ranks.ranks.items() if rank > 0}
     if not kept:
         raise MethodError(
-            f"{adapter.name}: no module would be left", "leave --drop-empty out, or keep more"
+            f"{adapter.name}: no module would be left", "leave drop_empty out, or keep more"
         )
-    biased = [name for name in set(plan.ranks) - set(kept) if adapter.modules[name].key_bias]
+    biased = [name for name in set(ranks.ranks) - set(kept) if adapter.modules[name].key_bias]
     if biased:
         raise MethodError(
             f"{adapter.name}: {min(biased)} has a bias on B, which rank 0 would lose",
-            "leave --drop-empty out",
+            "leave drop_empty out",
         )
-    extras = {name: (e.dtype, e.shape) for name, e in adapter.extras.items()}
-    return plan_output(
+    output = plan_output(
         [adapter],
         [AlignedModule(name, {0: adapter.modules[name]}) for name in kept],
         kept,
         dtype=dtype or commonest_dtype(spec.dtype for spec in adapter.modules.values()),
         layout=layout,
-        extras=extras,
+        extras={name: (e.dtype, e.shape) for name, e in adapter.extras.items()},
         file_format=format_of([adapter]),
     )
-
-
-def resize(
-    adapter: Adapter,
-    spectra: AdapterSpectra,
-    plan: RankPlan,
-    output: OutputPlan,
-    out: Path,
-    *,
-    force: bool = False,
-    jobs: int | None = None,
-    on_module: Callable[[], None] | None = None,
-) -> ResizeReport:
-    """Write the adapter with new ranks; the directory appears when everything is done.
-
-    Args:
-        adapter: The adapter.
-        spectra: Its spectra with cores kept.
-        plan: New ranks.
-        output: From `plan_resize`.
-        out: The directory to make.
-        force: Replace an existing adapter directory.
-        jobs: Worker threads.
-        on_module: Called after each module.
-
-    Raises:
-        OutputError: If the directory cannot be written; nothing is left behind.
-    """
-    source = adapter.source
-    inputs = [path for path in (source.weights, source.config) if path] if source else []
-    needed = output.num_bytes
-    with atomic_directory(out, force=force, inputs=inputs, needed=needed) as folder:
-        with AdapterWriter(folder, output) as writer:
-            done = _fill(writer, adapter, spectra, plan, jobs, on_module)
-        (folder / "README.md").write_text(_card(adapter, plan), encoding="utf-8")
-    return ResizeReport(plan, done, str(out), output.num_bytes, output.dtype)
-
-
-def resize_in_memory(
-    adapter: Adapter,
-    spectra: AdapterSpectra,
-    plan: RankPlan,
-    output: OutputPlan,
-    *,
-    jobs: int | None = None,
-    on_module: Callable[[], None] | None = None,
-) -> MadeAdapter[ResizeReport]:
-    """The adapter with new ranks, and its report; arguments as for `resize`."""
-    writer = MemoryWriter(output)
-    done = _fill(writer, adapter, spectra, plan, jobs, on_module)
-    report = ResizeReport(plan, done, None, output.num_bytes, output.dtype)
-    texts = {"README.md": _card(adapter, plan)}
-    return MadeAdapter.of(writer.adapter(adapter.name), report, texts=texts)
+    return ResizePlan(adapter, spectra, ranks, output)
 
 
 def _fill(
-    writer: Writer,
-    adapter: Adapter,
-    spectra: AdapterSpectra,
-    plan: RankPlan,
-    jobs: int | None,
-    on_module: Callable[[], None] | None,
+    writer: Writer, plan: ResizePlan, jobs: int | None, step: Callable[[], None]
 ) -> tuple[ResizedModule, ...]:
+    adapter = plan.adapter
     cores: dict[str, list[ModuleSpectrum]] = {}
-    for module in spectra.modules:
+    for module in plan.spectra.modules:
         cores.setdefault(module.module, []).append(module)
     done: list[ResizedModule] = []
 
     def one(name: str) -> ResizedModule:
-        return _resize_module(adapter, cores[name], plan, writer.plan, writer)
+        return _resize_module(adapter, cores[name], plan.ranks, writer.plan, writer)
 
-    for result in in_order(one, list(plan.ranks), jobs=jobs):
+    for result in in_order(one, list(plan.ranks.ranks), jobs=jobs):
         done.append(result)
-        if on_module:
-            on_module()
+        step()
     for name in writer.plan.extras:
         writer.add_extra(name, adapter.read_extra(name))
     return tuple(done)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.errors import AdapterError
-from lora_merge.reshape.convert import convert, plan_conversion
+from lora_merge.reshape.convert import plan_conversion
+from lora_merge.reshape.options import ConvertOptions
 
 pytest.importorskip("lycoris", reason="pip install 'lora-merge[oracles]'")
 from lycoris.modules.dylora import DyLoraModule
@@ -146,7 +147,7 @@ def test_a_lokr_cut_as_it_is_read_tells_what_it_lost(tmp_path: Path) -> None:
     path = file_of(module, tmp_path / "a.safetensors")
     adapter = Adapter.from_pretrained(path, rank=5)
     assert adapter.modules["lora_unet_one"].recipe.verdict == "approximate"
-    report = convert(plan_conversion(adapter, rank=5), tmp_path / "out")
+    report = plan_conversion(adapter, ConvertOptions(rank=5)).run(tmp_path / "out").report
     values = torch.linalg.svdvals(merged_delta(module))
     assert report.error == pytest.approx(float(values[5:].norm() / values.norm()), rel=1e-5)
     best = our_delta(Adapter.from_pretrained(tmp_path / "out"))

@@ -19,7 +19,8 @@ from lora_merge.adapters.config import read_config
 from lora_merge.errors import AdapterError
 from lora_merge.files.checkpoint import open_checkpoint
 from lora_merge.files.tensor_file import SafetensorsFile, TensorDict
-from lora_merge.reshape.convert import convert, plan_conversion
+from lora_merge.reshape.convert import plan_conversion
+from lora_merge.reshape.options import ConvertOptions
 
 WIDTH, HEIGHT = 24, 36
 
@@ -197,7 +198,7 @@ def test_full_rank_is_refused_unless_it_is_asked_for(name: str, tmp_path: Path) 
     adapter = opened(tmp_path, rank=1 << 30)
     for module, delta in our_deltas(adapter).items():
         torch.testing.assert_close(delta, theirs[module], rtol=1e-4, atol=1e-5)
-    report = convert(plan_conversion(adapter, rank=3), tmp_path / "out")
+    report = plan_conversion(adapter, ConvertOptions(rank=3)).run(tmp_path / "out").report
     values = {m: torch.linalg.svdvals(d.double()) for m, d in theirs.items()}
     lost = sum(float(v[3:].square().sum()) for v in values.values())
     total = sum(float(v.square().sum()) for v in values.values())

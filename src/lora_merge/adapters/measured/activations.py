@@ -17,7 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lora_merge.adapters.access.coerce import AdaptersLike, open_adapters
+from lora_merge.adapters.access.adapter_like import AdaptersLike
+from lora_merge.adapters.access.coerce import open_adapters
 from lora_merge.adapters.alignment import Alignment, align, read_stacks
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.arguments import checked

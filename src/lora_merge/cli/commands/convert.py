@@ -1,19 +1,15 @@
 """`lora-merge convert`: from any dialect to any file format."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_merge.cli.shared.options import force_option, json_option, open_options
+from lora_merge.api.arguments.reshaping import Convert
+from lora_merge.cli.shared.fields import options_of
+from lora_merge.cli.shared.options import OUT, dry_run_option, json_option, take_out
 
 if TYPE_CHECKING:
     from lora_merge.reshape.convert import ConvertReport
-
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_FORMATS = ("peft", "kohya", "diffusers", "comfyui", "mlx")
-# Opens deltas of full rank whole; the energy decides what is kept of them.
-_WHOLE = 1 << 30
 
 
 @click.command(
@@ -28,81 +24,26 @@ Examples:
     short_help="An adapter of any form in the format of another tool.",
 )
 @click.argument("adapter")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory to make.")
-@click.option("--to", type=click.Choice(_FORMATS), help="[default: its own, or peft]")
-@click.option(
-    "--base",
-    type=click.Path(path_type=Path, exists=True),
-    help="Base model's directory, for forms and names that depend on it.",
-)
-@click.option("--rank", type=click.IntRange(min=1), help="Cut every delta at this rank.")
-@click.option(
-    "--energy",
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Cut every delta where this share of its squared norm is kept.",
-)
-@click.option("--component", help="Part of a pipeline that PEFT's names belong to: unet, ...")
-@click.option("--pipeline", help="Rename by diffusers' converter: StableDiffusionXL, Flux, ...")
-@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="[default: the adapter's]")
-@force_option("an adapter directory")
-@click.option("--dry-run", is_flag=True, help="Plan from the headers, write nothing.")
-@open_options
+@options_of(Convert, about=OUT)
+@dry_run_option
 @json_option
-def command(
-    adapter: str,
-    out: Path | None,
-    to: str | None,
-    base: Path | None,
-    rank: int | None,
-    energy: float | None,
-    component: str | None,
-    pipeline: str | None,
-    dtype: str | None,
-    force: bool,
-    dry_run: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def command(adapter: str, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Write ADAPTER in another format: exactly where its form is low-rank.
 
     Forms of full rank (DoRA, OFT, IA3 ...) need --rank or --energy, and the error is told.
     """
-    if rank is not None and energy is not None:
-        raise click.UsageError("give --rank or --energy, not both")
-    if out is None and not dry_run:
-        raise click.UsageError("missing option '-o' (or --dry-run)")
-    from lora_merge.cli.shared.open import check_out, open_single
+    take_out(given, dry_run)
+    import lora_merge
+    from lora_merge.cli.shared.api import run_shown, show_notes
     from lora_merge.cli.shared.output import Output
-    from lora_merge.files.checkpoint import open_checkpoint
-    from lora_merge.reshape.convert import convert, plan_conversion
 
     output = Output(as_json)
-    if out is not None and not dry_run:
-        check_out(out, adapter, force=force)
-    cut = _WHOLE if energy is not None else rank
-    opened = open_single(adapter, base=base, rank=cut, **options)
-    model = None if base is None else open_checkpoint(base)
-    if pipeline is not None:
-        from lora_merge.reshape.diffusers_names import through_diffusers
-
-        opened = through_diffusers(opened, pipeline, base=model)
-    plan = plan_conversion(
-        opened,
-        to=to,
-        component=component,
-        base=model,
-        rank=rank,
-        energy=energy,
-        dtype=_DTYPES[dtype] if dtype else None,
-    )
-    for note in opened.notes:
-        output.note(note)
-    if dry_run or out is None:
+    if dry_run:
+        plan = lora_merge.plan_convert(adapter, **given)
+        show_notes(output, plan)
         report = plan.report()
-        output.data(report.to_dict(), *_view(report))
-        return
-    with output.progress("converting", len(plan.ranks)) as advance:
-        report = convert(plan, out, force=force, on_module=advance)
+    else:
+        report = run_shown(output, lora_merge.convert, adapter, **given).report
     output.data(report.to_dict(), *_view(report))
 
 

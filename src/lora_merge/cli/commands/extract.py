@@ -1,17 +1,16 @@
 """`lora-merge extract`: a LoRA from two full checkpoints."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_merge.cli.shared.options import force_option, json_option
+from lora_merge.api.arguments.reshaping import Extract
+from lora_merge.cli.shared.fields import options_of
+from lora_merge.cli.shared.options import OUT, dry_run_option, json_option, take_out
 from lora_merge.cli.shared.rule_options import rule_options, take_rule
 
 if TYPE_CHECKING:
     from lora_merge.reshape.extract import ExtractReport
-
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @click.command(
@@ -22,50 +21,32 @@ Examples:
 """,
     short_help="A LoRA from a model and its fine-tuned version.",
 )
-@click.option("--base", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--tuned", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="To make.")
+@options_of(Extract, only=("base", "tuned", "out"), about=OUT)
 @rule_options
-@click.option("--max-rank", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--no-denoise", is_flag=True, help="Do not cap ranks at the noise threshold.")
-@click.option("--include", multiple=True, metavar="GLOB", help="Modules to extract. Repeatable.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Modules to leave out.")
-@click.option("--base-name", help="Name of the base model for the adapter's config.")
-@click.option("--uniform/--per-module", default=True, help="Pad all modules to one rank, or not.")
-@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="[default: the tuned model's]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the randomised SVD.")
-@force_option("an adapter directory")
+@options_of(
+    Extract,
+    without=("base", "tuned", "out"),
+    about={"layout": "write rank_pattern instead of padding to one rank"},
+)
+@dry_run_option
 @json_option
-def command(as_json: bool, **arguments: Any) -> None:
+def command(dry_run: bool, as_json: bool, **given: Any) -> None:
     """Write the leading part of every weight's difference between two checkpoints as a LoRA.
 
     What is not extracted (norms, biases, embeddings, resized or new tensors) is reported.
     """
-    rule = take_rule(arguments)
-    from lora_merge.cli.shared.open import check_out
+    rule = take_rule(given)
+    take_out(given, dry_run)
+    import lora_merge
+    from lora_merge.cli.shared.api import run_shown
     from lora_merge.cli.shared.output import Output
-    from lora_merge.files.checkpoint import open_checkpoint
-    from lora_merge.reshape.coverage import survey
-    from lora_merge.reshape.extract import extract
 
     output = Output(as_json)
-    check_out(arguments["out"], arguments["base"], arguments["tuned"], force=arguments["force"])
-    base, tuned = open_checkpoint(arguments.pop("base")), open_checkpoint(arguments.pop("tuned"))
-    names, _ = survey(base, tuned, include=arguments["include"], exclude=arguments["exclude"])
-    dtype = arguments.pop("dtype")
-    with output.progress("extracting", len(names)) as advance:
-        report = extract(
-            base,
-            tuned,
-            arguments.pop("out"),
-            rule,
-            dtype=_DTYPES[dtype] if dtype else None,
-            layout="uniform" if arguments.pop("uniform") else "per-module",
-            denoise=not arguments.pop("no_denoise"),
-            base_model=arguments.pop("base_name") or base.folder.name,
-            on_module=advance,
-            **arguments,
-        )
+    if dry_run:
+        plan = lora_merge.plan_extract(rule=rule, **given)
+        output.data(plan.to_dict(), str(plan.summary()))
+        return
+    report = run_shown(output, lora_merge.extract, rule=rule, **given).report
     output.data(report.to_dict(), _view(report, output.width, output.plain))
 
 

@@ -4,14 +4,16 @@ Name, kind, choices, limits, default and help are those of its fields (`lora_mer
 so that a command can neither lag behind the library nor contradict it.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
 from lora_merge.cli.shared.options import together
-from lora_merge.options import bare_type
+from lora_merge.options import bare_type, is_shown, said_of, sentence
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,21 +33,19 @@ def options_of(
         only: The fields to show; default: all.
         without: Fields to leave out.
         unset: What is not given is None (flags: False); the field's default is shown all the same.
-        about: Help texts that say more on a command line than the field's own.
+        about: Help texts that a command line has in the place of the field's own.
     """
     shown = [
-        _option(spec.name, spec.type, spec.default, spec.metadata, unset, (about or {}))
+        _option(spec.name, spec.type, spec.default, said_of(spec), unset, (about or {}))
         for spec in fields(kind)
-        if "about" in spec.metadata
-        and spec.name not in without
-        and (only is None or spec.name in only)
+        if is_shown(spec) and spec.name not in without and (only is None or spec.name in only)
     ]
     return together(*shown)
 
 
 def names_of(kind: type[Any]) -> tuple[str, ...]:
     """The names of the fields that `options_of` shows."""
-    return tuple(spec.name for spec in fields(kind) if "about" in spec.metadata)
+    return tuple(spec.name for spec in fields(kind) if is_shown(spec))
 
 
 def _option(
@@ -56,31 +56,52 @@ def _option(
     unset: bool,
     about: Mapping[str, str],
 ) -> Callable[[F], F]:
-    flag, kind = "--" + name.replace("_", "-"), bare_type(kind)
-    text = about.get(name, str(metadata["about"]))
-    first = text.split()[0]
-    text = (text[:1].upper() + text[1:] if first.isalpha() else text).rstrip(".") + "."
+    flags = metadata["flags"] or ("--" + name.replace("_", "-"),)
+    kind, is_path = bare_type(kind), _is_path(kind)
+    text = sentence(about.get(name, str(metadata["about"])))
     if kind is bool:
         if default is False:
-            return click.option(flag, is_flag=True, help=text)
+            return click.option(*flags, name, is_flag=True, help=text)
         return click.option(
-            f"{flag}/--no-{flag[2:]}",
+            f"{flags[0]}/--no-{flags[0][2:]}",
+            name,
             default=None if unset else default,
             show_default=not unset,
             help=f"{text}  [default: yes]" if unset else text,
         )
-    shown = None if unset else default
-    words = default if unset else metadata.get("unset")
-    if shown is None and words not in (None, ""):
+    if metadata.get("switch"):
+        (other,) = (choice for choice in get_args(kind) if choice != default)
+        return click.option(f"--{other}", name, flag_value=other, default=default, help=text)
+    needed = metadata.get("needed", False)
+    shown = None if unset or needed or default == () else default
+    words = default if unset else "" if name in about else metadata.get("unset")
+    if shown is None and words not in (None, "", ()):
         text = f"{text}  [default: {words}]"
     return click.option(
-        flag, type=_type(kind, metadata), default=shown, show_default=shown is not None, help=text
+        *flags,
+        name,
+        type=click.Path(path_type=Path) if is_path else _type(kind, metadata),
+        multiple=default == (),
+        required=needed,
+        default=shown,
+        show_default=shown is not None,
+        metavar=metadata["metavar"],
+        help=f"{text[:-1]}; repeatable." if default == () and "epeat" not in text else text,
     )
+
+
+def _is_path(kind: Any) -> bool:
+    """Whether a field holds a path: of its type, or as text."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    return any(part is Path or get_origin(part) is PathLike for part in get_args(kind) or (kind,))
 
 
 def _type(kind: Any, limits: Mapping[str, Any]) -> Any:
     if get_origin(kind) is Literal:
         return click.Choice(get_args(kind))
+    if get_origin(kind) is Sequence:
+        kind = get_args(kind)[0]
     if kind not in (int, float):
         return kind
     low, high = limits.get("low"), limits.get("high")

@@ -18,6 +18,20 @@ bases_option = click.option(
 )
 
 
+OUT = {"out": "directory to make"}  # commands that have --dry-run: nothing stays in memory
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Show what would be made, write nothing."
+)
+
+
+def take_out(given: dict[str, Any], dry_run: bool) -> None:
+    """Refuse a run without -o; a dry run needs neither it nor --force."""
+    if dry_run:
+        del given["out"], given["force"]
+    elif given["out"] is None:
+        raise click.UsageError("missing option '-o' (or --dry-run)")
+
+
 def force_option(what: str) -> Callable[[F], F]:
     """`--force`, which replaces an output that is there and does nothing else."""
     return click.option("--force", is_flag=True, help=f"Replace {what} that is there.")

@@ -44,7 +44,7 @@ def plan_view(plan: RankPlan, *, width: int, plain: bool, each: bool) -> Rendera
     return Group(*parts)
 
 
-def output_view(plan: RankPlan, output: OutputPlan) -> RenderableType:
+def output_view(output: OutputPlan) -> RenderableType:
     """What the file will be, and what loaders need to know about it."""
     largest = int(output.config["r"])
     slots = next((r for r in _VLLM_RANKS if r >= largest), None)
@@ -59,7 +59,7 @@ def output_view(plan: RankPlan, output: OutputPlan) -> RenderableType:
     return Text("\n".join(lines))
 
 
-def report_view(report: ResizeReport, output: OutputPlan) -> RenderableType:
+def report_view(report: ResizeReport) -> RenderableType:
     """What was written and how far it is from the original."""
     plan = report.plan
     total = sqrt(report.truncation**2 + report.cast**2)
@@ -71,7 +71,7 @@ def report_view(report: ResizeReport, output: OutputPlan) -> RenderableType:
         f"relative error {_percent(total)} = truncation {_percent(report.truncation)}, "
         f"rounding to {report.dtype} {_percent(report.cast)}\n"
     )
-    return Group(text, output_view(plan, output), Text(f"wrote {report.out}"))
+    return Group(text, output_view(report.output), Text(f"wrote {report.out}"))
 
 
 def rank_map(plan: RankPlan, width: int) -> RenderableType:

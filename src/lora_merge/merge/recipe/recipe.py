@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from lora_merge.adapters.config import RankLayout
 from lora_merge.errors import LoraMergeError
+from lora_merge.files.header import DTypeName
 from lora_merge.options import option
 
 RECIPE_NAME = "lora_merge.yaml"
@@ -20,7 +21,6 @@ Normalize = Literal["none", "sum", "abs-sum"]
 RestoreNorm = Literal["none", "mean", "weighted-mean"]
 Smooth = Literal["none", "flat", "linear"]
 Anchor = Literal["stacks", "deltas"]
-DType = Literal["float32", "float16", "bfloat16", "float64"]
 ExtrasPolicy = Literal["average", "first", "drop", "error"]
 
 
@@ -121,7 +121,7 @@ class Recipe(Semantics):
     parameters: dict[str, Any] = field(default_factory=dict)
     statistics: str | None = option(None, "file of collect_statistics, for methods that need one")
     seed: int = option(0, "seed of all randomness")
-    dtype: DType | None = option(None, "dtype of the result", unset="the inputs'")
+    dtype: DTypeName | None = option(None, "dtype of the result", unset="the inputs'")
     ranks: RankLayout = option(
         "uniform",
         "pad all modules to one rank, or write rank_pattern (vLLM and llama.cpp ignore it)",

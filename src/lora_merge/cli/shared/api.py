@@ -1,0 +1,45 @@
+"""Call a public function from a command, with progress and notes shown."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_merge.cli.shared.output import Output
+    from lora_merge.planning import Plan, Progress
+
+
+@contextmanager
+def shown_progress(output: "Output") -> "Iterator[Progress]":
+    """A bar for each part of the work; what to call after each step."""
+    with ExitStack() as bars:
+        steps: dict[str, Callable[[], None]] = {}
+
+        def advance(what: str, total: int) -> None:
+            if what not in steps:
+                bars.close()
+                steps[what] = bars.enter_context(output.progress(what, total))
+            steps[what]()
+
+        yield advance
+
+
+def show_notes(output: "Output", report: Any, shown: Sequence[str] = ()) -> None:
+    """What a plan or report says that was not shown yet."""
+    for note in getattr(report, "notes", ()):
+        if note not in shown:
+            output.note(note)
+
+
+def run_shown(output: "Output", function: Callable[..., Any], *given: Any, **more: Any) -> Any:
+    """What a function that plans and runs makes; notes and progress are shown."""
+    notes: list[str] = []
+
+    def show(plan: "Plan[Any]") -> None:
+        show_notes(output, plan)
+        notes.extend(plan.notes)
+
+    with shown_progress(output) as progress:
+        made = function(*given, **more, on_plan=show, progress=progress)
+    show_notes(output, getattr(made, "report", made), notes)
+    return made
