@@ -1,0 +1,81 @@
+"""Arguments of what looks at adapters: info, spectra, compare, report."""
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from lora_merge.adapters.access.opening import OpenOptions
+from lora_merge.api.arguments.writing import Folder, Telling
+from lora_merge.options import Needed, argument, option
+
+if TYPE_CHECKING:
+    from lora_merge.adapters.access.adapter_like import AdaptersLike
+
+ADAPTER = "one adapter, as `open_adapter` takes it"
+ADAPTERS = "the adapters, as `open_adapters` takes them"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleOptions:
+    """Which modules are looked at."""
+
+    modules: Sequence[str] = option(
+        (),
+        "only modules that match one of these patterns",
+        flags=("--module",),
+        metavar="GLOB",
+    )
+    jobs: int | None = argument(None, "worker threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseNames:
+    """Whether adapters may differ in what they say of their base model."""
+
+    accept_base_models: bool = option(False, "accept adapters that name different base models")
+
+
+@dataclass(frozen=True)
+class Info(Telling, OpenOptions):
+    """Arguments of `info`."""
+
+    adapter: Annotated["AdaptersLike", Needed(ADAPTER)]
+
+
+@dataclass(frozen=True)
+class Spectra(Telling, OpenOptions, ModuleOptions):
+    """Arguments of `spectra`."""
+
+    adapter: Annotated["AdaptersLike", Needed(ADAPTER)]
+    _: KW_ONLY
+    keep_cores: bool = argument(
+        False, "keep each module's r x r SVD, from which any truncation follows"
+    )
+
+
+@dataclass(frozen=True)
+class BesideBase(Telling, OpenOptions, ModuleOptions):
+    """Arguments of `spectra_beside_base`."""
+
+    adapter: Annotated["AdaptersLike", Needed(ADAPTER)]
+    base: Annotated[Folder, Needed("directory of the base model, in safetensors")]
+    _: KW_ONLY
+    intruders: bool = option(False, "count intruder dimensions (arXiv 2410.21228), too")
+
+
+@dataclass(frozen=True)
+class Compare(Telling, OpenOptions, BaseNames, ModuleOptions):
+    """Arguments of `compare`."""
+
+    adapters: Annotated["AdaptersLike", Needed(ADAPTERS)]
+    _: KW_ONLY
+    angles: bool = argument(False, "keep every module's principal cosines, not only the largest")
+    seed: int = option(0, "of the sampled sign conflicts")
+
+
+@dataclass(frozen=True)
+class Report(Telling, OpenOptions, BaseNames, ModuleOptions):
+    """Arguments of `report`."""
+
+    adapters: Annotated["AdaptersLike", Needed(ADAPTERS)]
+    out: Folder = option("report.html", "page to make", flags=("-o", "--out"))
