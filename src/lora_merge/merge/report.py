@@ -1,7 +1,7 @@
 """What a merge did to each module, measured from Grams; plain data, nothing printed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from math import sqrt
 from typing import Any
 
@@ -50,7 +50,8 @@ class ModuleReport:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return {
-            **asdict(self),
+            # Not asdict: it copies the members of every cluster, a tenth of a small merge's time.
+            **{spec.name: getattr(self, spec.name) for spec in fields(self)},
             "retained_energy": self.retained,
             "relative_error": ratio(self.error_norm, self.exact_norm),
             "norm_ratio": ratio(self.norm, self.exact_norm),

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
-from lora_merge.linalg.factors import gram
 from lora_merge.linalg.kmeans import kmeans
 from lora_merge.merge.methods.lego_options import LegoOptions
 from lora_merge.merge.methods.method import Job, Outcome
@@ -31,13 +30,13 @@ class LegoResult:
         stack: k units, all with owner 0.
         labels: Cluster of each source unit, int64, shape (R,).
         mixes: Coefficients of the centroids' halves in the source units, float64, (down, up), each
-            (k, R); None where the source units were replaced first (`canonical`).
-        source: The units that were clustered.
+            (k, R).
+        source: The units that were clustered: the stack's own, or what replaced them (`canonical`).
     """
 
     stack: RankStack
     labels: Tensor
-    mixes: tuple[Tensor, Tensor] | None
+    mixes: tuple[Tensor, Tensor]
     source: RankStack
 
     @property
@@ -92,8 +91,7 @@ def lego(
         reference = mean_rank if options.reweight_output == "single" else stack.num_units
         scale = scale * sqrt(reference / k)
     owner = torch.zeros(k, dtype=torch.int64, device=labels.device)
-    mixes = None if options.canonical else (down_mix, up_mix)
-    return LegoResult(RankStack(down, up, scale, owner), labels, mixes, stack)
+    return LegoResult(RankStack(down, up, scale, owner), labels, (down_mix, up_mix), stack)
 
 
 def lego_units(stack: RankStack, job: Job, options: LegoOptions) -> Outcome:
@@ -101,18 +99,31 @@ def lego_units(stack: RankStack, job: Job, options: LegoOptions) -> Outcome:
     weighted = stack.weighted(job.weights)
     rank = min(job.rank or stack.num_units, stack.num_units)
     result = lego(weighted, rank, options=options, rng=job.rng())
-    clusters = members_of(result.source, result.labels, result.stack)
-    details = {"cluster_sizes": result.cluster_sizes, "clusters": clusters}
-    return Outcome(result.stack, details, mixes=result.mixes)
+    details = {"cluster_sizes": result.cluster_sizes, "clusters": _members(result)}
+    return Outcome(result.stack, details, mixes=result.mixes if result.source is weighted else None)
 
 
-def members_of(units: RankStack, labels: Tensor, result: RankStack) -> list[list[list[Any]]]:
+def _members(result: LegoResult) -> list[list[list[Any]]]:
+    """`members_of` from the source's Grams: no vector of the model's width is touched again."""
+    (down_mix, up_mix), source, scale = result.mixes, result.source, result.stack.scale
+    down, up = down_mix @ source.gram_down, up_mix @ source.gram_up
+    squares = (down * down_mix).sum(dim=1) * (up * up_mix).sum(dim=1)
+    norms = (source.gram_up.diagonal() * source.gram_down.diagonal()).clamp_min(0).sqrt()
+    lengths = squares.clamp_min(0).sqrt() * scale.abs()
+    return members_of(source, result.labels, (down * up).mT * scale, norms, lengths)
+
+
+def members_of(
+    units: RankStack, labels: Tensor, products: Tensor, norms: Tensor, lengths: Tensor
+) -> list[list[list[Any]]]:
     """For each unit of a result, who went into it and what is left of that.
 
     Args:
         units: The units that were clustered.
         labels: Cluster of each, int64, shape (R,); cluster c is unit c of the result.
-        result: The merged units.
+        products: <unit j without its scale, unit c of the result>, float64, shape (R, k).
+        norms: Norm of each unit without its scale, shape (R,).
+        lengths: Norm of each unit of the result, shape (k,).
 
     Returns:
         For each unit of the result its members as [adapter, which of its units, sign, cosine with
@@ -120,17 +131,13 @@ def members_of(units: RankStack, labels: Tensor, result: RankStack) -> list[list
         adapter's energy that the member is].
     """
     labels = labels.to(units.scale.device)
-    products = gram(units.up.mT, result.up.mT) * gram(units.down, result.down) * result.scale
-    norms = (units.gram_up.diagonal() * units.gram_down.diagonal()).clamp_min(0).sqrt()
-    lengths = (result.gram_up.diagonal() * result.gram_down.diagonal()).clamp_min(0).sqrt()
-    lengths = lengths * result.scale.abs()
     own = products.gather(1, labels[:, None])[:, 0] * units.scale.sign()
     alike = own / (norms * lengths[labels]).clamp_min(1e-300)
     kept = products.sum(dim=1) / (units.scale * norms.square())
     energy = units.scale.square() * norms.square()
     total = energy.new_zeros(max(units.adapters, default=0) + 1)
     share = energy / total.index_add_(0, units.owner, energy)[units.owner].clamp_min(1e-300)
-    clusters: list[list[list[Any]]] = [[] for _ in range(result.num_units)]
+    clusters: list[list[list[Any]]] = [[] for _ in range(len(lengths))]
     seen: dict[int, int] = {}
     for j, owner in enumerate(units.owner.tolist()):
         place = seen[owner] = seen.get(owner, -1) + 1

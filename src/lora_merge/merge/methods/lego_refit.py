@@ -81,7 +81,9 @@ def lego_refit(stack: RankStack, job: Job, options: LegoRefitOptions) -> Outcome
     result = RankStack.single(up, down)
     energy = _energy_kept(target, up, down) if options.beta == 0 else 1.0
     sizes = torch.bincount(found.labels, minlength=count).tolist()
-    clusters = members_of(parts, found.labels, result)
+    products = (parts.up.mT @ up) * (parts.down @ down.mT)
+    lengths = up.norm(dim=0) * down.norm(dim=1)
+    clusters = members_of(parts, found.labels, products, torch.ones_like(size), lengths)
     return Outcome(
         place.lift(result), {"cluster_sizes": sizes, "clusters": clusters}, energy=energy
     )

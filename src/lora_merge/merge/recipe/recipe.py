@@ -4,7 +4,7 @@ Plain data alone is imported here: the commands make their options from these fi
 must not import torch.
 """
 
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from lora_merge.adapters.config import RankLayout
@@ -138,7 +138,8 @@ class Recipe(Semantics):
         """The recipe as YAML; what is not set is left out."""
         import yaml  # here: a third of the time that `--help` takes
 
-        data = {name: value for name, value in asdict(self).items() if name not in _FIRST}
+        names = [spec.name for spec in fields(self) if spec.name not in _FIRST]
+        data = {name: getattr(self, name) for name in names}
         first = {name: getattr(self, name) for name in _FIRST}
         data = {**first, **data, "adapters": [_non_defaults(item) for item in self.adapters]}
         data["rename"] = list(self.rename) or None
