@@ -111,8 +111,9 @@ class _Catch:
         low, high = self.bracket.low, self.bracket.high
         if part.device.type == "cpu":
             values = part.numpy()  # comparing and picking is five times faster than in torch
-            above = int(np.count_nonzero(values > high))
-            inside = values[(values >= low) & (values <= high)]
+            beyond = values > high
+            above = int(np.count_nonzero(beyond))
+            inside = values[np.not_equal(values >= low, beyond, out=beyond)]
         else:
             above = int(part.gt(high).count_nonzero())
             inside = part[part.ge(low).logical_and_(part.le(high))].cpu().numpy()

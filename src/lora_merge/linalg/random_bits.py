@@ -33,9 +33,14 @@ def mask_key(seed: int, module: str, adapter: str) -> int:
 
 
 def random_bits(
-    key: int, row: int, shape: tuple[int, int], *, device: torch.device | str = "cpu"
+    key: int,
+    row: int,
+    shape: tuple[int, int],
+    *,
+    column: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Uniform 32-bit patterns for rows `row`, `row + 1`, ... of a matrix, as int32.
+    """Uniform 32-bit patterns for a part of a matrix, as int32.
 
     Row and column are hashed apart with 64-bit mixes (SplitMix64), which is cheap because there are
     few of them, joined by exclusive or, and mixed again entry by entry with two rounds of
@@ -43,8 +48,9 @@ def random_bits(
 
     Args:
         key: From `mask_key`.
-        row: Index of the first row in the whole matrix.
+        row: Index of the part's first row in the whole matrix.
         shape: (rows, columns).
+        column: Index of its first column.
         device: Where to compute; the bits do not depend on it.
 
     Returns:
@@ -53,7 +59,7 @@ def random_bits(
     """
     rows, columns = shape
     row_hash = _hash64(row, rows, key ^ _ROW_SALT, device)
-    column_hash = _hash64(0, columns, key ^ _COLUMN_SALT, device)
+    column_hash = _hash64(column, columns, key ^ _COLUMN_SALT, device)
     bits = torch.bitwise_xor(row_hash[:, None], column_hash[None, :])
     if bits.device.type == "cpu":
         _mix_numpy(bits.numpy().view(np.uint32))

@@ -63,6 +63,23 @@ def test_any_block_height_gives_the_bits_of_the_whole_matrix(
     assert (streamed.norm, streamed.retained) == (whole.norm, whole.retained)
 
 
+@pytest.mark.parametrize("compat", COMPATS)
+@pytest.mark.parametrize("name", rule_names())
+@pytest.mark.parametrize("columns", [7, 32])
+def test_tiles_give_the_result_of_the_dense_deltas(name, compat, columns, monkeypatch):
+    for module in ("bands", "delta"):
+        monkeypatch.setattr(
+            f"lora_merge.merge.elementwise.{module}.tile_columns", lambda *_: columns
+        )
+    stack = random_stack(d_out=75, d_in=33)
+    merged = merge_delta(stack, rule_of(name, compat), WEIGHTS, rank=None, keys=KEYS)
+    expected = merge_tensor(rule_of(name, compat), deltas(stack), WEIGHTS, keys=KEYS)
+    torch.testing.assert_close(merged.stack.delta(), expected)
+    cut = merge_delta(stack, rule_of(name, compat), WEIGHTS, rank=4, keys=KEYS, keep_bytes=0)
+    kept = torch.linalg.svdvals(expected)[:4].square().sum() / expected.square().sum()
+    assert cut.retained == pytest.approx(float(kept), abs=1e-4)
+
+
 @pytest.mark.parametrize("name", ["ties", "dare", "breadcrumbs", "sce"])
 @pytest.mark.parametrize("rank", [1, 6, 20])
 def test_the_cut_is_the_best_there_is_and_its_residual_exact(name, rank):

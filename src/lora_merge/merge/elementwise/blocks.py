@@ -9,14 +9,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Some rows of n adapters' tensors; adapters of weight 0 are left out.
+    """A tile of n adapters' tensors; adapters of weight 0 are left out.
 
     Attributes:
-        x: Entries, float32 or float64, shape (n, rows, columns). Not changed.
+        x: Entries, float32 or float64, shape (n, rows, columns). Not changed by who gets it, and
+            only there until the next block comes: its memory is used again.
         weights: Weight of each of the n adapters.
         keys: Mask key of each (`masks.mask_key`); unused by rules that draw nothing.
         owners: Index of each in the whole merge, 0 <= owner < N; decides whose statistics apply.
         row: Index of the first row in the whole tensor.
+        column: Index of the first column; 0 and all columns for rules that rank within rows.
     """
 
     x: Tensor
@@ -24,6 +26,7 @@ class Block:
     keys: tuple[int, ...]
     owners: tuple[int, ...]
     row: int = 0
+    column: int = 0
 
 
 # Calls its argument with every block, in any order, perhaps from several threads; the same blocks

@@ -15,9 +15,16 @@ from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
+from lora_merge.linalg.factors import thin_qr
 from lora_merge.linalg.random_bits import mask_key, random_bits
 from lora_merge.linalg.range_finder import leading_svd_in_bands
-from lora_merge.merge.elementwise.bands import BAND_ROWS, band_rows, blocks_of
+from lora_merge.merge.elementwise.bands import (
+    BAND_ROWS,
+    TILE_BYTES,
+    band_rows,
+    blocks_of,
+    tile_columns,
+)
 from lora_merge.merge.elementwise.blocks import Block, Statistics, in_turn
 from lora_merge.merge.elementwise.combine import combine, measure
 from lora_merge.merge.elementwise.rule import Rule
@@ -87,7 +94,8 @@ def merge_delta(
         stack = stack.units(present.to(stack.owner.device))
     blocks = blocks_of(stack, weights, keys=keys, block_rows=block_rows, rule=rule)
     whole = None
-    if stack.d_out <= min(band_rows(stack), block_rows or stack.d_out):
+    one_block = stack.d_in <= tile_columns(stack, len(stack.adapters)) or rule.needs_rows
+    if one_block and stack.d_out <= min(band_rows(stack), block_rows or stack.d_out):
         held = tuple(blocks())  # one block, or none of a core without directions: made only once
         blocks = partial(iter, held)
         whole = held[0] if held else None
@@ -108,10 +116,10 @@ def merge_delta(
 def working_bytes(d_out: int, d_in: int, count: int) -> int:
     """About how much memory `merge_delta` takes beyond the stack, for so many adapters.
 
-    The merged delta if it is kept, and a band of each adapter with the copies that are made of it.
+    The merged delta if it is kept, and a tile of each adapter with the copies that are made of it.
     """
-    rows = min(BAND_ROWS["cpu"], d_out)
-    return min(4 * d_out * d_in, KEEP_BYTES) + 4 * count * rows * d_in * 4
+    tile = min(4 * count * min(BAND_ROWS["cpu"], d_out) * d_in, TILE_BYTES)
+    return min(4 * d_out * d_in, KEEP_BYTES) + 2 * tile
 
 
 class _Merged:
@@ -144,18 +152,26 @@ class _Merged:
     def matrix(self) -> Tensor:
         """The whole merged delta."""
         whole = self.stack.up.new_empty(self.stack.d_out, self.stack.d_in)
-        for block in self.blocks():
-            merged = combine(self.rule, block, self.statistics)
-            whole[block.row : block.row + merged.shape[0]] = merged
+        for row, rows in self._rows():
+            whole[row : row + rows.shape[0]] = rows
         return whole
+
+    def _rows(self) -> Iterator[tuple[int, Tensor]]:
+        """The merged rows of one block after the other, put together from its tiles."""
+        tiles: list[Tensor] = []
+        for block in self.blocks():
+            tiles.append(combine(self.rule, block, self.statistics))
+            if block.column + block.x.shape[2] == self.stack.d_in:
+                yield block.row, torch.cat(tiles, dim=1)
+                tiles = []
 
     def _bands(self) -> Iterator[tuple[int, Tensor]]:
         """Blocks regrouped into bands of fixed height."""
         waiting: list[Tensor] = []
         row = held = 0
-        for block in self.blocks():
-            waiting.append(combine(self.rule, block, self.statistics))
-            held += waiting[-1].shape[0]
+        for _, merged in self._rows():
+            waiting.append(merged)
+            held += merged.shape[0]
             if held < self.step and row + held < self.stack.d_out:
                 continue
             rows = torch.cat(waiting)
@@ -170,16 +186,20 @@ def _first_guess(stack: RankStack, weights: Sequence[float], rank: int, seed: in
     """Right subspace to start from: that of the plain weighted sum, and random directions.
 
     The merged delta is not far from the sum, so this saves sweeps; what the sum lacks, the random
-    columns find.
+    columns find. Two steps of subspace iteration on the sum's factors are enough for a guess, in
+    O((m + n) R l) where its SVD takes R^2 for R l.
     """
     width = min(rank + _OVERSAMPLING, stack.d_out, stack.d_in)
-    weighted = stack.weighted(torch.tensor(weights, dtype=torch.float64, device=stack.up.device))
-    _, _, vh = weighted.svd()
-    known = vh[: min(rank + _OVERSAMPLING // 2, width)].mT
     key = mask_key(seed, "leading subspace", f"{stack.d_out} x {stack.d_in}")
     bits = random_bits(key, 0, (width, stack.d_in), device=stack.up.device)
-    noise = bits.to(known.dtype).mT / 2**31 / stack.d_in**0.5
-    return torch.cat([known, noise[:, : width - known.shape[1]]], dim=1)
+    noise = bits.to(stack.down.dtype).mT / 2**31 / stack.d_in**0.5
+    weighted = stack.weighted(torch.tensor(weights, dtype=torch.float64, device=stack.up.device))
+    scale = weighted.scale.to(stack.up.dtype)[:, None]
+    known = noise[:, : min(rank + _OVERSAMPLING // 2, width)]
+    for _ in range(2):
+        left = stack.up @ (scale * (stack.down @ known))
+        known = thin_qr(stack.down.mT @ (scale * (stack.up.mT @ left)))[0]
+    return torch.cat([known, noise[:, known.shape[1] :]], dim=1)
 
 
 def _full(stack: RankStack, bands: _Merged) -> DeltaMerge:

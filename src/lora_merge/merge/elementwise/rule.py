@@ -99,6 +99,11 @@ class Rule:
         return self.sparsify in ("random", "della") and drops
 
     @property
+    def needs_rows(self) -> bool:
+        """Whether entries are ranked within their rows, which must then come whole."""
+        return self.scope == "row" or self.sparsify == "della"
+
+    @property
     def magnitude_density(self) -> float:
         """Fraction of entries that ranking by magnitude keeps; 1 where there is no such step."""
         if self.sparsify in ("magnitude", "outliers"):

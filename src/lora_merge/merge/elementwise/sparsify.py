@@ -42,7 +42,8 @@ def drop(rule: Rule, block: Block, index: int) -> Tensor:
     x, rule = block.x[index], rule.of(block.owners[index])
     if rule.sparsify != "random" or rule.density >= 1:
         return x
-    bits = random_bits(block.keys[index], block.row, (x.shape[0], x.shape[1]), device=x.device)
+    shape = (x.shape[0], x.shape[1])
+    bits = random_bits(block.keys[index], block.row, shape, column=block.column, device=x.device)
     return bits.lt_(keep_threshold(rule.density)).to(x.dtype).mul_(x)
 
 
