@@ -1,12 +1,14 @@
 """What a comparison means for merging: which adapters can be averaged, which conflict, where."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lora_merge.analysis.compare import Comparison, PairMatrices
-from lora_merge.analysis.families import RELATED
+from lora_merge.analysis.families import RELATED, Tree, tree_of
+from lora_merge.printing import Report, Summary
 
 Kind = Literal["same", "opposite", "agree", "independent", "entangled", "conflict", "apart"]
 
@@ -204,3 +206,59 @@ _SEARCH = "lora-merge search RECIPE --base DIR --data FILE (weights on examples)
 def _unrelated(norms: Sequence[float]) -> float:
     """|sum| over the sum of norms, for orthogonal adapters of these norms."""
     return math.sqrt(sum(norm**2 for norm in norms)) / sum(norms)
+
+
+@dataclass(frozen=True, repr=False)
+class Judgement(Report):
+    """What a comparison means for merging. Iterates over the pairs' verdicts.
+
+    Attributes:
+        adapters: Their names.
+        pairs: One verdict per pair, the most alarming first.
+        whole: What to do with all of them together.
+        tree: Who is near whom; None of two adapters.
+    """
+
+    adapters: tuple[str, ...]
+    pairs: tuple[Verdict, ...]
+    whole: SetVerdict
+    tree: Tree | None
+
+    def __iter__(self) -> Iterator[Verdict]:
+        return iter(self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, place: int) -> Verdict:
+        return self.pairs[place]
+
+    def summary(self) -> Summary:
+        """What to do with all, and how many pairs are what."""
+        kinds = Counter(verdict.kind for verdict in self.pairs)
+        facts = [("together", f"{self.whole.action}: {self.whole.reason}")]
+        facts += [(kind, f"{n} pairs: {MEANING[kind]}") for kind, n in kinds.items()]
+        return Summary(f"Verdict on {len(self.adapters)} adapters", tuple(facts))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per pair."""
+        return [
+            {
+                **verdict.to_dict(),
+                "first": self.adapters[verdict.first],
+                "second": self.adapters[verdict.second],
+            }
+            for verdict in self.pairs
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        said = {"verdicts": [v.to_dict() for v in self.pairs], "set": self.whole.to_dict()}
+        return said if self.tree is None else {**said, "tree": self.tree.to_dict()}
+
+
+def judgement(comparison: Comparison) -> Judgement:
+    """Verdicts on every pair and on all together, and the tree."""
+    pairs = judge(comparison)
+    tree = tree_of(comparison.total.cosine) if len(comparison.adapters) > 2 else None
+    return Judgement(comparison.adapters, tuple(pairs), judge_set(comparison, pairs), tree)

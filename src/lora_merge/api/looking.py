@@ -1,37 +1,27 @@
 """Looking at adapters: what they are, their spectra, how they relate, what ranks to keep."""
 
-import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lora_merge.adapters.access.adapter_like import AdaptersLike
 from lora_merge.adapters.access.coerce import open_adapter, open_adapters
 from lora_merge.adapters.measured.spectra import AdapterSpectra, adapter_spectra, require_finite
 from lora_merge.analysis import compare as comparing
-from lora_merge.analysis.beside_base import (
-    BaseReport,
-    default_cache,
-    relate_to_base,
-)
+from lora_merge.analysis.beside_base import BaseReport, default_cache, relate_to_base
 from lora_merge.analysis.families import Algorithm, cluster_adapters
 from lora_merge.analysis.info import AdapterInfo, describe
-from lora_merge.analysis.verdicts import Verdict
-from lora_merge.analysis.verdicts import judge as judge_pairs
+from lora_merge.analysis.verdicts import Judgement, judgement
+from lora_merge.api.arguments import looking as takes_of
 from lora_merge.api.arguments.reshaping import ChooseRanks
 from lora_merge.api.ranking import check_rule, chosen, read_rule, weighed
 from lora_merge.arguments import checked, takes
 from lora_merge.errors import MethodError
 from lora_merge.files.checkpoint import open_checkpoint
+from lora_merge.planning import counted
 from lora_merge.ranks.choose import RankPlan
 
 
-@checked()
-def info(adapter: AdaptersLike, *, on_module: Callable[[], None] | None = None) -> AdapterInfo:
+@takes(takes_of.Info)
+def info(given: takes_of.Info) -> AdapterInfo:
     """Read an adapter through and say what it is.
-
-    Args:
-        adapter: One adapter, as `open_adapter` takes it.
-        on_module: Called after each module.
 
     Returns:
         Its base model, modules, norms and oddities.
@@ -45,26 +35,13 @@ def info(adapter: AdaptersLike, *, on_module: Callable[[], None] | None = None) 
         >>> about.base_model, len(about.modules), about.modules[0].rank
         ('examples/base', 14, 8)
     """
-    return describe(open_adapter(adapter), on_module=on_module)
+    adapter = open_adapter(given.adapter, **given.opening)
+    return describe(adapter, on_module=counted(given.progress, "reading", len(adapter.modules)))
 
 
-@checked()
-def spectra(
-    adapter: AdaptersLike,
-    *,
-    modules: Sequence[str] = (),
-    keep_cores: bool = False,
-    jobs: int | None = None,
-    on_module: Callable[[], None] | None = None,
-) -> AdapterSpectra:
+@takes(takes_of.Spectra)
+def spectra(given: takes_of.Spectra) -> AdapterSpectra:
     """Exact singular values of every module's delta, scaling included, from the factors.
-
-    Args:
-        adapter: One adapter, as `open_adapter` takes it.
-        modules: Shell patterns; only modules that match one. Default: all.
-        keep_cores: Keep each module's r x r SVD, from which any truncation follows.
-        jobs: Worker threads.
-        on_module: Called after each module.
 
     Returns:
         One spectrum per module: float64, descending.
@@ -78,32 +55,19 @@ def spectra(
         >>> found.modules[0].values.shape
         torch.Size([8])
     """
+    adapter = open_adapter(given.adapter, **given.opening)
     return adapter_spectra(
-        open_adapter(adapter),
-        modules=modules,
-        keep_cores=keep_cores,
-        jobs=jobs,
-        on_module=on_module,
+        adapter,
+        modules=given.modules,
+        keep_cores=given.keep_cores,
+        jobs=given.jobs,
+        on_module=counted(given.progress, "reading", len(adapter.modules)),
     )
 
 
-@checked()
-def spectra_beside_base(
-    adapter: AdaptersLike,
-    base: str | os.PathLike[str],
-    *,
-    modules: Sequence[str] = (),
-    intruders: bool = False,
-    jobs: int | None = None,
-) -> BaseReport:
+@takes(takes_of.BesideBase)
+def spectra_beside_base(given: takes_of.BesideBase) -> BaseReport:
     """An adapter's deltas beside the weights they change: size, amplification, intruders.
-
-    Args:
-        adapter: One adapter, as `open_adapter` takes it.
-        base: Directory of the base model, in safetensors.
-        modules: Shell patterns; only modules that match one. Default: all.
-        intruders: Count intruder dimensions (arXiv 2410.21228), too.
-        jobs: Worker threads.
 
     Raises:
         SourceError: If the base is no safetensors checkpoint.
@@ -115,39 +79,24 @@ def spectra_beside_base(
         >>> len(report.relations)
         14
     """
-    opened = open_adapter(adapter)
-    found = adapter_spectra(opened, modules=modules, keep_cores=True, jobs=jobs)
+    adapter = open_adapter(given.adapter, **given.opening)
+    found = given.spectra or adapter_spectra(
+        adapter, modules=given.modules, keep_cores=True, jobs=given.jobs
+    )
     return relate_to_base(
-        opened,
+        adapter,
         found,
-        open_checkpoint(Path(base)),
-        intruders=intruders,
+        open_checkpoint(Path(given.base)),
+        intruders=given.intruders,
         cache=default_cache(),
-        jobs=jobs,
+        jobs=given.jobs,
+        on_module=counted(given.progress, "reading the base", len(found.finite)),
     )
 
 
-@checked()
-def compare(
-    adapters: AdaptersLike,
-    *,
-    modules: Sequence[str] = (),
-    angles: bool = False,
-    accept_base_models: bool = False,
-    seed: int = 0,
-    jobs: int | None = None,
-    on_module: Callable[[], None] | None = None,
-) -> comparing.Comparison:
+@takes(takes_of.Compare)
+def compare(given: takes_of.Compare) -> comparing.Comparison:
     """Compare all pairs of adapters on their deltas, without forming them.
-
-    Args:
-        adapters: At least two, as `open_adapters` takes them.
-        modules: Shell patterns; only modules that match one. Default: all.
-        angles: Keep every module's principal cosines, not only the largest.
-        accept_base_models: Accept different base model names.
-        seed: Of the sampled sign conflicts.
-        jobs: Worker threads.
-        on_module: Called after each module.
 
     Returns:
         Matrices over all pairs; `judge` says what they mean for merging, `group` who belongs
@@ -163,34 +112,37 @@ def compare(
         >>> comparison.total.cosine.shape
         torch.Size([3, 3])
     """
+    opened = open_adapters(given.adapters, **given.opening)
+    names = {name for adapter in opened for name in adapter.modules}
     return comparing.compare(
-        open_adapters(adapters),
-        modules=modules,
-        angles=angles,
-        accept_base_models=accept_base_models,
-        seed=seed,
-        jobs=jobs,
-        on_module=on_module,
+        opened,
+        modules=given.modules,
+        angles=given.angles,
+        accept_base_models=given.accept_base_models,
+        seed=given.seed,
+        jobs=given.jobs,
+        on_module=counted(given.progress, "comparing", len(names)),
     )
 
 
 @checked()
-def judge(comparison: comparing.Comparison) -> list[Verdict]:
-    """What a comparison means for merging, pair by pair: what can be averaged, what conflicts.
+def judge(comparison: comparing.Comparison) -> Judgement:
+    """What a comparison means for merging: what can be averaged, what conflicts, what to do.
 
     Args:
         comparison: From `compare`.
 
     Returns:
-        One verdict per pair, the most alarming first.
+        One verdict per pair, the most alarming first; one on all together, as `whole`; and the
+        tree of who is near whom.
 
     Examples:
         >>> import lora_merge
-        >>> verdicts = lora_merge.judge(lora_merge.compare("examples/adapters/*"))
-        >>> [verdict.kind for verdict in verdicts]
-        ['independent', 'independent', 'independent']
+        >>> verdict = lora_merge.judge(lora_merge.compare("examples/adapters/*"))
+        >>> verdict.whole.action, [pair.kind for pair in verdict]
+        ('merge', ['independent', 'independent', 'independent'])
     """
-    return judge_pairs(comparison)
+    return judgement(comparison)
 
 
 @checked()

@@ -10,6 +10,7 @@ from lora_merge.options import Needed, argument, option
 
 if TYPE_CHECKING:
     from lora_merge.adapters.access.adapter_like import AdaptersLike
+    from lora_merge.adapters.measured.spectra import AdapterSpectra
 
 ADAPTER = "one adapter, as `open_adapter` takes it"
 ADAPTERS = "the adapters, as `open_adapters` takes them"
@@ -61,6 +62,9 @@ class BesideBase(Telling, OpenOptions, ModuleOptions):
     base: Annotated[Folder, Needed("directory of the base model, in safetensors")]
     _: KW_ONLY
     intruders: bool = option(False, "count intruder dimensions (arXiv 2410.21228), too")
+    spectra: "AdapterSpectra | None" = argument(
+        None, "the adapter's, with cores kept, where they were measured already"
+    )
 
 
 @dataclass(frozen=True)

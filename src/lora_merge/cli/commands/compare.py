@@ -4,8 +4,9 @@ from typing import Any, Literal
 
 import click
 
-from lora_merge.cli.shared.open import open_all
-from lora_merge.cli.shared.options import adapters_argument, bases_option, json_option, open_options
+from lora_merge.api.arguments.looking import Compare
+from lora_merge.cli.shared.fields import options_of
+from lora_merge.cli.shared.options import adapters_argument, json_option, width_option
 
 
 @click.command(
@@ -27,80 +28,44 @@ Examples:
     show_default=True,
     help="How to group them.",
 )
-@click.option(
-    "--module",
-    "modules",
-    multiple=True,
-    metavar="GLOB",
-    help="Only these modules, with all principal angles. Repeatable.",
-)
+@options_of(Compare, about={"modules": "only these modules, with all principal angles; repeatable"})
 @click.option("--per-module", is_flag=True, help="Every module's matrices in --json.")
-@bases_option
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampled signs.")
-@click.option("--width", type=click.IntRange(min=60), help="Columns.  [default: the terminal's]")
-@open_options
+@width_option
 @json_option
 def command(
     adapters: tuple[str, ...],
     cluster: str | None,
     algorithm: Literal["agglomerative", "spectral"],
-    modules: tuple[str, ...],
     per_module: bool,
-    accept_base_models: bool,
-    seed: int,
     width: int | None,
-    alpha: float | None,
-    rslora: bool,
-    rename: tuple[str, ...],
-    allow_pickle: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Compare all pairs of ADAPTERs on their deltas, without forming them.
 
     Ends in advice: which can be averaged, which conflict, and in which modules.
     """
-    groups = _groups(cluster)
-    from lora_merge.analysis.compare import compare
-    from lora_merge.analysis.verdicts import judge, judge_set
+    groups, chosen = _groups(cluster), bool(given["modules"])
+    import lora_merge
+    from lora_merge.cli.shared.api import shown_progress
     from lora_merge.cli.shared.output import Output
+    from lora_merge.cli.views.compare import comparison_view
 
     output = Output(as_json, width=width)
-    opened = open_all(
-        adapters, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle, rename=rename
-    )
-    names = {name for adapter in opened for name in adapter.modules}
-    with output.progress("comparing", len(names)) as advance:
-        comparison = compare(
-            opened,
-            modules=modules,
-            angles=bool(modules),
-            accept_base_models=accept_base_models,
-            seed=seed,
-            on_module=advance,
-        )
-    verdicts = judge(comparison)
-    document: dict[str, Any] = comparison.to_dict(per_module=per_module or bool(modules))
-    document["verdicts"] = [verdict.to_dict() for verdict in verdicts]
-    document["set"] = judge_set(comparison, verdicts).to_dict()
-    tree = None
-    if len(opened) > 2:
-        from lora_merge.analysis.families import tree_of
-
-        tree = tree_of(comparison.total.cosine)
-        document["tree"] = tree.to_dict()
-    found = None
+    with shown_progress(output) as progress:
+        comparison = lora_merge.compare(adapters, **given, angles=chosen, progress=progress)
+    verdict = lora_merge.judge(comparison)
+    document = {**comparison.to_dict(per_module=per_module or chosen), **verdict.to_dict()}
+    lines = []
     if cluster is not None:
-        from lora_merge.analysis.families import cluster_adapters
-
-        found = cluster_adapters(comparison.total.cosine, groups, algorithm=algorithm)
+        found = lora_merge.group(comparison, groups, algorithm=algorithm)
         document["clusters"] = found
+        lines = _cluster_lines(found, comparison.adapters)
     if as_json:
         output.data(document)
         return
-    from lora_merge.cli.views.compare import comparison_view
-
-    view = comparison_view(comparison, verdicts, tree, width=output.width, plain=output.plain)
-    output.data(document, view, *(_cluster_lines(found, comparison.adapters) if found else []))
+    view = comparison_view(comparison, verdict, width=output.width, plain=output.plain)
+    output.data(document, view, *lines)
 
 
 def _groups(text: str | None) -> int | None:

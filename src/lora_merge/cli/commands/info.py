@@ -1,10 +1,12 @@
 """`lora-merge info`: what an adapter is."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_merge.cli.shared.options import adapters_argument, json_option, open_options
+from lora_merge.adapters.access.opening import OpenOptions
+from lora_merge.cli.shared.fields import options_of
+from lora_merge.cli.shared.options import adapters_argument, json_option
 
 if TYPE_CHECKING:
     from lora_merge.adapters.adapter import Adapter
@@ -16,32 +18,22 @@ _READERS = ("peft", "vllm", "sglang", "llama.cpp", "mlx", "diffusers", "comfyui"
 @click.command(short_help="What an adapter is: modules, ranks, norms, oddities.")
 @adapters_argument
 @click.option("--target", type=click.Choice(_READERS), help="What this reader would do with it.")
-@open_options
+@options_of(OpenOptions)
 @json_option
-def command(
-    adapters: tuple[str, ...],
-    target: str | None,
-    alpha: float | None,
-    rslora: bool,
-    rename: tuple[str, ...],
-    allow_pickle: bool,
-    as_json: bool,
-) -> None:
+def command(adapters: tuple[str, ...], target: str | None, as_json: bool, **opening: Any) -> None:
     """Show what ADAPTERs are: format, base model, modules, ranks, norms, and what is odd."""
-    from lora_merge.analysis.info import describe
-    from lora_merge.cli.shared.open import open_all
+    import lora_merge
+    from lora_merge.cli.shared.api import shown_progress
     from lora_merge.cli.shared.output import Output
     from lora_merge.cli.views.info import info_view
 
     output = Output(as_json)
-    opened = open_all(
-        adapters, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle, rename=rename
-    )
+    opened = lora_merge.open_adapters(adapters, **opening)
     if target is not None:
         _show_target(output, opened, target)
         return
-    with output.progress("reading", sum(len(one.modules) for one in opened)) as advance:
-        infos = [describe(one, on_module=advance) for one in opened]
+    with shown_progress(output) as progress:
+        infos = [lora_merge.info(one, progress=progress) for one in opened]
     data = [info.to_dict() for info in infos]
     shown = [part for info in infos for part in info_view(info)]
     output.data(data[0] if len(data) == 1 else {"schema": 1, "adapters": data}, *shown)

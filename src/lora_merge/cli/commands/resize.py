@@ -6,7 +6,7 @@ import click
 
 from lora_merge.api.arguments.reshaping import Resize
 from lora_merge.cli.shared.fields import options_of
-from lora_merge.cli.shared.options import OUT, dry_run_option, json_option, take_out
+from lora_merge.cli.shared.options import OUT, dry_run_option, json_option, take_out, width_option
 from lora_merge.cli.shared.rule_options import rule_options, take_rule
 
 
@@ -26,7 +26,7 @@ Examples:
 @options_of(Resize, without=("out",), about={"layout": "pad all modules to the largest rank"})
 @dry_run_option
 @click.option("--list", "each", is_flag=True, help="In a plan, list every module.")
-@click.option("--width", type=click.IntRange(min=60), help="Columns.  [default: the terminal's]")
+@width_option
 @json_option
 def command(
     adapter: str, dry_run: bool, each: bool, width: int | None, as_json: bool, **given: Any

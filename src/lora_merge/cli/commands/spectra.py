@@ -1,19 +1,19 @@
 """`lora-merge spectra`: singular values of every module, and what rank to keep."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_merge.adapters.access.opening import OpenOptions
 from lora_merge.analysis.metrics import METRICS
-from lora_merge.cli.shared.open import open_all
-from lora_merge.cli.shared.options import json_option, open_options
+from lora_merge.cli.shared.fields import options_of
+from lora_merge.cli.shared.options import adapters_argument, json_option, width_option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from lora_merge.adapters.measured.spectra import AdapterSpectra
-    from lora_merge.analysis.beside_base import BaseReport
 
 _METRICS = list(METRICS)
 
@@ -28,7 +28,7 @@ Examples:
 """,
     short_help="Singular spectra: what rank is worth keeping, and where.",
 )
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@adapters_argument
 @click.option(
     "--module",
     "modules",
@@ -53,12 +53,12 @@ Examples:
     help="Base model's directory: relative norms, amplification.",
 )
 @click.option("--intruders", is_flag=True, help="With --base: count intruder dimensions.")
-@click.option("--width", type=click.IntRange(min=60), help="Columns.  [default: the terminal's]")
+@width_option
 @click.option("--csv", type=click.Path(path_type=Path), help="Write module, i, s_i, energy to i.")
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw heat map and curves.")
 @click.option("--png", type=click.Path(path_type=Path), help="The same as pixels.")
 @click.option("--html", type=click.Path(path_type=Path), help="The same with tables, in one file.")
-@open_options
+@options_of(OpenOptions)
 @json_option
 def command(
     adapters: tuple[str, ...],
@@ -73,11 +73,8 @@ def command(
     svg: Path | None,
     png: Path | None,
     html: Path | None,
-    alpha: float | None,
-    rslora: bool,
-    rename: tuple[str, ...],
-    allow_pickle: bool,
     as_json: bool,
+    **opening: Any,
 ) -> None:
     """Show the singular spectra of each ADAPTER's deltas, and what rank is worth keeping.
 
@@ -85,9 +82,10 @@ def command(
     """
     if intruders and base is None:
         raise click.UsageError("--intruders needs --base")
-    from lora_merge.adapters.measured.spectra import adapter_spectra
+    import lora_merge
     from lora_merge.analysis.export import CSV_MARK, spectra_document, write_csv
     from lora_merge.analysis.figures import write_pictures
+    from lora_merge.cli.shared.api import shown_progress
     from lora_merge.cli.shared.output import Output
     from lora_merge.files.pictures import check_pictures
     from lora_merge.files.targets import check_file
@@ -96,35 +94,22 @@ def command(
     if csv:
         check_file(csv, CSV_MARK)
     check_pictures(svg, png, html)
-    opened = open_all(
-        adapters, alpha=alpha, rslora=rslora, allow_pickle=allow_pickle, rename=rename
-    )
-    with output.progress("reading", sum(len(a.modules) for a in opened)) as advance:
+    opened = lora_merge.open_adapters(adapters, **opening)
+    with shown_progress(output) as progress:
         results = [
-            adapter_spectra(a, modules=modules, keep_cores=base is not None, on_module=advance)
-            for a in opened
+            lora_merge.spectra(one, modules=modules, keep_cores=base is not None, progress=progress)
+            for one in opened
+        ]
+        reports = [
+            lora_merge.spectra_beside_base(
+                one, base, intruders=intruders, spectra=found, progress=progress
+            )
+            for one, found in zip(opened, results, strict=True)
+            if base is not None
         ]
     if csv:
         write_csv(results, csv)
     write_pictures(results, svg=svg, png=png, html_page=html, metric=metric)
-    reports: list[BaseReport] = []
-    if base is not None:
-        from lora_merge.analysis.beside_base import default_cache, relate_to_base
-        from lora_merge.files.checkpoint import open_checkpoint
-
-        checkpoint = open_checkpoint(base)
-        with output.progress("reading the base", sum(len(r.finite) for r in results)) as advance:
-            reports = [
-                relate_to_base(
-                    adapter,
-                    spectra,
-                    checkpoint,
-                    intruders=intruders,
-                    cache=default_cache(),
-                    on_module=advance,
-                )
-                for adapter, spectra in zip(opened, results, strict=True)
-            ]
     if as_json:
         document = spectra_document(results)
         for entry, report in zip(document["adapters"], reports, strict=False):

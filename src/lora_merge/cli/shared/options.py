@@ -10,6 +10,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 adapters_argument = click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+width_option = click.option(
+    "--width", type=click.IntRange(min=60), help="Columns.  [default: the terminal's]"
+)
 pickle_option = click.option(
     "--allow-pickle", is_flag=True, help="Load .bin files (with weights_only=True)."
 )

@@ -8,8 +8,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from lora_merge.analysis.compare import Comparison, PairMatrices
-from lora_merge.analysis.families import Tree
-from lora_merge.analysis.verdicts import MEANING, Kind, Verdict, judge_set
+from lora_merge.analysis.verdicts import MEANING, Judgement, Kind, Verdict
 from lora_merge.cli.views.angles import angles_view, degrees
 from lora_merge.cli.views.dendrogram import dendrogram
 from lora_merge.cli.views.format import number, shorten
@@ -31,14 +30,10 @@ _LEGEND = (
 
 
 def comparison_view(
-    comparison: Comparison,
-    verdicts: Sequence[Verdict],
-    tree: Tree | None,
-    *,
-    width: int,
-    plain: bool,
+    comparison: Comparison, verdict: Judgement, *, width: int, plain: bool
 ) -> RenderableType:
     """Everything on a screen or two."""
+    verdicts, tree = verdict.pairs, verdict.tree
     names = short_names(comparison.adapters)
     total = comparison.total
     parts: list[RenderableType] = [_norms(total, names), matrix_view(total.cosine, names, width)]
@@ -55,7 +50,7 @@ def comparison_view(
         parts += [_kinds(comparison, width, plain), Text("")]
     if tree:
         parts.append(dendrogram(tree, names, width, plain=plain))
-    parts.append(advice_view(comparison, verdicts, names))
+    parts.append(advice_view(comparison, verdict, names))
     return Group(*parts)
 
 
@@ -84,10 +79,9 @@ def matrix_view(cosine: "Tensor", names: Sequence[str], width: int) -> Renderabl
     return text
 
 
-def advice_view(
-    comparison: Comparison, verdicts: Sequence[Verdict], names: Sequence[str]
-) -> RenderableType:
+def advice_view(comparison: Comparison, judged: Judgement, names: Sequence[str]) -> RenderableType:
     """Which pairs can be averaged, which conflict, and where."""
+    verdicts, whole = judged.pairs, judged.whole
     parts: list[RenderableType] = []
     kinds: dict[Kind, list[Verdict]] = {}
     for verdict in verdicts:
@@ -111,7 +105,6 @@ def advice_view(
                 "input spaces means little"
             )
         )
-    whole = judge_set(comparison, verdicts)
     who = " ".join(names[i] for i in whole.adapters)
     heads = {"prune": f"leave out {who}, then merge", "reweight": f"reweight ({who})"}
     what = heads.get(whole.action, whole.action)
