@@ -38,6 +38,9 @@ def make(folder: Path) -> None:
     print(merged.report)
     merged.save_pretrained(folder / "merged")
     print(lora_merge.run_recipe(folder / "merged" / "lora_merge.yaml", folder / "again").out)
+    for part in ("1/2", "2/2"):
+        print(lora_merge.run_shard(folder / "merged" / "lora_merge.yaml", folder / "joined", part))
+    print(lora_merge.join(folder / "joined").out)
     options = lora_merge.LegoOptions(units="normalized")
     print(lora_merge.cluster(ADAPTERS, 16, options=options))
     print(lora_merge.plan_resize(merged, "energy:0.9"))

@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from lora_merge.merge.api import merge as merge
     from lora_merge.merge.api import run_recipe as run_recipe
     from lora_merge.merge.methods.lego_options import LegoOptions as LegoOptions
+    from lora_merge.merge.shards.join import join as join
+    from lora_merge.merge.shards.shard import run_shard as run_shard
     from lora_merge.mixture.mixture import Mixture as Mixture
     from lora_merge.mixture.runtime.attach import load_mixture as load_mixture
     from lora_merge.mixture.training.data import Example as Example
@@ -98,6 +100,7 @@ _PUBLIC = {
     "group": "lora_merge.api.looking",
     "import_mixture": "lora_merge.api.mixing",
     "info": "lora_merge.api.looking",
+    "join": "lora_merge.merge.shards.join",
     "judge": "lora_merge.api.looking",
     "load_mixture": "lora_merge.mixture.runtime.attach",
     "methods": "lora_merge.api.merging",
@@ -108,6 +111,7 @@ _PUBLIC = {
     "resize": "lora_merge.api.reshaping",
     "plan_resize": "lora_merge.api.reshaping",
     "run_recipe": "lora_merge.merge.api",
+    "run_shard": "lora_merge.merge.shards.shard",
     "search": "lora_merge.evaluation.search",
     "spectra": "lora_merge.api.looking",
     "spectra_beside_base": "lora_merge.api.looking",
@@ -155,6 +159,7 @@ __all__ = [
     "group",
     "import_mixture",
     "info",
+    "join",
     "judge",
     "load_mixture",
     "merge",
@@ -169,6 +174,7 @@ __all__ = [
     "report",
     "resize",
     "run_recipe",
+    "run_shard",
     "search",
     "spectra",
     "spectra_beside_base",

@@ -17,8 +17,8 @@ from lora_merge.cli.app import run
 from lora_merge.errors import LoraMergeError, MethodError
 from lora_merge.evaluation.search import search
 from lora_merge.evaluation.search_space import OVER, SearchSpace
-from lora_merge.merge.api import as_recipe
 from lora_merge.merge.plan import plan_merge
+from lora_merge.merge.recipe.read import as_recipe
 from lora_merge.merge.run import run_in_memory
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -33,17 +33,19 @@ class Source:
         weights: The safetensors file, or a pickle.
         config: `adapter_config.json` beside it, None if there is none.
         revision: Commit hash on the Hub, None for local files.
+        sha256: Of the weights, where somebody who can be believed has said it.
     """
 
     ref: str
     weights: Path
     config: Path | None
     revision: str | None = None
+    sha256: str | None = None
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the weights, computed once."""
-        return sha256(self.weights)
+        return self.sha256 or sha256(self.weights)
 
     @property
     def is_pickle(self) -> bool:

@@ -22,6 +22,7 @@ _COMMANDS = {
     "cluster": "lora_merge.cli.commands.cluster",
     "merge": "lora_merge.cli.commands.merge",
     "run": "lora_merge.cli.commands.run",
+    "join": "lora_merge.cli.commands.join",
     "methods": "lora_merge.cli.commands.methods",
     "fuse": "lora_merge.cli.commands.fuse",
     "resize": "lora_merge.cli.commands.resize",

@@ -12,10 +12,10 @@ from lora_merge.errors import LoraMergeError
 from lora_merge.evaluation.bench import ALL, Bench, Judge, open_bench
 from lora_merge.evaluation.search_space import SearchSpace
 from lora_merge.files.atomic import atomic_file
-from lora_merge.merge.api import as_recipe, run_recipe
+from lora_merge.merge.api import run_recipe
 from lora_merge.merge.auto.scale import with_scale
 from lora_merge.merge.plan import plan_merge
-from lora_merge.merge.recipe.read import open_recipe
+from lora_merge.merge.recipe.read import as_recipe, open_recipe
 from lora_merge.merge.recipe.recipe import Recipe
 from lora_merge.merge.run import run_in_memory
 

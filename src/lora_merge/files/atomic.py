@@ -95,7 +95,7 @@ def _staging(target: Path) -> Iterator[Path]:
         staging = Path(name)
         lock = None
         try:
-            lock = _lock(staging)
+            lock = lock_directory(staging)
             begin_stamp(staging)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
@@ -125,7 +125,7 @@ def _sweep(target: Path) -> None:
         if not unfinished and foreign_entry(left):
             continue
         try:
-            lock = _lock(left)
+            lock = lock_directory(left)
         except BlockingIOError as error:
             raise OutputError(
                 f"another run is writing {target}", "wait until it has ended, or choose another -o"
@@ -139,7 +139,7 @@ def _sweep(target: Path) -> None:
         os.close(lock)
 
 
-def _lock(folder: Path) -> int | None:
+def lock_directory(folder: Path) -> int | None:
     """Lock a directory until its descriptor is closed or the process ends, however it ends.
 
     Returns:
@@ -167,7 +167,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     lock, end = None, time.monotonic() + _WAIT
     while time.monotonic() < end:
         try:
-            lock = _lock(folder)
+            lock = lock_directory(folder)
             break
         except BlockingIOError:
             time.sleep(0.01)

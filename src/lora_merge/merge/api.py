@@ -16,7 +16,7 @@ from lora_merge.files.targets import check_target
 from lora_merge.merge.auto.scale import with_scale
 from lora_merge.merge.methods.registry import methods
 from lora_merge.merge.plan import MergePlan, plan_merge
-from lora_merge.merge.recipe.read import expanded, open_recipe, parse_recipe, read_recipe
+from lora_merge.merge.recipe.read import as_recipe, open_recipe
 from lora_merge.merge.recipe.recipe import (
     AdapterItem,
     Anchor,
@@ -27,8 +27,10 @@ from lora_merge.merge.recipe.recipe import (
     Smooth,
     Space,
 )
-from lora_merge.merge.report import MergeReport, ModuleReport
+from lora_merge.merge.report import MergeReport
 from lora_merge.merge.run import run_in_memory, run_plan
+from lora_merge.merge.shards.join import join
+from lora_merge.merge.shards.shard import run_shard
 
 
 def _of_methods(word: str, value: Any) -> str:
@@ -188,11 +190,12 @@ def run_recipe(
     *,
     force: bool = False,
     strict: bool = False,
+    resume: bool = False,
     allow_pickle: bool = False,
     jobs: int | None = None,
     device: str = "auto",
     on_plan: Callable[[MergePlan], None] | None = None,
-    on_module: Callable[[ModuleReport], None] | None = None,
+    on_module: Callable[[object], None] | None = None,
 ) -> MergeReport:
     """Run a recipe into an adapter directory: weights, config, card and the resolved recipe.
 
@@ -202,11 +205,12 @@ def run_recipe(
         out: The directory to make; it appears whole or not at all.
         force: Replace an adapter directory that is there.
         strict: Raise if the cut to a rank loses more than half of the result.
+        resume: Keep what is done beside `out` (`OUT.shards`), and go on from what is there.
         allow_pickle: Load `.bin` files, with weights_only=True.
         jobs: Worker threads.
         device: Where to compute.
         on_plan: Called with the plan, before anything is computed.
-        on_module: Called with each module's report.
+        on_module: Called after each module.
 
     Returns:
         What the merge did to each module.
@@ -223,6 +227,20 @@ def run_recipe(
         (8, 8)
     """
     recipe, out = as_recipe(recipe), Path(out)
+    if resume:
+        run_shard(
+            recipe,
+            out,
+            "1/1",
+            force=force,
+            resume=True,
+            allow_pickle=allow_pickle,
+            jobs=jobs,
+            device=device,
+            on_plan=lambda plan, _: on_plan(plan) if on_plan else None,
+            on_module=on_module,
+        )
+        return join(out, force=force, strict=strict, jobs=jobs)
     named = [item.adapter for item in recipe.adapters]
     named += [recipe.statistics] if recipe.statistics else []
     check_target(out, force=force, inputs=[Path(path) for path in named if Path(path).exists()])
@@ -232,16 +250,3 @@ def run_recipe(
     return run_plan(
         plan, out, force=force, strict=strict, jobs=jobs, device=device, on_module=on_module
     )
-
-
-def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
-    """A recipe from its file or from plain data, globs in it expanded; a recipe as it is.
-
-    Raises:
-        RecipeError: If it is no valid recipe.
-    """
-    if isinstance(recipe, str | Path):
-        return expanded(read_recipe(Path(recipe)))
-    if isinstance(recipe, Recipe):
-        return recipe
-    return expanded(parse_recipe(dict(recipe), "the recipe"))

@@ -1,7 +1,8 @@
 """Run a plan: modules stream from the files through the method to the writer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from math import sqrt
 from pathlib import Path
@@ -16,11 +17,19 @@ from lora_merge.adapters.alignment import read_stacks
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.writer import Writer
 from lora_merge.errors import MethodError, NotFiniteError
+from lora_merge.files.tensor_stream import cast_to
 from lora_merge.machine.device import pick_device
 from lora_merge.machine.parallel import default_jobs, in_order
 from lora_merge.merge.calibrate import present_weights
 from lora_merge.merge.methods.method import Job
-from lora_merge.merge.pipeline import Finished, Merged, finish, merge_stack, prepare_view
+from lora_merge.merge.pipeline import (
+    Decomposed,
+    Finished,
+    Merged,
+    finish,
+    merge_stack,
+    prepare_view,
+)
 from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.report import ModuleReport
 from lora_merge.merge.waiting_results import Spool
@@ -52,7 +61,7 @@ def execute(
     """
     place = pick_device(device)
     workers = _workers(jobs, place)
-    shared = _prepare(plan, place, workers)
+    shared = prepare(plan, place, workers)
     work = partial(_write_module, plan, writer, place, shared)
     reports = []
     for report in in_order(work, plan.alignment.modules, jobs=workers):
@@ -65,7 +74,7 @@ def execute(
 
 def merged_modules(plan: MergePlan, device: torch.device) -> Iterator[Finished]:
     """Every module's (expert's) result at the plan's rank, written nowhere."""
-    shared = _prepare(plan, device, 1)
+    shared = prepare(plan, device, 1)
     for module in plan.alignment.modules:
         rank = None if plan.measured else plan.ranks[module.name]
         for merged in _merge(plan, module, device, shared):
@@ -92,18 +101,45 @@ def settle(
     Returns:
         The plan with its ranks, for `execute`.
     """
+    spool = Spool((folder,))
+    compute(plan, spool, plan.alignment.modules, jobs=jobs, device=device, on_module=on_module)
+    return plan.with_ranks(chosen_ranks(plan, spool), spool)
+
+
+def compute(
+    plan: MergePlan,
+    spool: Spool,
+    modules: Sequence[AlignedModule],
+    *,
+    extras: Sequence[str] = (),
+    jobs: int | None = None,
+    device: str = "auto",
+    on_module: Callable[[str], None] | None = None,
+) -> None:
+    """Merge some modules of a plan, and leave the results on disk.
+
+    Args:
+        plan: What to do.
+        spool: Where the results wait.
+        modules: Some of the plan's.
+        extras: Names of some of the plan's tensors that are not factors.
+        jobs: Worker threads.
+        device: Where to compute.
+        on_module: Called with the name of each module that is done.
+    """
     place = pick_device(device)
     workers = _workers(jobs, place)
-    shared = _prepare(plan, place, workers)
-    spool = Spool(folder)
+    shared = prepare(plan, place, workers)
     work = partial(_spool_module, plan, spool, place, shared)
-    for name in in_order(work, plan.alignment.modules, jobs=workers):
+    for name in in_order(work, modules, jobs=workers):
         if on_module:
             on_module(name)
-    return plan.with_ranks(_chosen_ranks(plan, spool), spool)
+    for name in extras:
+        spool.put_extra(name, cast_to(_mean_extra(plan, name), plan.output.extras[name][0], name))
 
 
-def _chosen_ranks(plan: MergePlan, spool: Spool) -> dict[str, int]:
+def chosen_ranks(plan: MergePlan, spool: Spool) -> dict[str, int]:
+    """What the plan's rank rule makes of all results together."""
     modules = {m.name: m for m in plan.alignment.modules}
     if plan.rule.kind == "units":
         return {name: spool.units(name) for name in modules}
@@ -158,21 +194,36 @@ def _write_module(
     rank = plan.ranks[module.name]
     with _overflow_named(plan, module):
         if plan.spool is not None:
-            results = plan.spool.take(module.name, rank)
+            results, bias = plan.spool.take(module.name, rank)
         else:
-            results = [finish(merged, rank) for merged in _merge(plan, module, device, shared)]
-        writer.add(module.name, [r.stack for r in results], _merge_bias(plan, module))
+            merged = _merge(plan, module, device, shared)
+            results, bias = [_on_cpu(finish(m, rank)) for m in merged], _merge_bias(plan, module)
+        writer.add(module.name, [r.stack for r in results], bias)
         return _report(module, rank, results)
 
 
 def _spool_module(
     plan: MergePlan, spool: Spool, device: torch.device, shared: Any, module: AlignedModule
 ) -> str:
-    uncut = plan.rule.kind == "units"
+    uncut, rank = plan.rule.kind == "units", plan.ranks[module.name]
     with _overflow_named(plan, module):
-        merged = _merge(plan, module, device, shared)
-        spool.put(module.name, [m.whole() if uncut else m.decomposed() for m in merged])
+        results: list[Decomposed | Finished] = []
+        for merged in _merge(plan, module, device, shared):
+            if plan.measured:
+                results.append(merged.whole() if uncut else merged.decomposed())
+            else:
+                results.append(finish(merged, rank))
+        spool.put(module.name, results, _merge_bias(plan, module))
     return module.name
+
+
+def _on_cpu(result: Finished) -> Finished:
+    """What is done to a result before it is written is done there, whoever computed it."""
+    stack = result.stack
+    if stack.up.device.type == "cpu":
+        return result
+    moved = (part.cpu() for part in (stack.down, stack.up, stack.scale, stack.owner))
+    return replace(result, stack=RankStack(*moved))
 
 
 @contextmanager
@@ -220,11 +271,12 @@ def _report(module: AlignedModule, rank: int, results: list[Finished]) -> Module
     )
 
 
-def _prepare(plan: MergePlan, device: torch.device, jobs: int) -> Any:
+def prepare(plan: MergePlan, device: torch.device, jobs: int) -> Any:
     """What the method wants to know of all modules together before the first is merged."""
-    prepare = plan.method.prepare
-    if prepare is None or plan.spool is not None:
+    if plan.method.prepare is None or plan.spool is not None:
         return None
+    if plan.shared is not None:
+        return plan.shared
 
     def survey(visit: Callable[[RankStack, Job], None]) -> None:
         def work(module: AlignedModule) -> None:
@@ -234,7 +286,7 @@ def _prepare(plan: MergePlan, device: torch.device, jobs: int) -> Any:
         for _ in in_order(work, plan.alignment.modules, jobs=jobs):
             pass
 
-    return prepare(survey, plan.options)
+    return plan.method.prepare(survey, plan.options)
 
 
 def _merge_bias(plan: MergePlan, module: AlignedModule) -> Tensor | None:
@@ -252,9 +304,16 @@ def _merge_bias(plan: MergePlan, module: AlignedModule) -> Tensor | None:
 
 
 def _merge_extras(plan: MergePlan, writer: Writer) -> None:
-    """Average each tensor that is not a factor over the adapters the plan chose for it."""
-    for name, owners in plan.extras.items():
-        total = owners[0].read_extra(name).double()
-        for owner in owners[1:]:
-            total = total + owner.read_extra(name).double()
-        writer.add_extra(name, total / len(owners))
+    """Write each tensor that is not a factor."""
+    for name in plan.extras:
+        waiting = None if plan.spool is None else plan.spool.extra(name)
+        writer.add_extra(name, _mean_extra(plan, name) if waiting is None else waiting)
+
+
+def _mean_extra(plan: MergePlan, name: str) -> Tensor:
+    """The mean of a tensor over the adapters that the plan chose for it, float64."""
+    owners = plan.extras[name]
+    total = owners[0].read_extra(name).double()
+    for owner in owners[1:]:
+        total = total + owner.read_extra(name).double()
+    return total / len(owners)

@@ -53,7 +53,8 @@ class MergePlan:
         semantics: Weights, scale, norms and steps that all methods share.
         statistics: Collected activations, for methods that need them.
         scale_reason: Why the scale is what it is, where nobody gave it.
-        spool: Results that wait for their ranks, where ranks depend on the data.
+        spool: Results that wait on disk: for their ranks, or for those of other shards.
+        shared: What the method found out about all modules together, where that is known.
     """
 
     recipe: Recipe
@@ -70,6 +71,7 @@ class MergePlan:
     notes: tuple[str, ...]
     semantics: Semantics
     spool: "Spool | None" = None
+    shared: Any = None
     statistics: Statistics | None = None
     scale_reason: str = ""
 
@@ -166,9 +168,10 @@ class MergePlan:
         Per worker: the largest module as stored and as float32 stack, its Grams and its result,
         and the merged delta where that is formed.
         """
-        return jobs * max(self._module_bytes(module) for module in self.alignment.modules)
+        return jobs * max(self.module_bytes(module) for module in self.alignment.modules)
 
-    def _module_bytes(self, module: AlignedModule) -> int:
+    def module_bytes(self, module: AlignedModule) -> int:
+        """Estimated working memory of one module in bytes."""
         stored = sum(s.num_parameters * DTYPES[s.dtype].itemsize for s in module.specs.values())
         result = module.stack_bytes() * self.ranks[module.name] // module.num_units
         total = stored + module.stack_bytes() + 2 * result + 4 * 8 * module.num_units**2

@@ -38,7 +38,7 @@ def run_plan(
     """Merge into a directory that appears when everything is done.
 
     Args:
-        plan: What to do.
+        plan: What to do; with its `spool`, what is there already.
         out: The directory to make.
         force: Replace an adapter directory that is there.
         strict: Treat it as an error if the cut to a rank lost most of the result.
@@ -57,14 +57,14 @@ def run_plan(
     with atomic_directory(out, force=force, inputs=inputs, needed=needed) as folder:
         with ThreadPoolExecutor(1) as beside:
             resolved = beside.submit(plan.resolved_recipe)  # hashes the inputs meanwhile
-            if plan.measured:
-                spool = folder / ".spool"
-                spool.mkdir()
-                plan = settle(plan, spool, jobs=jobs, device=device)
+            waiting = folder / ".spool"
+            if plan.measured and plan.spool is None:
+                waiting.mkdir()
+                plan = settle(plan, waiting, jobs=jobs, device=device)
             with AdapterWriter(folder, plan.output) as writer:
                 modules = execute(plan, writer, jobs=jobs, device=device, on_module=on_module)
-            if plan.spool is not None:
-                plan.spool.folder.rmdir()
+            if waiting.exists():
+                waiting.rmdir()
             text = f"# made by lora-merge {__version__}\n" + resolved.result().to_yaml()
         report = _finish_report(plan, modules, str(out), strict=strict)
         (folder / RECIPE_NAME).write_text(text + _members(plan, modules), encoding="utf-8")
@@ -137,7 +137,7 @@ def _finish_report(
         if strict:
             raise MethodError(share, remedy)
         notes.append(f"{share}; {remedy}")
-    if plan.spool is not None:
+    if plan.measured:
         rule = "the exact result" if plan.rule.kind == "units" else str(plan.rule)
         notes.append(f"{rule} has {_ranks_text(plan)}")
     shrinks = [shrink for module in modules for shrink in module.said("shrink")]

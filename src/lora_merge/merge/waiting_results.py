@@ -1,81 +1,106 @@
-"""Results that wait on disk until their ranks are chosen: ranks may depend on all modules."""
+"""Results that wait on disk, for ranks that depend on all of them, or for those of other runs."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.files.tensor_stream import write_tensors
 from lora_merge.merge.pipeline import Decomposed, Finished
 
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """One result without its vectors.
-
-    Attributes:
-        whole: The uncut result's numbers; its stack is on disk.
-        values: Singular values, None where the result is not cut.
-        cross: Inner product of each singular unit with the exact sum.
-    """
-
-    whole: Finished
-    values: Tensor | None
-    cross: Tensor | None
+_NUMBERS = ("exact_norm", "square", "cross", "full_square", "adapter_squares", "details")
 
 
 @dataclass(frozen=True)
 class Spool:
-    """A folder with one file per module, one pair of factors per expert.
+    """Folders with one file per module, which says everything that is known of its result.
+
+    A file appears whole or not at all, so whatever is there is done.
 
     Attributes:
-        folder: Where the files are.
-        pieces: Module → one piece per expert.
+        folders: Where to look; the first is written to.
+        keep: Leave a file where it is after it was taken.
     """
 
-    folder: Path
-    pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    folders: tuple[Path, ...]
+    keep: bool = False
+    _places: dict[str, Path] = field(default_factory=dict, repr=False)
 
-    def put(self, module: str, results: Sequence[Decomposed | Finished]) -> None:
-        """Store a module's results. Safe from several threads, one module each."""
+    def put(
+        self, module: str, results: Sequence[Decomposed | Finished], bias: Tensor | None = None
+    ) -> None:
+        """Store a module's results, one per expert, and what its bias adds. Safe from threads."""
         tensors: dict[str, Tensor] = {}
-        pieces = []
+        numbers = []
         for expert, result in enumerate(results):
+            whole = result
             if isinstance(result, Decomposed):
                 whole = result.cut(result.units.num_units)
-                pieces.append(Piece(_emptied(whole), result.values.cpu(), result.cross.cpu()))
-            else:
-                whole = result
-                pieces.append(Piece(_emptied(whole), None, None))
+                tensors[f"{expert}.values"] = result.values.cpu()
+                tensors[f"{expert}.cross"] = result.cross.cpu()
+            assert isinstance(whole, Finished)
             tensors[f"{expert}.down"] = whole.stack.down.cpu().contiguous()
             tensors[f"{expert}.up"] = whole.stack.up.mT.cpu().contiguous()
             tensors[f"{expert}.scale"] = whole.stack.scale.cpu()
-        self.pieces[module] = pieces
-        write_tensors(self._file(module), tensors)
+            numbers.append({name: getattr(whole, name) for name in _NUMBERS})
+        if bias is not None:
+            tensors["bias"] = bias
+        self._write(module, tensors, {"numbers": json.dumps(numbers)})
 
-    def take(self, module: str, rank: int) -> list[Finished]:
-        """A module's results at a rank; frees its file."""
-        tensors = load_file(self._file(module))
+    def take(self, module: str, rank: int) -> tuple[list[Finished], Tensor | None]:
+        """A module's results at a rank, and its bias; frees its file unless it is to be kept."""
         results = []
-        for expert, piece in enumerate(self.pieces[module]):
-            down, up = tensors[f"{expert}.down"][:rank], tensors[f"{expert}.up"][:rank].mT
-            stack = RankStack.single(up, down, tensors[f"{expert}.scale"][:rank])
-            result = replace(piece.whole, stack=stack)
-            if piece.values is not None and piece.cross is not None:
-                square = float(piece.values[:rank].square().sum())
-                result = replace(result, square=square, cross=float(piece.cross[:rank].sum()))
-            results.append(result)
-        self._file(module).unlink()
-        return results
+        path = self._file(module)
+        with safe_open(str(path), framework="pt") as file:
+            for expert, numbers in enumerate(_numbers(file)):
+                scale = file.get_tensor(f"{expert}.scale")[:rank].clone()
+                down, up = (file.get_slice(f"{expert}.{half}") for half in ("down", "up"))
+                stack = RankStack.single(up[: len(scale)].mT, down[: len(scale)], scale)
+                result = Finished(stack, **numbers)
+                if f"{expert}.values" in file.keys():  # noqa: SIM118
+                    values = file.get_tensor(f"{expert}.values")[:rank]
+                    cross = file.get_tensor(f"{expert}.cross")[:rank]
+                    square = float(values.square().sum())
+                    result = replace(result, square=square, cross=float(cross.sum()))
+                results.append(result)
+            bias = file.get_tensor("bias") if "bias" in file.keys() else None  # noqa: SIM118
+        if not self.keep:
+            path.unlink()
+        return results, bias
+
+    def put_extra(self, name: str, tensor: Tensor) -> None:
+        """Store a tensor that is not a factor."""
+        self._write(_extra(name), {"extra": tensor})
+
+    def extra(self, name: str) -> Tensor | None:
+        """A tensor that is not a factor; None if none was stored."""
+        path = self._file(_extra(name))
+        if not path.exists():
+            return None
+        with safe_open(str(path), framework="pt") as file:
+            tensor: Tensor = file.get_tensor("extra")
+        return tensor
+
+    def has(self, module: str) -> bool:
+        """Whether a module's result is there."""
+        return self._file(module).exists()
+
+    def has_extra(self, name: str) -> bool:
+        """Whether a tensor that is not a factor is there."""
+        return self.has(_extra(name))
 
     def spectrum(self, module: str) -> Tensor:
         """Singular values of a module; experts share a rank, so their squares add up."""
-        spectra = [piece.values for piece in self.pieces[module] if piece.values is not None]
+        with safe_open(str(self._file(module)), framework="pt") as file:
+            names = [f"{expert}.values" for expert in range(len(_numbers(file)))]
+            spectra = [file.get_tensor(name) for name in names if name in file.keys()]  # noqa: SIM118
         size = max(len(values) for values in spectra)
         total = torch.zeros(size, dtype=torch.float64)
         for values in spectra:
@@ -84,15 +109,39 @@ class Spool:
 
     def units(self, module: str) -> int:
         """Units of a module's results, the most of any expert."""
-        return max(piece.whole.stack.owner.numel() for piece in self.pieces[module])
+        with safe_open(str(self._file(module)), framework="pt") as file:
+            names = [f"{expert}.scale" for expert in range(len(_numbers(file)))]
+            return max(int(file.get_slice(name).get_shape()[0]) for name in names)
 
-    def _file(self, module: str) -> Path:
-        # Names may be longer than a file name can be.
-        return self.folder / f"{hashlib.blake2b(module.encode(), digest_size=16).hexdigest()}.part"
+    def _write(
+        self, key: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+    ) -> None:
+        path = self.folders[0] / _name(key)
+        part = path.with_suffix(".tmp")
+        write_tensors(part, tensors, metadata)
+        part.replace(path)
+
+    def _file(self, key: str) -> Path:
+        name = _name(key)
+        if name not in self._places:
+            places = [folder / name for folder in self.folders]
+            found = [path for path in places if path.exists()]
+            if not found:
+                return places[0]
+            self._places[name] = found[0]
+        return self._places[name]
 
 
-def _emptied(result: Finished) -> Finished:
-    """The numbers of a result; vectors of width 0 remember how many units there are."""
-    stack = result.stack
-    empty = RankStack(stack.down[:, :0].clone(), stack.up[:0].clone(), stack.scale, stack.owner)
-    return replace(result, stack=empty)
+def _numbers(file: Any) -> list[dict[str, Any]]:
+    """What is known of each expert's result, but its vectors."""
+    numbers: list[dict[str, Any]] = json.loads(file.metadata()["numbers"])
+    return [{**one, "adapter_squares": tuple(one["adapter_squares"])} for one in numbers]
+
+
+def _extra(name: str) -> str:
+    return f"extra {name}"  # no module has a space in its path
+
+
+def _name(key: str) -> str:
+    # Names may be longer than a file name can be.
+    return f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.part"

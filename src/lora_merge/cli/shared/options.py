@@ -99,6 +99,17 @@ run_options = together(
     force_option("an adapter directory"),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1."),
     click.option("--jobs", type=click.IntRange(min=1), help="Worker threads.  [default: CPUs]"),
+    click.option(
+        "--shard",
+        metavar="3/16",
+        help="Merge one part of the modules into OUT.shards; `lora-merge join OUT` makes OUT of "
+        "all parts, the same bytes as one run.",
+    ),
+    click.option(
+        "--resume",
+        is_flag=True,
+        help="Keep what is done in OUT.shards, and go on from what is there.",
+    ),
     click.option("--dry-run", is_flag=True, help="Plan from the headers, write nothing."),
     json_option,
 )

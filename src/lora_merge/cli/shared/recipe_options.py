@@ -14,8 +14,11 @@ from lora_merge.merge.recipe.recipe import Recipe, Semantics
 if TYPE_CHECKING:
     from lora_merge.cli.shared.output import Output
     from lora_merge.merge.plan import MergePlan
+    from lora_merge.merge.report import MergeReport
 
-_RUN_OPTIONS = ("out", "force", "device", "jobs", "dry_run", "as_json", "allow_pickle")
+_RUN_OPTIONS = (
+    *("out", "force", "device", "jobs", "shard", "resume", "dry_run", "as_json", "allow_pickle"),
+)
 
 
 class ScaleType(click.ParamType):  # type: ignore[type-arg]
@@ -167,10 +170,11 @@ def run_merge(
     as_json: bool,
     allow_pickle: bool,
     strict: bool = False,
+    shard: str | None = None,
+    resume: bool = False,
 ) -> None:
     """Plan a recipe, run it and show what happened; every merging command ends here."""
     from lora_merge.cli.shared.output import Output
-    from lora_merge.cli.views.merge import report_view
     from lora_merge.machine.device import pick_device
     from lora_merge.merge.api import plan_recipe, run_recipe
 
@@ -179,39 +183,71 @@ def run_merge(
     if dry_run:
         _show_plan(plan_recipe(recipe, allow_pickle=allow_pickle, device=device), output, jobs)
         return
+    if shard is not None:
+        _run_shard(recipe, out, shard, output, force, resume, allow_pickle, jobs, device)
+        return
     with ExitStack() as showing:
-        shown = _Progress(output, showing)
+        shown = Progress(output, showing)
         report = run_recipe(
             recipe,
             out,
             force=force,
             strict=strict,
+            resume=resume,
             allow_pickle=allow_pickle,
             jobs=jobs,
             device=device,
             on_plan=shown.begin,
             on_module=lambda _: shown.advance(),
         )
-    for note in report.notes[len(shown.notes) :]:
+    show_report(report, output, shown.notes)
+
+
+def show_report(report: "MergeReport", output: "Output", seen: Sequence[str]) -> None:
+    """A merge's report, and those of its notes that have not been seen."""
+    from lora_merge.cli.views.merge import report_view
+
+    for note in report.notes[len(seen) :]:
         output.note(note)
     output.data(report.to_dict(), *report_view(report))
 
 
-class _Progress:
-    """What is shown while a plan runs."""
+def _run_shard(recipe: Recipe | Path, out: Path, shard: str, output: "Output", *how: Any) -> None:
+    from rich.markup import escape
+
+    from lora_merge.merge.shards.shard import run_shard
+
+    names = ("force", "resume", "allow_pickle", "jobs", "device")
+    with ExitStack() as showing:
+        shown = Progress(output, showing)
+        report = run_shard(
+            recipe,
+            out,
+            shard,
+            **dict(zip(names, how, strict=True)),
+            on_plan=shown.begin,
+            on_module=lambda _: shown.advance(),
+        )
+    output.data(report.to_dict(), escape(str(report.summary())))
+
+
+class Progress:
+    """What is shown while a plan runs: its notes, and a bar of its modules."""
 
     def __init__(self, output: "Output", showing: ExitStack) -> None:
         self.output, self.showing = output, showing
         self.notes: tuple[str, ...] = ()
 
-    def begin(self, plan: "MergePlan") -> None:
+    def begin(self, plan: "MergePlan", modules: int | None = None) -> None:
+        """Show the notes, and a bar for all modules or for so many."""
         from lora_merge.cli.shared.malloc import return_large_blocks
 
         self.notes = plan.notes
         for note in plan.notes:
             self.output.note(note)
         return_large_blocks(plan.peak_bytes(1))
-        bar = self.output.progress("merging", len(plan.alignment.modules))
+        count = len(plan.alignment.modules) if modules is None else modules
+        bar = self.output.progress("merging", count)
         self.advance = self.showing.enter_context(bar)
 
 

@@ -51,10 +51,10 @@ def with_scale(plan: MergePlan, *, device: str = "cpu") -> MergePlan:
         return plan
     why = _left_alone(plan)
     if why:
-        return _decided(plan, 1.0, f"scale 1: {why}")
+        return decided_scale(plan, 1.0, f"scale 1: {why}")
     found = measure(plan, device)
     if not (found.merged > 0 and found.all > 0):
-        return _decided(plan, 1.0, "scale 1: what was looked at is zero")
+        return decided_scale(plan, 1.0, "scale 1: what was looked at is zero")
     value = rule(found, plan.method.separates)
     scale = float(f"{value:.3g}")
     reason = (
@@ -63,10 +63,11 @@ def with_scale(plan: MergePlan, *, device: str = "cpu") -> MergePlan:
         f"{scale * sqrt(found.merged / found.one):.2f} disturbs each other least (--scale 1: as "
         "published)"
     )
-    return _decided(plan, scale, reason)
+    return decided_scale(plan, scale, reason)
 
 
-def _decided(plan: MergePlan, scale: float, reason: str) -> MergePlan:
+def decided_scale(plan: MergePlan, scale: float, reason: str) -> MergePlan:
+    """The plan with a scale instead of "auto", and why."""
     semantics = replace(plan.semantics, scale=scale)
     notes = (*plan.notes, reason)
     return replace(plan, semantics=semantics, scale_reason=reason, notes=notes)

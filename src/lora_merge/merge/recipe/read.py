@@ -1,5 +1,6 @@
 """Read a recipe: a merge as a YAML file that gives the same bytes whenever it is run."""
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -63,6 +64,19 @@ def expanded(recipe: Recipe) -> Recipe:
         replace(item, adapter=ref) for item in recipe.adapters for ref in expand([item.adapter])
     ]
     return replace(recipe, adapters=tuple(items))
+
+
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """A recipe from its file or from plain data, globs in it expanded; a recipe as it is.
+
+    Raises:
+        RecipeError: If it is no valid recipe.
+    """
+    if isinstance(recipe, str | Path):
+        return expanded(read_recipe(Path(recipe)))
+    if isinstance(recipe, Recipe):
+        return recipe
+    return expanded(parse_recipe(dict(recipe), "the recipe"))
 
 
 def open_recipe(recipe: Recipe, *, allow_pickle: bool = False) -> list[Adapter]:

@@ -1,0 +1,1 @@
+"""One merge in several runs: shards of its modules, on any machines, and the join of them."""

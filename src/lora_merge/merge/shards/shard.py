@@ -1,0 +1,194 @@
+"""`lora_merge.run_shard`: one part of a merge, on this machine, for `join` to put together."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_merge.arguments import checked
+from lora_merge.errors import OutputError
+from lora_merge.files.targets import check_target
+from lora_merge.merge.executor import compute
+from lora_merge.merge.plan import MergePlan, plan_merge
+from lora_merge.merge.recipe.read import as_recipe, open_recipe
+from lora_merge.merge.recipe.recipe import Recipe
+from lora_merge.merge.shards.decided import decided
+from lora_merge.merge.shards.facts import changed_file, digest_of, facts_of
+from lora_merge.merge.shards.folder import (
+    Shard,
+    finish_shard,
+    is_complete,
+    shard_folder,
+    shards_of,
+)
+from lora_merge.merge.waiting_results import Spool
+from lora_merge.printing import Report, Summary
+
+
+@dataclass(frozen=True, repr=False)
+class ShardReport(Report):
+    """What a shard did.
+
+    Attributes:
+        shard: Which.
+        out: The result that it is for.
+        folder: Where its part is.
+        modules: Its modules.
+        found: How many of them were done already.
+        missing: Shards that are not done yet.
+    """
+
+    shard: Shard
+    out: Path
+    folder: Path
+    modules: tuple[str, ...]
+    found: int
+    missing: tuple[Shard, ...]
+
+    def summary(self) -> Summary:
+        """What is done and what is missing."""
+        missing = ", ".join(map(str, self.missing[:8])) + (", ..." if self.missing[8:] else "")
+        return Summary(
+            f"Shard {self.shard}",
+            (
+                ("modules", f"{len(self.modules)}, {self.found} of them done before"),
+                ("written to", str(self.folder)),
+                ("still missing", missing or f"nothing: lora-merge join {self.out}"),
+            ),
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per module."""
+        return [{"module": name} for name in self.modules]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "schema": 1,
+            "found": self.found,
+            "shard": str(self.shard),
+            "out": str(self.out),
+            "folder": str(self.folder),
+            "modules": list(self.modules),
+            "missing": [str(shard) for shard in self.missing],
+        }
+
+
+@checked()
+def run_shard(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    out: str | Path,
+    shard: str,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    allow_pickle: bool = False,
+    jobs: int | None = None,
+    device: str = "auto",
+    on_plan: Callable[[MergePlan, int], None] | None = None,
+    on_module: Callable[[str], None] | None = None,
+) -> ShardReport:
+    """Merge one part of a recipe's modules, for `join`; the parts need to know nothing of another.
+
+    Args:
+        recipe: As for `run_recipe`.
+        out: The directory that `join` will make; the shard's is `OUT.shards/3-of-16`.
+        shard: Which of how many: "3/16".
+        force: Throw away what an earlier run left of this shard.
+        resume: Go on from it, if recipe and adapters are still the same.
+        allow_pickle: Load `.bin` files, with weights_only=True.
+        jobs: Worker threads.
+        device: Where to compute.
+        on_plan: Called with the plan and the number of modules to do, before any is done.
+        on_module: Called with the name of each module that is done.
+
+    Returns:
+        What was done, and which shards are missing.
+
+    Raises:
+        LoraMergeError: If recipe, adapters and request do not fit, if something of the shard is
+            there and neither `force` nor `resume` is given, or if it is of other adapters.
+
+    Example:
+        >>> import lora_merge
+        >>> adapters = [{"adapter": "examples/adapters/*"}]
+        >>> recipe = {"merge_method": "ties", "rank": 8, "adapters": adapters}
+        >>> for shard in ("1/2", "2/2"):
+        ...     report = lora_merge.run_shard(recipe, "sharded", shard)
+        >>> report.missing
+        ()
+    """
+    part, out = Shard.parse(shard), Path(out)
+    plan, header = plan_for_shards(
+        recipe, out, force=force, allow_pickle=allow_pickle, jobs=jobs, device=device
+    )
+    folder = part.folder(out)
+    with shard_folder(folder, header, force=force, resume=resume) as complete:
+        names, extras = part.of(plan)
+        spool = Spool((folder,), keep=True)
+        left = [m for m in plan.alignment.modules if m.name in set(names) and not spool.has(m.name)]
+        if on_plan:
+            on_plan(plan, len(left))
+        if not complete:
+            with ThreadPoolExecutor(1) as beside:
+                hashes = beside.submit(_hashes, part, plan)
+                extras = [name for name in extras if not spool.has_extra(name)]
+                compute(
+                    plan,
+                    spool,
+                    left,
+                    extras=extras,
+                    jobs=jobs,
+                    device=device,
+                    on_module=on_module,
+                )
+            changed = changed_file(plan, header["facts"])
+            if changed:
+                raise OutputError(
+                    f"{changed} has changed while it was merged", "--force begins this shard again"
+                )
+            manifest = {
+                "shard": [part.number, part.count],
+                "plan": digest_of(header["facts"]),
+                "modules": names,
+                "extras": part.of(plan)[1],
+                "sha256": hashes.result(),
+            }
+            finish_shard(folder, manifest)
+    every = [Shard(number, part.count) for number in range(1, part.count + 1)]
+    missing = tuple(one for one in every if not is_complete(one.folder(out)))
+    return ShardReport(part, out, folder, tuple(names), len(names) - len(left), missing)
+
+
+def plan_for_shards(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    out: Path,
+    *,
+    force: bool,
+    allow_pickle: bool,
+    jobs: int | None,
+    device: str,
+) -> tuple[MergePlan, dict[str, Any]]:
+    """The plan of a merge in parts, everything decided, and what each part says of it."""
+    recipe = as_recipe(recipe)
+    named = [item.adapter for item in recipe.adapters]
+    named += [recipe.statistics] if recipe.statistics else []
+    inputs = [Path(path) for path in named if Path(path).exists()]
+    check_target(out, force=force, inputs=inputs)
+    plan = plan_merge(recipe, open_recipe(recipe, allow_pickle=allow_pickle))
+    plan = decided(plan, shards_of(out), jobs=jobs, device=device)
+    header = {
+        "facts": facts_of(plan),
+        "recipe": recipe.to_yaml(),
+        "scale": [plan.semantics.scale, plan.scale_reason],
+        "allow_pickle": allow_pickle,
+    }
+    return plan, header
+
+
+def _hashes(part: Shard, plan: MergePlan) -> dict[str, str]:
+    """SHA-256 of this shard's share of the inputs, for the result's recipe: each is read once."""
+    sources = {a.name: a.source for a in plan.alignment.adapters if a.source}
+    mine = sorted(sources)[part.number - 1 :: part.count]
+    return {name: sources[name].digest for name in mine}
