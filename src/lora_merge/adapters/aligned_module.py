@@ -1,6 +1,6 @@
 """One module and the adapters that touch it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from lora_merge.adapters.forms import ModuleSpec
@@ -28,6 +28,10 @@ class AlignedModule:
     def num_units(self) -> int:
         """R, the units of all adapters together (of one expert)."""
         return sum(spec.rank for spec in self.specs.values())
+
+    def restricted(self, adapters: Collection[int]) -> "AlignedModule":
+        """The same module for some of the adapters that touch it, under their old numbers."""
+        return AlignedModule(self.name, {i: s for i, s in self.specs.items() if i in adapters})
 
     def stack_bytes(self, itemsize: int = 4) -> int:
         """Memory of this module's stack, all experts together."""

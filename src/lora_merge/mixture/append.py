@@ -1,4 +1,4 @@
-"""Add experts to a mixture and leave what the gate has learned as it is."""
+"""Add experts to a mixture, or take some out, and leave the gate of the others as it is."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -54,7 +54,13 @@ def append_experts(
     if spec.signal == "hidden":
         width = mixture.gate["classifier.0.weight"].shape[1]
     alignment = align([expert.adapter for expert in experts], accept_base_models=accept_base_models)
-    fresh = initial_gate(alignment, spec, len(old) + len(new), seed=seed, hidden_size=width)
+    count = len(old) + len(new)
+    same_names = set(mixture.modules) <= {module.name for module in alignment.modules}
+    only = range(len(old), count) if same_names else None
+    fresh = initial_gate(alignment, spec, count, seed=seed, hidden_size=width, only=only)
+    if spec.signal == "prototype" and same_names:
+        for name, rows in mixture.gate.items():
+            fresh[name] = torch.cat([rows, fresh[name]]) if name in fresh else rows
     grown = Mixture.of(spec, experts, fresh)
     grown.descriptors = mixture.descriptors
     if spec.signal == "hidden":
@@ -65,6 +71,43 @@ def append_experts(
             if module.name in before:
                 _grow_rows(mixture, grown, before[module.name], module)
     return grown
+
+
+def without_expert(mixture: Mixture, name: str) -> Mixture:
+    """A mixture with one expert less; the others' part of the gate keeps every bit.
+
+    Args:
+        mixture: What there is.
+        name: Of a gated expert.
+
+    Raises:
+        MethodError: If there is no such expert or no other, or if the gate was made for all of them
+            together and would be another one without it.
+    """
+    if name not in mixture.names:
+        raise MethodError(f"no expert is called {name!r}", f"one of {', '.join(mixture.names)}")
+    if not mixture.spec.is_open:
+        raise MethodError(
+            f"the {mixture.spec.preset} gate weighs all its experts together, and would be another "
+            f"without {name}",
+            "make the mixture again without it, and train that if it is a gate to train",
+        )
+    if mixture.num_experts == 1:
+        raise MethodError(f"{name} is the only expert", "detach the mixture")
+    gone = mixture.names.index(name)
+    gate = {}
+    for module in mixture.gated_modules:
+        key = f"{module.name}.prototype"
+        present = [i for i in module.specs if i < mixture.num_experts]
+        kept = [row for row, i in enumerate(present) if i != gone]
+        if key in mixture.gate and kept:
+            rows = mixture.gate[key]
+            gate[key] = rows if len(kept) == len(present) else rows[kept]
+    others = [expert for index, expert in enumerate(mixture.experts) if index != gone]
+    smaller = Mixture.of(mixture.spec, others, gate)
+    known = mixture.descriptors
+    smaller.descriptors = None if known is None else known.without_expert(name)
+    return smaller
 
 
 def _grow_rows(mixture: Mixture, grown: Mixture, was: AlignedModule, now: AlignedModule) -> None:

@@ -135,6 +135,11 @@ class GateSpec:
         """Whether training changes the gate."""
         return self.signal in ("hidden", "input")
 
+    @property
+    def is_open(self) -> bool:
+        """Whether an expert may come or go without changing what the gate knows of the others."""
+        return self.signal in ("request", "prototype", "spectrum")
+
     def factor(self, num_scores: int) -> float:
         """What every weight is multiplied by, given how many scores there are."""
         if self.scale is not None:

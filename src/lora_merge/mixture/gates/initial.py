@@ -6,7 +6,7 @@ base model, and `classifier.<j>.weight|bias` for X-LoRA.
 
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -27,6 +27,7 @@ def initial_gate(
     *,
     seed: int = 0,
     hidden_size: int | None = None,
+    only: Collection[int] | None = None,
 ) -> dict[str, Tensor]:
     """Gate tensors of a new mixture, float32.
 
@@ -36,6 +37,7 @@ def initial_gate(
         num_experts: How many of the adapters are gated.
         seed: Of the rows that are drawn; a module's rows depend on its name, not on its place.
         hidden_size: Width of the classifier's input (`hidden`); default: read off the modules.
+        only: Experts whose prototypes are wanted; default: all.
     """
     if spec.signal == "hidden":
         width = hidden_size or _hidden_size(alignment)
@@ -51,19 +53,23 @@ def initial_gate(
         if not present:
             continue
         if spec.signal == "prototype":
-            stack = next(iter(read_stacks(alignment, module)))
-            general = len(alignment.adapters) - num_experts
-            tensors[f"{module.name}.prototype"] = prototypes(stack, present, num_experts, general)
+            wanted = present if only is None else [index for index in present if index in only]
+            if wanted:
+                general = len(alignment.adapters) - num_experts
+                used = [i for i in module.specs if i in wanted or i >= num_experts]
+                stack = next(iter(read_stacks(alignment, module.restricted(used))))
+                rows = prototypes(stack, wanted, num_experts, general)
+                tensors[f"{module.name}.prototype"] = rows
             continue
         ranks = sum(module.specs[index].rank for index in present)
-        rows = ranks if spec.granularity == "rank" else len(present) + int(spec.null_expert)
+        count = ranks if spec.granularity == "rank" else len(present) + int(spec.null_expert)
         width = module.first.d_in
         if spec.standardise:  # sigmoid(0): every expert half open, PHATGOOSE's start
-            tensors[f"{module.name}.weight"] = torch.zeros(rows, width)
+            tensors[f"{module.name}.weight"] = torch.zeros(count, width)
         else:
-            tensors[f"{module.name}.weight"] = _uniform(rows, width, module.name, seed)
+            tensors[f"{module.name}.weight"] = _uniform(count, width, module.name, seed)
         if spec.granularity == "rank":
-            tensors[f"{module.name}.rank_bias"] = torch.zeros(rows)
+            tensors[f"{module.name}.rank_bias"] = torch.zeros(count)
     return tensors
 
 

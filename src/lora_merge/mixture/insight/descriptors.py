@@ -37,9 +37,18 @@ class Descriptors:
 
     def with_expert(self, name: str, tensors: dict[str, Tensor]) -> "Descriptors":
         """With one expert's rows (no leading dimension) put last, or in place of its old ones."""
-        kept = [i for i, expert in enumerate(self.experts) if expert != name]
+        kept = self._apart_from(name)
         grown = {
             key: torch.cat([self.tensors[key][kept], rows[None]]) if kept else rows[None]
             for key, rows in tensors.items()
         }
         return Descriptors((*(self.experts[i] for i in kept), name), grown)
+
+    def without_expert(self, name: str) -> "Descriptors | None":
+        """Those of the others; None if there are none."""
+        kept = self._apart_from(name)
+        tensors = {key: rows[kept] for key, rows in self.tensors.items()}
+        return Descriptors(tuple(self.experts[i] for i in kept), tensors) if kept else None
+
+    def _apart_from(self, name: str) -> list[int]:
+        return [i for i, expert in enumerate(self.experts) if expert != name]

@@ -8,7 +8,7 @@ detaching leaves the model bit for bit as it was.
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,26 +20,26 @@ from lora_merge.arguments import checked
 from lora_merge.errors import MethodError
 from lora_merge.kernels.gated_stack import dispatch
 from lora_merge.mixture.gates.gate import GateSpec
-from lora_merge.mixture.gates.named_weights import weight_row
 from lora_merge.mixture.insight.usage import Usage
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.base_matrix import join_groups
-from lora_merge.mixture.runtime.call.entry import Entry, parts_of, refuse_other_tokens
-from lora_merge.mixture.runtime.call.generation import stop_telling, tell_generation
+from lora_merge.mixture.runtime.call.asked import Request, Weights, gate_asked_for, names_in
+from lora_merge.mixture.runtime.call.bank import Bank
+from lora_merge.mixture.runtime.call.entry import Entry, refuse_other_tokens
+from lora_merge.mixture.runtime.call.generation import stop_telling
 from lora_merge.mixture.runtime.call.hooks import (
     REGISTRY,
-    ModuleHook,
     Registry,
-    body_of,
     forget_compiled,
     forgive,
     hide,
 )
 from lora_merge.mixture.runtime.call.in_force import InForce, Switch, changed, within
 from lora_merge.mixture.runtime.call.passes import stop_carrying
-from lora_merge.mixture.runtime.fit_to_model import group_members, make_members
-from lora_merge.mixture.runtime.group import Group
+from lora_merge.mixture.runtime.fit_to_model import make_members
 from lora_merge.mixture.runtime.learned import gate_tensors, learned_parameters
+from lora_merge.mixture.runtime.live.experts import CHANGES, LiveExperts
+from lora_merge.mixture.runtime.live.shelf import Library, Shelf
 from lora_merge.mixture.runtime.overhead import Overhead, overhead
 from lora_merge.mixture.runtime.precision import gate_dtype
 from lora_merge.mixture.runtime.targets import without_wrappers
@@ -57,6 +57,8 @@ def load_mixture(
     name: str = "default",
     dtype: torch.dtype | None = None,
     layout: Layout | None = None,
+    max_experts: int | None = None,
+    library: Library | None = None,
 ) -> "AttachedMixture":
     """Attach a mixture to a model; afterwards the model runs and generates as always.
 
@@ -70,14 +72,18 @@ def load_mixture(
             products where no gradient is wanted: "rows" for few tokens (decoding), "border" for
             many as well (prefill). The results differ by rounding alone. Default: "stack", but
             "border" where LORA_MERGE_KERNELS is concat and "rows" where it is joined.
+        max_experts: Most experts at once: what is added beyond puts the least recently named away.
+        library: A directory of adapters, or references by name: experts that `requests` or
+            `set_gate` name and that are not attached, are added from there.
 
     Returns:
         The handle, also reachable as `model.mixture`.
 
     Raises:
         MethodError: If the model has not the modules, has a mixture of that name already, or has
-            weights that cannot be moved (tied, quantised, offloaded); or if the layout or
-            LORA_MERGE_KERNELS is none of the names.
+            weights that cannot be moved (tied, quantised, offloaded); if the layout or
+            LORA_MERGE_KERNELS is none of the names; or if the gate takes no new experts and there
+            is a limit or a library.
 
     Examples:
         >>> import lora_merge
@@ -92,10 +98,11 @@ def load_mixture(
     mixture = source if isinstance(source, Mixture) else Mixture.from_pretrained(source)
     wanted: dict[str, Layout] = {"concat": "border", "joined": "rows"}
     chosen = layout or wanted.get(forced, "stack")
-    return AttachedMixture(model, mixture, name=name, dtype=dtype, layout=chosen)
+    shelf = Shelf(max_experts, library)
+    return AttachedMixture(model, mixture, name=name, dtype=dtype, layout=chosen, shelf=shelf)
 
 
-class AttachedMixture(nn.Module):
+class AttachedMixture(LiveExperts):
     """A mixture at work in a model.
 
     Args:
@@ -104,9 +111,10 @@ class AttachedMixture(nn.Module):
         name: Its name among the model's mixtures.
         dtype: Of the experts.
         layout: "stack", "rows" or "border".
+        shelf: Limits, and where more experts are.
 
     Attributes:
-        mixture: What was attached; `current()` has what training made of it.
+        mixture: What is attached; `current()` has what training made of it.
         groups: The wrapped modules.
         classifier: X-LoRA's classifier, or None.
         two_pass: Drives the first pass of X-LoRA, or None.
@@ -120,9 +128,11 @@ class AttachedMixture(nn.Module):
         name: str = "default",
         dtype: torch.dtype | None = None,
         layout: Layout = "stack",
+        shelf: Shelf | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.mixture = name, mixture
+        self.name, self._dtype, self._shelf = name, dtype, shelf or Shelf()
+        self._shelf.check(mixture)
         model = without_wrappers(model)
         others = getattr(model, REGISTRY, {})
         if not re.fullmatch(r"[\w-]+", name):
@@ -138,41 +148,29 @@ class AttachedMixture(nn.Module):
         members, targets = make_members(model, mixture, dtype)
         if spec.signal == "hidden":
             refuse_other_tokens(model, targets)
-        dtype_of_gate = gate_dtype(members[0].down.dtype)
         self.switch = Switch(InForce(spec))
-        self.groups = nn.ModuleList(
-            Group(
-                part,
-                self.switch,
-                num_experts=mixture.num_experts,
-                num_general=len(mixture.experts) - mixture.num_experts,
-                gate_dtype=dtype_of_gate if spec.has_rows else None,
-            )
-            for part in group_members(members)
-        )
         self.classifier: HiddenGate | None = None
         self.two_pass: TwoPass | None = None
         if spec.signal == "hidden":
             device = members[0].down.device
-            gate = HiddenGate(spec, mixture.gate, len(mixture.modules), dtype_of_gate).to(device)
+            kind = gate_dtype(members[0].down.dtype)
+            gate = HiddenGate(spec, mixture.gate, len(mixture.modules), kind).to(device)
             self.classifier, self.two_pass = gate, TwoPass(gate)
         self._entries: list[Entry] = []
         self._watched: Usage | None = None
         self._warned = False
         self._model = (model,)  # in a tuple: a plain reference, not a submodule
         self.train(model.training)
+        groups = self._groups_of(mixture, members)
+        self.mixture, self.groups = mixture, nn.ModuleList(groups)
+        self.bank = Bank.of(mixture.names, groups)
         self._joined = []
         if layout != "stack":
             border = layout == "border"
             self._joined = join_groups(model, self.parts, targets, border=border)
-        self._hook(model, targets)
+        self._hook(model, self.bank, targets)
         self._register(model)
         self.set_gate()
-
-    @property
-    def parts(self) -> list[Group]:
-        """The groups of wrapped modules."""
-        return [group for group in self.groups if isinstance(group, Group)]
 
     @property
     def matrices(self) -> list[Tensor]:
@@ -180,22 +178,6 @@ class AttachedMixture(nn.Module):
         return [joined.joined.matrix for joined in self._joined]
 
     # -- life ------------------------------------------------------------------------------------
-
-    def _hook(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
-        joined = {id(each.group) for each in self._joined}
-        for group in self.parts:
-            if id(group) in joined:
-                continue
-            for index, module_name in enumerate(group.names):
-                target = targets[module_name]
-                hook = ModuleHook(group, index, in_place=type(target) is nn.Linear)
-                self.switch.hooks.add(target, hook)
-        self.switch.hooks.note_places(model, targets.values())
-        body = body_of(model)
-        for part in parts_of(model, targets.values()):
-            two_pass = self.two_pass if part is body else None
-            self._entries.append(Entry(self.switch, self.name, part, two_pass=two_pass))
-        tell_generation(model)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AttachedMixture":
         """Join again what `.to` and the like moved apart; the model's own modules come before."""
@@ -276,7 +258,8 @@ class AttachedMixture(nn.Module):
             with self.disabled():
                 yield
             return
-        even = InForce(GateSpec("constant", "constant", "model"), self.two_pass.even_weights())
+        spec, weights = GateSpec("constant", "constant", "model"), self.two_pass.even_weights()
+        even = InForce(spec, weights, bank=self.bank)
         with within({self.switch: even}):
             yield
 
@@ -291,8 +274,8 @@ class AttachedMixture(nn.Module):
     def set_gate(
         self,
         *,
-        weights: Mapping[str, float] | Sequence[float] | None = None,
-        requests: Sequence[str | Mapping[str, float] | None] | None = None,
+        weights: Weights | None = None,
+        requests: Sequence[Request] | None = None,
         **settings: Any,
     ) -> None:
         """Change the gate in force; without arguments go back to the mixture's own.
@@ -303,48 +286,31 @@ class AttachedMixture(nn.Module):
             settings: `top_k`, `temperature`, `scale`, ... of the mixture's own gate; for X-LoRA
                 also `freeze_after` and `lagged`.
         """
-        gate = self._gate(weights, requests, settings)
-        self.switch.set(replace(gate, enabled=self.switch.default.enabled))
+        with CHANGES:
+            gate = self._gate(weights, requests, settings)
+            self.switch.set(replace(gate, enabled=self.switch.default.enabled))
 
     def _gate(
-        self,
-        weights: Mapping[str, float] | Sequence[float] | None,
-        requests: Sequence[str | Mapping[str, float] | None] | None,
-        settings: dict[str, Any],
+        self, weights: Weights | None, requests: Sequence[Request] | None, settings: dict[str, Any]
     ) -> InForce:
-        """What a caller wants to be in force."""
-        own, names = self.mixture.spec, self.mixture.names
-        shortcuts = {}
-        if self.two_pass is not None:
-            shortcuts = {n: settings.pop(n) for n in ("freeze_after", "lagged") if n in settings}
-        for name in settings:
-            if name not in ("top_k", "temperature", "scale", "value", "null_score"):
-                raise MethodError(f"set_gate: {name} is part of the mixture", "make a new mixture")
-        if sum((weights is not None, requests is not None, bool(settings))) > 1:
-            raise MethodError("set_gate: weights, requests or settings, not several", "choose one")
-        if weights is not None:
-            rows, spec = [weight_row(names, weights)], GateSpec("constant", "constant", "model")
-        elif requests is not None:
-            rows = [weight_row(names, request) for request in requests]
-            spec = GateSpec("request", "request", "model")
-            if not rows:
-                raise MethodError("set_gate: no requests", "name one expert per row, or None")
-        elif own.signal in ("constant", "request"):
-            spec, nothing = own, [0.0] * self.mixture.num_experts
-            rows = [list(own.weights) if own.signal == "constant" else nothing]
-        else:
-            return InForce(replace(own, **settings), **shortcuts)
-        value = torch.tensor(rows, dtype=torch.float32, device=self.device)
-        zero = not any(any(row) for row in rows)
-        tiles = self._columns // self.mixture.num_experts
-        value = (value * spec.factor(value.shape[1])).repeat(1, tiles)
-        return InForce(spec, value, zero, **shortcuts)
+        """What a caller wants to be in force, after its experts have been added if need be."""
+        bank = self._bank_with(list(dict.fromkeys(names_in(weights, requests))))
+        return gate_asked_for(
+            self.mixture, bank, self.device, weights=weights, requests=requests, settings=settings
+        )
 
     @contextlib.contextmanager
-    def requests(self, *experts: str | Mapping[str, float] | None) -> Iterator[None]:
-        """One expert per batch row inside the block (S-LoRA's batch), in this thread alone."""
-        gate = self._gate(None, experts, {})
-        now = self.switch.now()
+    def requests(self, *experts: Request) -> Iterator[None]:
+        """One expert per batch row inside the block (S-LoRA's batch), in this thread alone.
+
+        Experts that are not attached are added from the library; the block keeps what it has.
+        """
+        now, gate = self.switch.now(), self._gate(None, experts, {})
+        if now.observe is not None and now.bank is not gate.bank:
+            raise MethodError(
+                "experts have come or gone since the watch began, which counts by their places",
+                "begin another `with m.watch():`",
+            )
         with within({self.switch: replace(gate, enabled=now.enabled, observe=now.observe)}):
             yield
 
@@ -373,23 +339,11 @@ class AttachedMixture(nn.Module):
         """The gate as it is now, by the names of the directory, float32 on the CPU."""
         return gate_tensors(self.mixture, self.parts, self.classifier)
 
-    @property
-    def _columns(self) -> int:
-        """Columns of weights decided outside the modules."""
-        own = self.mixture.spec
-        per_module = own.signal == "hidden" and own.granularity == "module"
-        return self.mixture.num_experts * (len(self.mixture.modules) if per_module else 1)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the first experts are."""
-        return next(self.groups.parameters()).device
-
     @contextlib.contextmanager
     def watch(self) -> Iterator[Usage]:
         """Count which expert speaks where, inside the block: `with model.mixture.watch() as u`."""
-        record = Usage(tuple(self.mixture.names))
-        self._watched = record
+        bank = self.switch.now().bank or self.bank
+        self._watched = record = Usage(bank.names)
         with self.using(observe=record.observe):
             yield record
 

@@ -1,6 +1,7 @@
 """From a mixture on disk to members that can run in a given model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +33,10 @@ _SIBLINGS = (
 
 
 def make_members(
-    model: nn.Module, mixture: Mixture, dtype: torch.dtype | None
+    model: nn.Module,
+    mixture: Mixture,
+    dtype: torch.dtype | None,
+    only: Mapping[str, Collection[int]] | None = None,
 ) -> tuple[list[Member], dict[str, nn.Module]]:
     """Read every module's stack and fit it to the model's module.
 
@@ -40,6 +44,7 @@ def make_members(
         model: The model.
         mixture: The mixture.
         dtype: Of the experts; default: that of each target module.
+        only: Of these modules read no other experts than these.
 
     Returns:
         The members in name order, and the model's module of each by name.
@@ -52,6 +57,10 @@ def make_members(
     members = []
     numbers = {name: number for number, name in enumerate(mixture.modules)}
     for module in mixture.gated_modules:
+        wanted = module.specs if only is None else only.get(module.name, module.specs)
+        part = module.restricted(wanted)
+        if not part.specs:
+            continue
         target = targets[module.name]
         weight = next(target.parameters(recurse=False), None)
         device = device_of(target, model)
@@ -62,8 +71,12 @@ def make_members(
             torch.float64,
         )
         kind = dtype or (weight.dtype if floats and weight is not None else default)
-        stack = next(iter(read_stacks(mixture.alignment, module)))
-        members.append(_member(mixture, module, numbers[module.name], stack, target, kind, device))
+        stack = next(iter(read_stacks(mixture.alignment, part)))
+        member = _member(mixture, part, numbers[module.name], stack, target, kind, device)
+        if member.rows is not None and len(part.specs) < len(module.specs):
+            present = [i for i in module.specs if i < mixture.num_experts]
+            member = replace(member, rows=member.rows[[present.index(e) for e in member.experts]])
+        members.append(member)
     return members, targets
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -17,7 +18,7 @@ from lora_merge.mixture.gates.gate import GateSpec, strengths
 from lora_merge.mixture.gates.layer_norm import inverse_deviation
 from lora_merge.mixture.runtime.by_kernel import Plan, kernel_units
 from lora_merge.mixture.runtime.call.in_force import Decision, Switch
-from lora_merge.mixture.runtime.call.passes import Pass, of_module
+from lora_merge.mixture.runtime.call.passes import Pass
 from lora_merge.mixture.runtime.call.tokens import Tokens
 from lora_merge.mixture.runtime.decide import decide
 from lora_merge.mixture.runtime.decided_outside import decided_outside
@@ -80,6 +81,8 @@ class Group(nn.Module):
         self.units = list(accumulate([len(m.owner) for m in members], initial=0))
         self.scores = list(accumulate([len(r) for r in rows], initial=0))
         self._layout(members, num_experts)
+        empty = self.down.new_empty(0)
+        self._made_of = [replace(m, down=empty, up=empty) for m in members]
         self._shrink = members[0].shrink
         self._packed: Tensor | None = None
         self._compute = self.parts  # one bound method, to be told by identity
@@ -117,6 +120,23 @@ class Group(nn.Module):
             constant(f"outside{index}", torch.tensor(taken, dtype=torch.int64, device=device))
 
     # -- storage ---------------------------------------------------------------------------------
+
+    def members(self) -> list[Member]:
+        """The modules as they are now; tensors are views of what runs."""
+        found = []
+        spectrum: Any = self.spectrum
+        for index, member in enumerate(self._made_of):
+            units = slice(*self.units[index : index + 2])
+            scores = slice(*(self.scores[index : index + 2] or (0, 0)))
+            now = replace(
+                member,
+                down=self.down.data[units],
+                up=self._ups[index].data,
+                rows=None if self.weight is None else self.weight.data[scores],
+                spectrum=None if spectrum is None else spectrum[units],
+            )
+            found.append(now)
+        return found
 
     def factors(self) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """Every up, down, and the gate's rows if they ride along in the shrink (of one dtype)."""
@@ -176,10 +196,6 @@ class Group(nn.Module):
         return [down.data_ptr(), weight.data_ptr()] == self._addresses
 
     # -- forward ---------------------------------------------------------------------------------
-
-    def current(self) -> Pass | None:
-        """The pass that the modules are called in; None if they are to be their bases."""
-        return of_module(self.switch)
 
     def add(self, passed: Pass, index: int, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
         """Add the experts of member `index` to its output.

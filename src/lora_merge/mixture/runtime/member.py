@@ -1,10 +1,11 @@
 """One wrapped module, ready to run."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_merge.kernels.gated_stack.eager import shrink_conv, shrink_embedding, shrink_linear
@@ -54,3 +55,48 @@ class Member:
         if self.form == "conv":
             return partial(shrink_conv, kernel=self.kernel, how=self.how)
         return shrink_linear
+
+    def renumbered(self, numbers: Mapping[int, int], place: int) -> "Member":
+        """Those of its experts that `numbers` has, under the numbers they have there.
+
+        Args:
+            numbers: Old number -> new, in the same order.
+            place: Of the module among all wrapped ones.
+        """
+        if all(numbers.get(e) == e for e in (*self.experts, *self.general)):
+            return replace(self, number=place)
+        units = [unit for unit, owner in enumerate(self.owner) if owner in numbers]
+        rows = [row for row, expert in enumerate(self.experts) if expert in numbers]
+        return replace(
+            self,
+            number=place,
+            down=self.down[units],
+            up=self.up[units],
+            owner=tuple(numbers[self.owner[unit]] for unit in units),
+            experts=tuple(numbers[e] for e in self.experts if e in numbers),
+            general=tuple(numbers[e] for e in self.general if e in numbers),
+            rows=None if self.rows is None else self.rows[rows],
+            spectrum=None if self.spectrum is None else self.spectrum[units],
+        )
+
+
+def joined(parts: Sequence[Member]) -> Member:
+    """One module's member from parts of it, each with experts of its own, ascending."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    return replace(
+        first,
+        down=torch.cat([part.down for part in parts]),
+        up=torch.cat([part.up for part in parts]),
+        owner=tuple(owner for part in parts for owner in part.owner),
+        experts=tuple(expert for part in parts for expert in part.experts),
+        general=tuple(expert for part in parts for expert in part.general),
+        rows=_cat([part.rows for part in parts]),
+        spectrum=_cat([part.spectrum for part in parts]),
+    )
+
+
+def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    there = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(there) if there else None

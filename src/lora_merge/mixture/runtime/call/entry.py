@@ -55,7 +55,7 @@ class Entry:
         *,
         two_pass: Before | None = None,
     ) -> None:
-        self.switch, self.name, self.two_pass = switch, name, two_pass
+        self.switch, self.name, self.module, self.two_pass = switch, name, module, two_pass
         self.names = _named(module)
         self.cache = cache_name(self.names)
         self.handles = [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_merge.errors import MethodError
 from lora_merge.mixture.runtime.call.hooks import REGISTRY
-from lora_merge.mixture.runtime.call.in_force import InForce
+from lora_merge.mixture.runtime.call.in_force import InForce, kept
 
 _TEXTS = ("inputs_embeds", "input_ids")
 _OTHERS = ("inputs", "pixel_values", "input_features")
@@ -40,7 +40,7 @@ def generation() -> Generation | None:
 
 
 class Generate:
-    """A model's `generate` that says what it was given.
+    """A model's `generate` that says what it was given, and keeps the gate it began with.
 
     Args:
         model: The model.
@@ -60,11 +60,13 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own."""
-        for mixture in getattr(self.model, REGISTRY, {}).values():
+        mixtures = list(getattr(self.model, REGISTRY, {}).values())
+        for mixture in mixtures:
             mixture.warn_if_untrained()
         token = _CURRENT.set(_read(args, kwargs, encodes=self.encodes))
         try:
-            return self.__wrapped__(*args, **kwargs)
+            with kept(mixture.switch for mixture in mixtures):
+                return self.__wrapped__(*args, **kwargs)
         finally:
             _CURRENT.reset(token)
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_merge.errors import MethodError
-from lora_merge.mixture.runtime.call.modules import Modules
 
 REGISTRY = "lora_mixtures"  # the submodule that holds a model's mixtures
 _LOCK = RLock()  # one for all: hooks come and go seldom, and a lock cannot be copied
@@ -52,26 +51,28 @@ class ModuleHook:
     An object, not a closure, so that a copy of a model has hooks of its own.
 
     Args:
-        group: The module's group.
-        index: Its place there.
+        enter: Gives the pass that the module is called in; None if it is to be its base.
+        name: What the experts call the module.
         in_place: Whether its output is nobody else's.
     """
 
-    def __init__(self, group: Modules, index: int, *, in_place: bool) -> None:
-        self.group, self.index, self.in_place = group, index, in_place
+    def __init__(self, enter: Callable[[], Any], name: str, *, in_place: bool) -> None:
+        self.enter, self.name, self.in_place = enter, name, in_place
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> Any:
         """Add the experts, if this pass wants them."""
-        passed = self.group.current()
-        if passed is None:
+        passed = self.enter()
+        place = None if passed is None else passed.gate.place_of(self.name)
+        if place is None:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         # Another hook may have kept the base's output: then it is not ours to write into.
         mine = self.in_place and len(module._forward_hooks) == 1
         in_place = mine and not torch.is_grad_enabled()
-        return self.group.add(passed, self.index, x, out, in_place=in_place)
+        group, index = place
+        return group.add(passed, index, x, out, in_place=in_place)
 
 
 class ModuleHooks:
@@ -87,13 +88,18 @@ class ModuleHooks:
         self._places: list[tuple[nn.Module, str, nn.Module]] = []
 
     def add(self, module: nn.Module, hook: Any) -> None:
-        """Register one more hook."""
-        handle = module.register_forward_hook(hook, with_kwargs=True)
-        self._hooks.append((module, handle.id, hook))
+        """Register one more hook, unless the module has it."""
+        with _LOCK:
+            if any(module is known and hook.name == one.name for known, _, one in self._hooks):
+                return
+            handle = module.register_forward_hook(hook, with_kwargs=True)
+            self._hooks.append((module, handle.id, hook))
+            if not self.inside:
+                self._take_out()
 
     def note_places(self, model: nn.Module, wrapped: Iterable[nn.Module]) -> None:
         """Remember where in the model the wrapped modules stand."""
-        wanted = {id(module) for module in wrapped}
+        wanted = {id(module) for module in wrapped} | {id(module) for _, _, module in self._places}
         self._places = [
             (parent, leaf, child)
             for parent in model.modules()
@@ -107,7 +113,8 @@ class ModuleHooks:
         Raises:
             MethodError: Naming the first.
         """
-        for index, (parent, leaf, module) in enumerate(self._places):
+        places = self._places
+        for index, (parent, leaf, module) in enumerate(places):
             now = parent._modules.get(leaf)
             if now is module:
                 continue
@@ -117,7 +124,7 @@ class ModuleHooks:
                     "after the mixture was attached, and would run without its experts",
                     "detach the mixture and attach it again",
                 )
-            self._places[index] = (parent, leaf, now)  # somebody has wrapped it
+            places[index] = (parent, leaf, now)  # somebody has wrapped it
 
     def put(self, inside: bool, keep: Callable[[], bool] = lambda: False) -> None:
         """Put the hooks into the model or take them out, unless somebody keeps them in."""

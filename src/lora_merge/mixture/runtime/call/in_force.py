@@ -1,6 +1,6 @@
 """Which gate is in force: one for all threads, and another inside a block of one thread."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_merge.errors import MethodError
 from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.mixture.gates.gate import GateSpec
+from lora_merge.mixture.runtime.call.bank import Bank
 from lora_merge.mixture.runtime.call.hooks import ModuleHooks
 from lora_merge.mixture.runtime.call.modules import Modules
 
@@ -56,6 +57,7 @@ class InForce:
             that a first pass decides for.
         freeze_after: Skip the first pass after this many decoded tokens and keep the last weights.
         lagged: While decoding, take the weights from the previous token's mixed hidden state.
+        bank: The experts.
     """
 
     spec: GateSpec
@@ -67,6 +69,7 @@ class InForce:
     observe_hidden: Callable[[Tensor, Tensor, tuple[int, ...]], None] | None = None
     freeze_after: int | None = None
     lagged: bool = False
+    bank: Bank | None = None
     _rules: dict[int, Rule] = field(default_factory=dict)
 
     def rule(self, num_scores: int) -> Rule:
@@ -75,6 +78,24 @@ class InForce:
         if found is None:
             found = self._rules[num_scores] = self.spec.rule(num_scores)
         return found
+
+    def place_of(self, module: str) -> tuple[Modules, int] | None:
+        """A wrapped module's group and its place there; None if no expert touches it."""
+        return None if self.bank is None else self.bank.places.get(module)
+
+    def with_bank(self, bank: Bank, numbers: Mapping[int, int]) -> "InForce":
+        """The same gate over other experts.
+
+        Args:
+            bank: Those.
+            numbers: Column of each expert that stays -> its new one.
+        """
+        weights = self.weights
+        if weights is not None:
+            moved = weights.new_zeros(len(weights), len(bank.names))
+            moved[:, list(numbers.values())] = weights[:, list(numbers)]
+            weights = moved
+        return replace(self, weights=weights, bank=bank, _rules={})
 
     @property
     def is_idle(self) -> bool:
@@ -140,7 +161,7 @@ class Switch:
         gate = self.now()
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return gate, False
-        key = gate.enabled, gate.spec, gate.weights, gate.only
+        key = gate.enabled, gate.spec, gate.weights, gate.only, gate.bank
         if not _in_backward():
             known = self._differentiated
             same = known is None or all(a is b for a, b in zip(known[0], key, strict=True))
@@ -166,6 +187,17 @@ class Switch:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def kept(switches: Iterable[Switch]) -> Iterator[None]:
+    """What is in force here stays so inside the block, whatever other threads set meanwhile."""
+    now = {id(switch): switch.now() for switch in switches}
+    token = _BLOCKS.set({**_BLOCKS.get(), **now})
+    try:
+        yield
+    finally:
+        _BLOCKS.reset(token)
 
 
 @contextmanager

@@ -68,8 +68,5 @@ class Modules(Protocol):
     def weights_of(self, passed: Any, x: Tensor, start: int, stop: int) -> Tensor:
         """Weights of members start..stop, where they need no units, shape (T', M C)."""
 
-    def current(self) -> Any:
-        """The pass that the modules are called in; None if they are to be their bases."""
-
     def add(self, passed: Any, index: int, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
         """Add the experts of member `index` to its output."""

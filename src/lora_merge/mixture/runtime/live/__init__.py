@@ -1,0 +1,1 @@
+"""Experts that come and go while a mixture is attached."""
