@@ -40,6 +40,7 @@ ALLOWED = {
     "peft": {"adapters", "mixture"},
     "transformers": {"mixture"},
     "triton": {"kernels"},
+    "gguf": {"files", "reshape"},
 }
 # Libraries that may be imported only inside functions.
 LAZY = {
@@ -51,6 +52,7 @@ LAZY = {
     "sklearn",
     "accelerate",
     "pydantic",
+    "gguf",
 }
 # What a reader can hold in mind; `cli/commands` is a list.
 MOST_FILES, MOST_LINES = 14, 420

@@ -29,6 +29,7 @@ from lora_merge.adapters.units import BaseWeight, Units
 from lora_merge.adapters.writer import OutputPlan, TensorWriter, Writer, plan_output, save_output
 from lora_merge.errors import AdapterError
 from lora_merge.files.checkpoint import open_checkpoint
+from lora_merge.files.gguf.reading import GGUFFile
 from lora_merge.files.hub import upload
 from lora_merge.files.tensor_file import (
     SafetensorsFile,
@@ -246,6 +247,8 @@ def open_adapter(
     tensors: TensorSource
     if source.is_pickle:
         tensors = load_pickle(source.weights, name)
+    elif source.weights.suffix == ".gguf":
+        tensors = GGUFFile(source.weights, name)
     else:
         tensors = SafetensorsFile(source.weights, name)
     adapter = build_adapter(name, config, tensors, source=source, base=base, rank=rank)

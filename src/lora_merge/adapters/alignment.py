@@ -66,7 +66,10 @@ def align(adapters: Sequence[Adapter], *, accept_base_models: bool = False) -> A
     mismatches: list[str] = []
     base = _base_models(adapters, mismatches, accept_base_models)
     remedy = "take adapters of one base model"
-    if mismatches:
+    architectures = sorted({a.config.architecture for a in adapters if a.config.architecture})
+    if len(architectures) > 1:
+        mismatches.append(f"architectures differ: {', '.join(architectures)}")
+    elif mismatches:
         remedy += (
             "; if only the names differ, --accept-base-models "
             "(accept_base_models in a recipe or in Python) takes them as one"

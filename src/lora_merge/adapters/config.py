@@ -42,6 +42,7 @@ class AdapterConfig:
         init_r: AdaLoRA: the rank that training started from. It sets the scaling of whatever rank
             pruning left; None for a LoRA.
         peft_type: "LORA", or what else the file says, in capitals.
+        architecture: llama.cpp's name of the model's architecture, of a GGUF file.
         raw: The JSON object as stored.
     """
 
@@ -63,6 +64,7 @@ class AdapterConfig:
     partial: bool = False
     init_r: int | None = None
     peft_type: str = "LORA"
+    architecture: str | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def rank_of(self, module: str) -> int | None:

@@ -15,8 +15,9 @@ from lora_merge.files.inputs import note_input
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-# What mlx-lm and diffusers call theirs; other `.safetensors` files beside them are checkpoints.
-OTHER_NAMES = ("adapters.safetensors", "pytorch_lora_weights.safetensors")
+# What mlx-lm, diffusers and our GGUF are called; other files beside them are checkpoints.
+OTHER_NAMES = ("adapters.safetensors", "pytorch_lora_weights.safetensors", "adapter.gguf")
+_WEIGHTS = (".safetensors", ".gguf")
 
 _HUB_ID = re.compile(
     r"^(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^:@]+))?(?::(?P<subfolder>[^:@]+))?$"
@@ -30,7 +31,7 @@ class Source:
 
     Attributes:
         ref: What the user typed (or the match of their glob).
-        weights: The safetensors file, or a pickle.
+        weights: The safetensors or GGUF file, or a pickle.
         config: `adapter_config.json` beside it, None if there is none.
         revision: Commit hash on the Hub, None for local files.
         sha256: Of the weights, where somebody who can be believed has said it.
@@ -50,7 +51,7 @@ class Source:
     @property
     def is_pickle(self) -> bool:
         """Whether the weights would have to be unpickled."""
-        return self.weights.suffix != ".safetensors"
+        return self.weights.suffix not in _WEIGHTS
 
 
 def expand(refs: Sequence[str]) -> list[str]:
@@ -76,7 +77,7 @@ def resolve(ref: str, *, allow_pickle: bool = False) -> Source:
     """Find the files of an adapter.
 
     Args:
-        ref: A directory, a `.safetensors` file, `user/repo`, `user/repo@revision`,
+        ref: A directory, a `.safetensors` or `.gguf` file, `user/repo`, `user/repo@revision`,
             `user/repo:subfolder`, `user/repo:file.safetensors`, an `hf://` URI or a Hub URL. What
             exists on disk wins.
         allow_pickle: Accept `adapter_model.bin` where no safetensors file is there.
@@ -125,12 +126,12 @@ def _local(ref: str, path: Path, allow_pickle: bool) -> Source:
     if path.is_dir():
         weights = _weights_in(ref, path, allow_pickle)
     elif path.is_file() and (
-        path.suffix == ".safetensors" or (path.suffix in {".bin", ".pt"} and allow_pickle)
+        path.suffix in _WEIGHTS or (path.suffix in {".bin", ".pt"} and allow_pickle)
     ):
         weights = path
     else:
         raise SourceError(
-            f"{ref}: not an adapter directory or a .safetensors file",
+            f"{ref}: not an adapter directory, a .safetensors or a .gguf file",
             "give the directory that holds adapter_config.json"
             if path.suffix not in {".bin", ".pt"}
             else "pass --allow-pickle to load this pickle with weights_only=True",
@@ -153,12 +154,12 @@ def _weights_in(ref: str, folder: Path, allow_pickle: bool) -> Path:
     for name in OTHER_NAMES:
         if (folder / name).is_file():
             return folder / name
-    others = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+    others = sorted(p for p in folder.iterdir() if p.suffix in _WEIGHTS and p.is_file())
     if len(others) == 1:
         return others[0]
     if others:
         raise SourceError(
-            f"{ref}: several .safetensors files and none is {WEIGHTS_NAME}",
+            f"{ref}: several {others[0].suffix} files and none is {WEIGHTS_NAME}",
             f"name one of them: {', '.join(p.name for p in others[:4])}",
         )
     nested = sorted(p.parent.name for p in folder.glob(f"*/{WEIGHTS_NAME}"))
@@ -173,7 +174,7 @@ def _hub(ref: str, allow_pickle: bool) -> Source:
     repo, revision, subfolder = _parse_hub(ref)
     if ".." in Path(subfolder).parts or subfolder.startswith("/"):
         raise SourceError(f"{ref}: a subfolder may not leave the repository", "drop the '..'")
-    file = Path(subfolder).name if subfolder.endswith(".safetensors") else None
+    file = Path(subfolder).name if subfolder.endswith(_WEIGHTS) else None
     subfolder = str(Path(subfolder).parent) if file else subfolder
     subfolder = "" if subfolder == "." else subfolder
     names = [file or WEIGHTS_NAME, CONFIG_NAME]

@@ -28,7 +28,7 @@ from lora_merge.adapters.references import CONFIG_NAME
 from lora_merge.errors import AdapterError
 from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.tensor_file import DTYPES
-from lora_merge.files.tensor_stream import SafetensorsStream, cast_to, header_of
+from lora_merge.files.tensor_stream import cast_to
 
 R = TypeVar("R")
 
@@ -65,6 +65,7 @@ class OutputPlan:
         extras: Tensors that are not factors: name → (dtype code, shape).
         config: PEFT's `adapter_config.json`.
         file_format: How it is written.
+        architecture: llama.cpp's name of the model's architecture.
     """
 
     modules: Mapping[str, ModuleSpec]
@@ -74,6 +75,7 @@ class OutputPlan:
     extras: Mapping[str, tuple[str, tuple[int, ...]]]
     config: Mapping[str, Any]
     file_format: FileFormat = PEFT
+    architecture: str | None = None
 
     def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name → (dtype code, shape) of every tensor in the file."""
@@ -95,13 +97,13 @@ class OutputPlan:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The safetensors header's `__metadata__`."""
+        """What the file's header says."""
         return dict(self.file_format.metadata(self)) or {"format": "pt"}
 
     @property
     def num_bytes(self) -> int:
-        """Size of the safetensors file."""
-        return header_of(self.entries(), self.metadata)[2]
+        """Size of the weights' file."""
+        return self.file_format.container.header(self.entries(), self.metadata)[2]
 
 
 def plan_output(
@@ -140,7 +142,7 @@ def plan_output(
                 "take this tensor out of the adapter first",
             )
     largest = max(ranks.values())
-    if layout == "uniform":
+    if layout == "uniform" and file_format.padded:
         ranks = dict.fromkeys(ranks, largest)
     specs = with_wrappers({module.name: module.first for module in modules})
     if layout == "per-module":
@@ -178,7 +180,14 @@ def plan_output(
         "use_rslora": False,
     }
     plan = OutputPlan(
-        specs, ranks, dtype, tuple(biases) if has_bias else (), extras, config, file_format
+        specs,
+        ranks,
+        dtype,
+        tuple(biases) if has_bias else (),
+        extras,
+        config,
+        file_format,
+        _first(a.config.architecture for a in adapters),
     )
     file_format.check(plan)
     return plan
@@ -243,7 +252,7 @@ class AdapterWriter(Writer):
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
             (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
         self._path = folder / self.format.weights
-        self._stream = SafetensorsStream(self._path, plan.entries(), plan.metadata)
+        self._stream = self.format.container.stream(self._path, plan.entries(), plan.metadata)
 
     def _write(self, name: str, tensor: Tensor) -> None:
         self._stream.write(name, tensor)

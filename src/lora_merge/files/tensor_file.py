@@ -49,7 +49,7 @@ class SafetensorsFile:
     def __init__(self, path: Path, adapter: str) -> None:
         self.path = path
         self.adapter = adapter
-        _refuse_pointer(path, adapter)
+        refuse_pointer(path, adapter)
         note_input(path)
         try:
             self._identity = _identity(path)
@@ -126,7 +126,7 @@ class TensorDict:
 
 def load_pickle(path: Path, adapter: str) -> TensorDict:
     """Load a pickled checkpoint with `weights_only=True`; only after the user allowed pickles."""
-    _refuse_pointer(path, adapter)
+    refuse_pointer(path, adapter)
     note_input(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -172,7 +172,7 @@ def refuse_non_finite(tensor: Tensor, what: str) -> None:
         )
 
 
-def _refuse_pointer(path: Path, adapter: str) -> None:
+def refuse_pointer(path: Path, adapter: str) -> None:
     """Name a Git LFS pointer or an empty file as what it is."""
     try:
         with path.open("rb") as file:

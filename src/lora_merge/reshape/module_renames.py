@@ -8,6 +8,7 @@ from lora_merge.adapters.formats.file_format import FileFormat
 from lora_merge.adapters.formats.table import naming_of
 from lora_merge.errors import AdapterError
 from lora_merge.files.checkpoint import Checkpoint
+from lora_merge.reshape.gguf_names import from_gguf, to_gguf
 
 # A dialect that reads a naming back; transformers' own has several, PEFT's stands for them.
 _DIALECTS = {"transformers": "peft-lora"}
@@ -48,6 +49,10 @@ def renamed(
                 "leave --component out",
             )
         return adapter
+    if target.naming == "gguf" and source == "transformers":
+        return to_gguf(adapter, base)
+    if source == "gguf" and target.naming == "transformers":
+        return from_gguf(adapter, base)
     rules: Mapping[tuple[str, str], Callable[[str], str]] = {
         ("transformers", "diffusers"): lambda name: f"{_needed(adapter, component)}.{name}",
         ("transformers", "comfyui"): lambda name: f"diffusion_model.{name}",
@@ -64,10 +69,13 @@ def renamed(
     }
     rule = rules.get((source, target.naming))
     if rule is None:
+        pipelines = "gguf" not in (source, target.naming)
         raise AdapterError(
             f"{adapter.name}: its modules are named as {source} does, and no rule leads to the "
             f"names of {target.title}",
-            "give --pipeline, and diffusers' own converters rename them",
+            "give --pipeline, and diffusers' own converters rename them"
+            if pipelines
+            else "write it for PEFT first: --to peft --base DIR",
         )
     if source == "diffusers" and target.naming == "transformers":
         parts = sorted({name.partition(".")[0] for name in adapter.modules})

@@ -10,7 +10,7 @@ from lora_merge.files.header import DTypeName
 from lora_merge.options import option
 from lora_merge.ranks.options import RankOptions
 
-Format = Literal["peft", "kohya", "diffusers", "comfyui", "mlx"]
+Format = Literal["peft", "kohya", "diffusers", "comfyui", "mlx", "gguf"]
 
 
 @dataclass(frozen=True, kw_only=True)

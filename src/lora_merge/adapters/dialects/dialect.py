@@ -78,9 +78,11 @@ class Dialect:
         recognises: Whether a file is of this family, from its header alone.
         claim: Says what every tensor is. Raises an AdapterError that names the first tensor or
             field that this family knows and this library does not read.
+        names_of_base: Whether its module names are those of the base model's files.
     """
 
     name: str
     title: str
     recognises: Callable[[Header], bool]
     claim: Callable[[Header], Claims]
+    names_of_base: bool = True

@@ -4,6 +4,7 @@ from math import prod
 
 from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
 from lora_merge.adapters.dialects.diffusion.dialects import COMFYUI, DIFFUSERS, KOHYA
+from lora_merge.adapters.dialects.language.gguf import GGUF
 from lora_merge.adapters.dialects.language.mlx import MLX
 from lora_merge.adapters.dialects.language.tinker import TINKER
 from lora_merge.adapters.dialects.language.torchtune import TORCHTUNE
@@ -20,6 +21,7 @@ DIALECTS: tuple[Dialect, ...] = (
     PEFT_TUNERS,
     LORA_VARIANTS,
     TINKER,
+    GGUF,
     MLX,
     TORCHTUNE,
     KOHYA,
@@ -40,7 +42,8 @@ def understand(header: Header) -> tuple[Dialect, Claims]:
     if dialect is None:
         refuse_unclaimed(header, sorted(header.entries), whole=True)
     claims = dialect.claim(header)
-    _check_base(header, claims)
+    if dialect.names_of_base:
+        _check_base(header, claims)
     used = {key for spec in claims.modules.values() for key in spec.keys}
     used |= {extra.key for extra in claims.extras.values()} | claims.ignored.keys()
     left = sorted(header.entries.keys() - used)

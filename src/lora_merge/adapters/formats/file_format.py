@@ -8,6 +8,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lora_merge.adapters.forms import ModuleSpec, stored_shapes
+from lora_merge.files.tensor_stream import SafetensorsStream, header_of
+
+Entries = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 class Written(Protocol):
@@ -22,12 +25,62 @@ class Written(Protocol):
         """Rank of every module."""
 
     @property
+    def dtype(self) -> str:
+        """Safetensors dtype code of the factors."""
+
+    @property
+    def extras(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Tensors that are not factors."""
+
+    @property
+    def architecture(self) -> str | None:
+        """llama.cpp's name of the model's architecture."""
+
+    @property
     def biases(self) -> tuple[str, ...]:
         """Modules whose B has a bias."""
 
     @property
     def config(self) -> Mapping[str, Any]:
         """What PEFT's `adapter_config.json` would say."""
+
+
+class Stream(Protocol):
+    """A file that takes its tensors in any order."""
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor in its place."""
+
+    def __exit__(self, *caught: Any) -> None:
+        """Close the file."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """The kind of file that holds the tensors.
+
+    Attributes:
+        stream: Creates a file from its path, its entries and its metadata.
+        header: Its head, the tensors' offsets and the file's size, from entries and metadata.
+    """
+
+    stream: Callable[[Path, Entries, Mapping[str, str]], Stream]
+    header: Callable[[Entries, Mapping[str, str]], tuple[bytes, dict[str, int], int]]
+
+
+SAFETENSORS = Container(SafetensorsStream, header_of)
+
+
+def shapes_by_expert(spec: ModuleSpec, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of A and B of stacked experts where the expert stands first."""
+    return (spec.num_experts, rank, spec.d_in), (spec.num_experts, spec.d_out, rank)
+
+
+def by_expert(spec: ModuleSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of stacked experts from PEFT's layout to (E, r, in) and (E, out, r)."""
+    count = spec.num_experts
+    rank = a.shape[0] // count
+    return a.reshape(count, rank, -1), b.reshape(len(b), rank, count).permute(2, 0, 1)
 
 
 def _as_they_are(spec: ModuleSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,9 +112,11 @@ class FileFormat:
         arrange: From A and B in PEFT's layout (`forms.py`) to the stored ones.
         scalars: Numbers stored beside a module's factors, by name, at a rank.
         config: The `adapter_config.json` beside the weights, None for none.
-        metadata: The safetensors header's `__metadata__`.
+        metadata: What the file's header says.
         check: Refuses what the format cannot hold.
         finish: Called with the closed file.
+        padded: Whether modules of smaller rank are filled up with zeros.
+        container: The kind of file.
     """
 
     name: str
@@ -78,3 +133,5 @@ class FileFormat:
     metadata: Callable[[Written], Mapping[str, str]] = _nothing
     check: Callable[[Written], None] = _fine
     finish: Callable[[Path], None] | None = None
+    padded: bool = True
+    container: Container = SAFETENSORS

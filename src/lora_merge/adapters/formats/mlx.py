@@ -5,7 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_merge.adapters.formats.file_format import FileFormat, Written
+from lora_merge.adapters.formats.file_format import (
+    FileFormat,
+    Written,
+    by_expert,
+    shapes_by_expert,
+)
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.errors import AdapterError
 
@@ -27,17 +32,12 @@ def _check(plan: Written) -> None:
 
 def _shapes(spec: ModuleSpec, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if spec.form == "experts":
-        return (spec.num_experts, rank, spec.d_in), (spec.num_experts, spec.d_out, rank)
+        return shapes_by_expert(spec, rank)
     return (spec.d_in, rank), (rank, spec.d_out)
 
 
 def _arrange(spec: ModuleSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    if spec.form == "experts":
-        count = spec.num_experts
-        rank = a.shape[0] // count
-        by_expert = b.reshape(spec.d_out, rank, count).permute(2, 0, 1)
-        return a.reshape(count, rank, spec.d_in), by_expert
-    return a.mT, b.mT
+    return by_expert(spec, a, b) if spec.form == "experts" else (a.mT, b.mT)
 
 
 def _config(plan: Written) -> dict[str, Any]:

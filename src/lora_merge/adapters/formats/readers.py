@@ -197,7 +197,7 @@ READERS: dict[str, Reader] = {
             "llama.cpp",
             "llama-cpp-python 0.3.36 and its convert_lora_to_gguf.py",
             (
-                _only("peft-lora", to="peft"),
+                _only("peft-lora", "gguf", to="gguf"),
                 _scale_per_tensor,
                 _whole_modules("misreads"),
                 _bias_on_b("refuses"),

@@ -5,13 +5,14 @@ from typing import Protocol
 
 from lora_merge.adapters.formats.diffusion import COMFYUI, DIFFUSERS, KOHYA
 from lora_merge.adapters.formats.file_format import FileFormat
+from lora_merge.adapters.formats.gguf import GGUF
 from lora_merge.adapters.formats.mlx import MLX
 from lora_merge.adapters.formats.peft import PEFT
 from lora_merge.errors import AdapterError
 
-FORMATS: dict[str, FileFormat] = {f.name: f for f in (PEFT, KOHYA, DIFFUSERS, COMFYUI, MLX)}
+FORMATS: dict[str, FileFormat] = {f.name: f for f in (PEFT, KOHYA, DIFFUSERS, COMFYUI, MLX, GGUF)}
 # Dialects that have a format of their own; all others are written for PEFT.
-_OWN = {"kohya": KOHYA, "diffusers": DIFFUSERS, "comfyui": COMFYUI, "mlx": MLX}
+_OWN = {"kohya": KOHYA, "diffusers": DIFFUSERS, "comfyui": COMFYUI, "mlx": MLX, "gguf": GGUF}
 
 
 class Spoken(Protocol):

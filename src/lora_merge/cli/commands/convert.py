@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Examples:
   lora-merge convert loha -o lora
   lora-merge convert adapter -o for-mlx --to mlx
+  lora-merge convert adapter -o for-llama.cpp --to gguf --base llama
   lora-merge convert hra -o lora --base llama
   lora-merge convert oft -o lora --base llama --energy 0.99
   lora-merge convert flux.safetensors -o out --to diffusers --pipeline Flux

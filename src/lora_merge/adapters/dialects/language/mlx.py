@@ -9,6 +9,7 @@ from torch import Tensor
 from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
 from lora_merge.adapters.dialects.grouping import Group
+from lora_merge.adapters.dialects.language.stacked import experts_apart
 from lora_merge.adapters.dialects.spelling import canonical
 from lora_merge.adapters.forms import Form, ModuleSpec
 from lora_merge.adapters.units import Recipe, Units
@@ -78,7 +79,7 @@ def _module(group: Group, scaling: float) -> ModuleSpec:
         experts, rank, d_in = a
         d_out = b[-2]
         group.check(b == (experts, d_out, rank))
-        form, units = "experts", _experts
+        form, units = "experts", experts_apart
     else:
         (d_in, rank), d_out = a, b[-1]
         group.check(b == (rank, d_out))
@@ -100,11 +101,6 @@ def _module(group: Group, scaling: float) -> ModuleSpec:
 
 def _turned(a: Tensor, b: Tensor) -> Units:
     return a.mT, b.mT
-
-
-def _experts(a: Tensor, b: Tensor) -> Units:
-    """(E, r, in) and (E, out, r) in PEFT's layout: A expert-major, B with the expert fastest."""
-    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
 
 MLX = Dialect("mlx", "mlx-lm", _recognises, _claim)

@@ -1,0 +1,1 @@
+"""GGUF, the container of llama.cpp."""
