@@ -18,8 +18,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lora_merge
-from lora_merge.files.checkpoint import open_checkpoint
-from lora_merge.reshape.convert import convert, plan_conversion
 from lora_merge.reshape.gguf_names import ARCHITECTURES
 
 SIZES = {
@@ -75,9 +73,8 @@ def main(checkout: str, *kinds: str) -> None:
             theirs = folder / "theirs.gguf"
             command = [sys.executable, script, "--base", base, "--outfile", theirs, source]
             subprocess.run(command, check=True, capture_output=True, env={**os.environ})
-            opened = lora_merge.open_adapter(source)
-            convert(plan_conversion(opened, to="gguf", base=open_checkpoint(base)), folder / "ours")
-            pair = [lora_merge.open_adapter(p) for p in (folder / "ours", theirs)]
+            ours = lora_merge.convert(source, folder / "ours", to="gguf", base=base)
+            pair = (ours, lora_merge.open_adapter(theirs))
             print(f"{kind:12} {len(pair[0].modules):3} modules  {distance(*pair):.1e}", flush=True)
 
 

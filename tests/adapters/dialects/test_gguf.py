@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+import lora_merge
 from builders import adapter_parts, delta, save_adapter, save_parts
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align
 from lora_merge.cli.app import run
 from lora_merge.errors import AdapterError, AlignmentError, LoraMergeError
-from lora_merge.files.checkpoint import open_checkpoint
-from lora_merge.reshape.convert import convert, plan_conversion
+from lora_merge.reshape.convert import ConversionPlan
 from lora_merge.reshape.gguf_names import _turned
 
 gguf = pytest.importorskip("gguf", reason="pip install 'lora-merge[gguf]'")
@@ -45,8 +45,12 @@ def base(folder: Path, kind: str = "llama", shapes: Any = SHAPES, **more: Any) -
 
 
 def there(adapter: Adapter, out: Path, to: str, model: Path) -> Adapter:
-    convert(plan_conversion(adapter, to=to, base=open_checkpoint(model)), out)
+    lora_merge.convert(adapter, out, to=to, base=model)
     return Adapter.from_pretrained(out)
+
+
+def plan(adapter: Adapter, **options: Any) -> ConversionPlan:
+    return lora_merge.plan_convert(adapter, to="gguf", **options)
 
 
 def written(path: Path, tensors: dict[str, Tensor], alpha: float = 0.0, **said: Any) -> Adapter:
@@ -191,10 +195,7 @@ def test_the_package_reads_what_is_written(dtype: torch.dtype, tmp_path: Path) -
     ours = there(adapter, tmp_path / "gguf", "gguf", model)
     path = tmp_path / "gguf" / "adapter.gguf"
     reader = gguf.GGUFReader(path)
-    assert (
-        path.stat().st_size
-        == plan_conversion(adapter, to="gguf", base=open_checkpoint(model)).output.num_bytes
-    )
+    assert path.stat().st_size == plan(adapter, base=model).output.num_bytes
     said = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
     assert said["general.type"] == "adapter" and said["adapter.lora.alpha"] == 0.0
     assert said["general.architecture"] == "llama"
@@ -209,27 +210,27 @@ def test_the_package_reads_what_is_written(dtype: torch.dtype, tmp_path: Path) -
 def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
     adapter = Adapter.from_pretrained(save_adapter(tmp_path / "a", shapes=SHAPES))
     with pytest.raises(AdapterError) as refusal:
-        plan_conversion(adapter, to="gguf")
+        plan(adapter)
     assert "--base" in refusal.value.remedy
-    strange = open_checkpoint(base(tmp_path / "bloom", "bloom"))
+    strange = base(tmp_path / "bloom", "bloom")
     with pytest.raises(AdapterError, match="'bloom'"):
-        plan_conversion(adapter, to="gguf", base=strange)
+        plan(adapter, base=strange)
     tied = {name: shape for name, shape in SHAPES.items() if name != "lm_head"}
     with pytest.raises(AdapterError, match="lm_head"):
-        plan_conversion(adapter, to="gguf", base=open_checkpoint(base(tmp_path / "t", shapes=tied)))
-    model = open_checkpoint(base(tmp_path / "base"))
+        plan(adapter, base=base(tmp_path / "t", shapes=tied))
+    model = base(tmp_path / "base")
     config, tensors = adapter_parts(shapes=SHAPES, modules_to_save=["score"])
     tensors["base_model.model.score.weight"] = torch.ones(2, 16)
     whole = Adapter.from_pretrained(save_parts(tmp_path / "whole", config, tensors))
     with pytest.raises(AdapterError, match="score"):
-        plan_conversion(whole, to="gguf", base=model)
+        plan(whole, base=model)
     wide = Adapter.from_pretrained(
         save_adapter(tmp_path / "wide", shapes=SHAPES, dtype=torch.float64)
     )
     with pytest.raises(AdapterError) as refusal:
-        plan_conversion(wide, to="gguf", base=model)
+        plan(wide, base=model)
     assert "float32" in refusal.value.remedy
-    plan_conversion(wide, to="gguf", base=model, dtype="F32")
+    plan(wide, base=model, dtype="float32")
 
 
 def test_other_files_and_other_architectures_are_named(tmp_path: Path) -> None:
