@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from lora_merge.errors import AdapterError as AdapterError
     from lora_merge.errors import AlignmentError as AlignmentError
     from lora_merge.errors import LoraMergeError as LoraMergeError
+    from lora_merge.errors import LoraMergeWarning as LoraMergeWarning
     from lora_merge.errors import MethodError as MethodError
     from lora_merge.errors import OutputError as OutputError
     from lora_merge.errors import SourceError as SourceError
@@ -75,6 +76,7 @@ _PUBLIC = {
     "Example": "lora_merge.mixture.training.data",
     "LegoOptions": "lora_merge.merge.methods.lego_options",
     "LoraMergeError": "lora_merge.errors",
+    "LoraMergeWarning": "lora_merge.errors",
     "MadeAdapter": "lora_merge.adapters.in_memory",
     "MethodError": "lora_merge.errors",
     "Mixture": "lora_merge.mixture.mixture",
@@ -136,6 +138,7 @@ __all__ = [
     "Example",
     "LegoOptions",
     "LoraMergeError",
+    "LoraMergeWarning",
     "MadeAdapter",
     "MethodError",
     "Mixture",

@@ -55,5 +55,14 @@ class OutputError(LoraMergeError):
     """The result cannot be written where it was asked for."""
 
 
+class LoraMergeWarning(UserWarning):
+    """Something that works, but not as it might be meant: a gate untrained, a kernel replaced.
+
+    Examples:
+        >>> import warnings
+        >>> warnings.simplefilter("error", LoraMergeWarning)
+    """
+
+
 class NotFiniteError(OutputError):
     """A result holds NaN or infinity, and no file may."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels.stacks import make_stack
-from lora_merge.errors import MethodError
+from lora_merge.errors import LoraMergeWarning, MethodError
 from lora_merge.kernels.gated_stack import dispatch, operation
 from lora_merge.kernels.gated_stack.dispatch import Case, choose, guarded, table_path
 
@@ -71,14 +71,14 @@ def test_a_wrong_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_damaged_table_is_named_and_ignored(text: str) -> None:
     write({})
     table_path("cpu").write_text(text)
-    with pytest.warns(RuntimeWarning, match=r"cpu\.json is damaged"):
+    with pytest.warns(LoraMergeWarning, match=r"cpu\.json is damaged"):
         assert choose(CASE, ABLE) == "eager"
     assert choose(CASE, ABLE) == "eager"  # no second warning
 
 
 def test_a_table_of_other_versions_is_ignored() -> None:
     write({CASE.key: "triton"}, {"torch": "1.0", "triton": "1.0"})
-    with pytest.warns(RuntimeWarning, match="lora-merge tune"):
+    with pytest.warns(LoraMergeWarning, match="lora-merge tune"):
         assert choose(CASE, ABLE) == "eager"
 
 
@@ -86,7 +86,9 @@ def test_a_failing_kernel_is_named_once() -> None:
     def fast() -> str:
         raise RuntimeError("no shared memory")
 
-    with pytest.warns(RuntimeWarning, match=r"the kernel shrink failed \(RuntimeError: no shared"):
+    with pytest.warns(
+        LoraMergeWarning, match=r"the kernel shrink failed \(RuntimeError: no shared"
+    ):
         assert guarded("shrink", fast, lambda: "plain") == "plain"
     assert guarded("shrink", fast, lambda: "plain") == "plain"
     assert guarded("expand", lambda: "fast", lambda: "plain") == "fast"

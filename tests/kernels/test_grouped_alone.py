@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.stacks import make_stack, owners
-from lora_merge.errors import MethodError
+from lora_merge.errors import LoraMergeWarning, MethodError
 from lora_merge.kernels.gated_stack import dispatch, tune_cases
 from lora_merge.kernels.gated_stack import tune as tuning
 from lora_merge.kernels.gated_stack.gate import Rule
@@ -106,7 +106,7 @@ def test_grouping_is_timed_where_it_may_pay_and_is_right(fault, monkeypatch) -> 
     def run(x, modules, layout, rule, how):
         outputs = stacked(x, modules, layout, rule, "eager")
         if how == "grouped" and fault == "fails":
-            with pytest.warns(RuntimeWarning, match="eager runs instead"):
+            with pytest.warns(LoraMergeWarning, match="eager runs instead"):
                 dispatch.guarded("grouped_shrink", broken, lambda: None)
             return outputs
         return [y * 1.01 for y in outputs] if how == "grouped" and fault else outputs

@@ -1,5 +1,6 @@
 """One LoRA adapter: opened lazily, read module by module, written and published."""
 
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -40,6 +41,8 @@ from lora_merge.files.tensor_file import (
     widest_dtype,
 )
 from lora_merge.printing import Printed, Summary, notes, span
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -252,6 +255,7 @@ def open_adapter(
     else:
         tensors = SafetensorsFile(source.weights, name)
     adapter = build_adapter(name, config, tensors, source=source, base=base, rank=rank)
+    _LOG.info("opened %s: %d modules from %s", name, len(adapter.modules), source.weights)
     return replace(adapter, notes=(*adapter.notes, *leftovers(source.weights)))
 
 

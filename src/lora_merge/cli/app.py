@@ -12,6 +12,8 @@ import click
 
 from lora_merge._version import __version__
 from lora_merge.arguments import ArgumentError
+from lora_merge.cli.shared import verbosity
+from lora_merge.cli.shared.command import Command
 from lora_merge.cli.shared.escape import for_terminal
 from lora_merge.errors import LoraMergeError
 from lora_merge.files.inputs import noting_inputs
@@ -56,8 +58,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = import_module(_COMMANDS[cmd_name]).command
-        return command
+        return Command.of(import_module(_COMMANDS[cmd_name]).command)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -89,6 +90,9 @@ def cli() -> None:
     An ADAPTER is a directory, a .safetensors file, a glob, user/repo[@revision][:subfolder]
     or an hf:// URI.
     """
+
+
+cli.params += verbosity.options()
 
 
 def run(arguments: list[str]) -> int:

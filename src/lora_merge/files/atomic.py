@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ try:
 except ImportError:  # Windows: no locks, so nothing is swept and no second run is seen
     fcntl = None  # type: ignore[assignment]
 
+_LOG = logging.getLogger(__name__)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _WAIT = 2.0  # seconds for another run beside this one to make or find its temporary directory
@@ -66,6 +68,7 @@ def atomic_directory(
             check_target(target, force=force, inputs=inputs)
             _put_in_place(staging, target)
             _flush(target.parent)
+            _LOG.info("wrote %s", target)
     except OSError as error:
         raise OutputError(
             f"cannot write {target}: {error}", "free space or choose another -o"

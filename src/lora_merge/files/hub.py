@@ -1,9 +1,12 @@
 """Publish a directory on the Hub."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from lora_merge.errors import OutputError, SourceError
+
+_LOG = logging.getLogger(__name__)
 
 
 def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
@@ -61,6 +64,7 @@ def download(ref: str, repo: str, revision: str | None, patterns: Sequence[str])
         RevisionNotFoundError,
     )
 
+    _LOG.info("looking on the Hub, or in its cache, for %s", ref)
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except GatedRepoError as error:

@@ -1,5 +1,6 @@
 """Run a plan: modules stream from the files through the method to the writer."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,6 +36,8 @@ from lora_merge.merge.report import ModuleReport
 from lora_merge.merge.waiting_results import Spool
 from lora_merge.ranks.choose import choose_ranks
 
+_LOG = logging.getLogger(__name__)
+
 
 def execute(
     plan: MergePlan,
@@ -66,6 +69,7 @@ def execute(
     reports = []
     for report in in_order(work, plan.alignment.modules, jobs=workers):
         reports.append(report)
+        _LOG.debug("%s done, rank %d", report.name, report.rank)
         if on_module:
             on_module(report)
     _merge_extras(plan, writer)

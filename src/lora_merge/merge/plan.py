@@ -1,5 +1,6 @@
 """Decide everything about a merge from headers alone."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -30,6 +31,8 @@ from lora_merge.ranks.rule import RankRule
 
 if TYPE_CHECKING:
     from lora_merge.merge.waiting_results import Spool
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,6 +247,7 @@ def plan_merge(recipe: Recipe, adapters: Sequence[Adapter]) -> MergePlan:
         *extra_notes,
         *sorted(f"{a.name}: {n}" for a in alignment.adapters for n in a.notes),
     ]
+    _LOG.info("%s of %d adapters on %d modules", chosen.name, len(adapters), len(ranks))
     return MergePlan(
         recipe=recipe,
         given=tuple(adapters),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.stacks import Stack, assert_near, make_stack
-from lora_merge.errors import MethodError
+from lora_merge.errors import LoraMergeWarning, MethodError
 from lora_merge.kernels.gated_stack import reference
 from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.kernels.gated_stack.gpu import fused, library
@@ -270,7 +270,7 @@ def test_a_failing_kernel_is_named_once_and_replaced(device, monkeypatch) -> Non
         stack = make_stack(tokens, [2, 3], device=device)
         with monkeypatch.context() as patch:
             patch.setattr(_launch, name, broken)
-            with pytest.warns(RuntimeWarning, match=f"{step} failed .*shared memory"):
+            with pytest.warns(LoraMergeWarning, match=f"{step} failed .*shared memory"):
                 first = stack.run("triton")[0]
             again = stack.run("triton")[0]  # a second warning would be an error
         assert_near(first, stack.expected()[0], torch.float32)

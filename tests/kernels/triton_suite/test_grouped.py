@@ -8,6 +8,7 @@ import torch
 
 from builders import save_adapter
 from kernels.stacks import Stack, assert_near, make_stack, owners
+from lora_merge.errors import LoraMergeWarning
 from lora_merge.kernels.gated_stack import dispatch, reference
 from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.kernels.gated_stack.gpu import _launch, _launch_grouped, grouped
@@ -284,7 +285,7 @@ def test_a_failing_kernel_is_named_once_and_replaced(broken, device, monkeypatch
     monkeypatch.setattr(_launch_grouped, broken, fails)
     stack = make_stack(5, [2, 1, 2, 3], rule=TOP2, device=device)
     step = {"place": "grouped_shrink", "expand": "grouped_expand"}[broken]
-    with pytest.warns(RuntimeWarning, match=rf"{step} failed .*shared memory"):
+    with pytest.warns(LoraMergeWarning, match=rf"{step} failed .*shared memory"):
         first = stack.run("grouped")[0]
     assert torch.equal(stack.run("grouped")[0], first)  # a second warning would be an error
     assert_near(first, stack.expected()[0], torch.float32)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import experts_for, llama, sharp, tokens
 
-from lora_merge.errors import AlignmentError, MethodError
+from lora_merge.errors import AlignmentError, LoraMergeWarning, MethodError
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.attach import load_mixture
 
@@ -196,7 +196,7 @@ def test_a_module_that_was_replaced_is_missed() -> None:
 def test_an_untrained_gate_says_so_once() -> None:
     model = llama()
     load_mixture(model, sharp(model, "xlora"))
-    with pytest.warns(UserWarning, match="xlora gate has not been trained"):
+    with pytest.warns(LoraMergeWarning, match="xlora gate has not been trained"):
         model.generate(tokens(), **GREEDY)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -12,6 +12,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from lora_merge.cli.shared.escape import for_terminal
+from lora_merge.cli.shared.verbosity import is_quiet
 
 
 class _Console(Console):
@@ -63,14 +64,14 @@ class Output:
 
     def note(self, text: str) -> None:
         """A remark for the person at the terminal."""
-        if not self.as_json:
+        if not self.as_json and not is_quiet():
             whole = not self._err.is_terminal
             self._err.print(f"note: {text}", style="dim", markup=False, soft_wrap=whole)
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
         """A bar on stderr, on a terminal only; yields what to call after each step."""
-        if self.as_json or not sys.stderr.isatty():
+        if self.as_json or is_quiet() or not sys.stderr.isatty():
             yield lambda: None
             return
         from rich.progress import (

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
-from lora_merge.errors import MethodError
+from lora_merge.errors import LoraMergeWarning, MethodError
 
 Name = Literal["reference", "eager", "concat", "triton", "joined", "grouped"]
 GateKind = Literal["given", "dense", "top-k"]
@@ -117,7 +117,7 @@ def guarded(name: str, fast: Callable[[], T], plain: Callable[[], T]) -> T:
     except Exception as error:
         _failed[name] = f"{type(error).__name__}: {error}"
         text = f"the kernel {name} failed ({_failed[name]}); eager runs instead"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        warnings.warn(text, LoraMergeWarning, stacklevel=2)
         return plain()
 
 
@@ -172,7 +172,7 @@ def table(device: str) -> dict[str, dict[str, float]]:
         rows, stale = {}, True
     if stale:
         text = f"{path} is damaged or from other versions and is ignored; run `lora-merge tune`"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        warnings.warn(text, LoraMergeWarning, stacklevel=2)
         return {}
     return rows
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_merge.arguments import checked
-from lora_merge.errors import MethodError
+from lora_merge.errors import LoraMergeWarning, MethodError
 from lora_merge.kernels.gated_stack import dispatch
 from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.insight.usage import Usage
@@ -331,9 +331,9 @@ class AttachedMixture(LiveExperts):
         self._warned = True
         text = (
             f"mixture {self.name}: its {spec.preset} gate has not been trained; "
-            "lora-merge train, or lora_merge.train_gate, does"
+            "lora-merge train, or lora_merge.train, does"
         )
-        warnings.warn(text, UserWarning, stacklevel=4)
+        warnings.warn(text, LoraMergeWarning, stacklevel=4)
 
     def gate_tensors(self) -> dict[str, Tensor]:
         """The gate as it is now, by the names of the directory, float32 on the CPU."""

@@ -1,0 +1,51 @@
+"""What all commands have in common: -v and -q, and help with its options in groups."""
+
+import click
+
+from lora_merge.cli.shared import verbosity
+
+# Group → the options in it, by their names in code; what stands in none is the command's own.
+_GROUPS = {
+    "Input": """accept_base_models allow_pickle alpha base base_name checkpoint data
+        evaluation exclude general include modules names rename rslora statistics tuned weight
+        weights""",
+    "Result": """csv dtype each explain extras force html into out plot png
+        print_recipe sort svg to top""",
+    "Run": """as_json batch_size bf16 device dry_run eval_every help jobs max_length
+        no_cache quiet resume save_every seed sharded strict verbose worker""",
+}
+_GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}
+OWN = "Options"
+
+
+class Command(click.Command):
+    """A command of lora-merge."""
+
+    @classmethod
+    def of(cls, command: click.Command) -> "Command":
+        """The command with what all have."""
+        return cls(
+            command.name,
+            context_settings=command.context_settings,
+            callback=command.callback,
+            params=[*command.params, *verbosity.options()],
+            help=command.help,
+            epilog=command.epilog,
+            short_help=command.short_help,
+        )
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options: the command's own first, then what goes in, comes out, and how."""
+        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in (OWN, *_GROUPS)}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and record[1]:  # arguments stand in the usage line
+                groups[_GROUP_OF.get(_name(parameter), OWN)].append(record)
+        for name, records in groups.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
+def _name(parameter: click.Parameter) -> str:
+    return "help" if "--help" in parameter.opts else parameter.name or ""
