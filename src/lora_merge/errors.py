@@ -1,6 +1,28 @@
 """Errors a user can act on: `message` says what and where, `remedy` what to do; `str()` both."""
 
+import errno
 from collections.abc import Sequence
+
+_FULL = "free space, or choose another place"
+# What to do where the system refuses, whatever was asked of it.
+_OF_THE_SYSTEM = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit of open files",
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or choose another file system",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EROFS: "choose another place: this one can only be read",
+}
+
+
+def remedy_of(cause: BaseException | None, otherwise: str) -> str:
+    """What to do about an error of the system, whoever met it; else what is said."""
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _OF_THE_SYSTEM:
+            return _OF_THE_SYSTEM[cause.errno]
+        cause = cause.__cause__
+    return otherwise
 
 
 class LoraMergeError(Exception):
@@ -19,7 +41,12 @@ class LoraMergeError(Exception):
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.remedy = remedy
+        self._remedy = remedy
+
+    @property
+    def remedy(self) -> str:
+        """What the user can do about it; of an error that the system caused, about that."""
+        return remedy_of(self.__cause__, self._remedy)
 
     def __str__(self) -> str:
         return f"{self.message}\n  try: {self.remedy}" if self.remedy else self.message

@@ -263,6 +263,36 @@ def test_large_files_are_known_by_samples(tmp_path: Path, monkeypatch: pytest.Mo
             check_target(target, force=True)
 
 
+def test_names_may_be_as_long_as_the_system_takes(tmp_path: Path) -> None:
+    for name in ("é" * 127, "x" * 255):
+        make(tmp_path / name)
+        make(tmp_path / name, "new", force=True)
+        with atomic_file(tmp_path / f"{name[:-4]}.csv") as path:
+            path.write_text("x")
+    assert len(list(tmp_path.iterdir())) == 4
+    for check in (make, check_file, lambda place: check_target(place / "deep", force=True)):
+        with pytest.raises(OutputError, match="too long") as caught:
+            check(tmp_path / ("x" * 256))
+        assert caught.value.remedy == "choose a shorter name"
+
+
+def test_a_kill_leaves_no_part_of_a_file(tmp_path: Path) -> None:
+    target = tmp_path / "numbers.csv"
+    program = (
+        "import os; from pathlib import Path; from lora_merge.files.atomic import atomic_file\n"
+        f"with atomic_file(Path({str(target)!r})) as path:\n"
+        "    path.write_text('half'); os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+    assert not target.exists() and len(list(tmp_path.iterdir())) == 1
+    with atomic_file(target) as path:
+        path.write_text("whole")
+        with pytest.raises(OutputError, match="another run is writing"), atomic_file(target):
+            pass
+    assert [p.name for p in tmp_path.iterdir()] == ["numbers.csv"]
+    assert target.read_text() == "whole"
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_file_appears_whole_or_not_at_all(error: type[BaseException], tmp_path: Path) -> None:
     target = tmp_path / "numbers.csv"

@@ -15,7 +15,7 @@ from lora_merge.arguments import ArgumentError
 from lora_merge.cli.shared import verbosity
 from lora_merge.cli.shared.command import Command
 from lora_merge.cli.shared.escape import for_terminal
-from lora_merge.errors import LoraMergeError
+from lora_merge.errors import LoraMergeError, remedy_of
 from lora_merge.files.inputs import noting_inputs
 
 # Name → module with a click command `command`. Modules are imported when their command is needed,
@@ -122,7 +122,9 @@ def run(arguments: list[str]) -> int:
             sys.stdout.flush()
         except OSError:
             _leave_stdout()
-        _complain(f"error: {error}")
+        place = f"{error.filename}: " if error.filename else ""
+        remedy = remedy_of(error, "check the path and its rights")
+        _complain(f"error: {place}{error.strerror or error}\n  try: {remedy}")
         return 1
     return 0
 

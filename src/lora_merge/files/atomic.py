@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import hashlib
 import logging
 import os
 import re
@@ -15,12 +16,14 @@ from pathlib import Path
 from lora_merge.errors import OutputError
 from lora_merge.files.stamp import (
     begin_stamp,
+    discard_begun,
     finish_stamp,
     foreign_entry,
     is_unfinished,
     remove_listed,
 )
 from lora_merge.files.targets import check_file, check_target
+from lora_merge.files.tensor_file import close_handles
 
 try:
     import fcntl
@@ -30,6 +33,7 @@ except ImportError:  # Windows: no locks, so nothing is swept and no second run 
 _LOG = logging.getLogger(__name__)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_LONGEST_STEM = 200  # bytes; file systems take names of 255
 _WAIT = 2.0  # seconds for another run beside this one to make or find its temporary directory
 
 
@@ -70,9 +74,9 @@ def atomic_directory(
             _flush(target.parent)
             _LOG.info("wrote %s", target)
     except OSError as error:
-        raise OutputError(
-            f"cannot write {target}: {error}", "free space or choose another -o"
-        ) from error
+        reason = error.strerror or error
+        remedy = "check its rights, or choose another -o"
+        raise OutputError(f"cannot write {target}: {reason}", remedy) from error
 
 
 @contextlib.contextmanager
@@ -94,24 +98,32 @@ def _staging(target: Path) -> Iterator[Path]:
     """A locked temporary directory beside a target, removed at the end if it is still there."""
     with _alone_in(target.parent):
         _sweep(target)
-        name = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        name = tempfile.mkdtemp(prefix=f".{_stem(target)}.", suffix=".tmp", dir=target.parent)
         staging = Path(name)
         lock = None
         try:
             lock = lock_directory(staging)
             begin_stamp(staging)
         except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+            discard_begun(staging)
             raise
     try:
         yield staging
     finally:
-        if staging.exists() and is_unfinished(staging):
-            shutil.rmtree(staging, ignore_errors=True)
-        elif staging.exists():
+        close_handles()  # deleting needs some
+        unfinished = staging.exists() and is_unfinished(staging)
+        if staging.exists() and not unfinished:
             _put_away(staging, target)
         if lock is not None:
             os.close(lock)
+        if unfinished:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _stem(target: Path) -> str:
+    """What the names of a target's temporary directories have of its own, which may be long."""
+    name = os.fsencode(target.name)
+    return target.name if len(name) <= _LONGEST_STEM else hashlib.sha256(name).hexdigest()
 
 
 def _sweep(target: Path) -> None:
@@ -120,7 +132,7 @@ def _sweep(target: Path) -> None:
     Raises:
         OutputError: If a run that lives is writing it.
     """
-    ours = re.compile(rf"\.{re.escape(target.name)}\.\w{{8}}\.tmp")
+    ours = re.compile(rf"\.{re.escape(_stem(target))}\.\w{{8}}\.tmp")
     for left in sorted(target.parent.glob(".*.tmp")):
         if not ours.fullmatch(left.name) or left.is_symlink() or not left.is_dir():
             continue
@@ -232,6 +244,7 @@ def atomic_file(
 ) -> Iterator[Path]:
     """A path to write to that takes the target's name when the block ends without an error.
 
+    It lies in a temporary directory beside the target, of the kind that `atomic_directory` makes.
     What is no plain file (a pipe, /dev/stdout) is written to as it is.
 
     Args:
@@ -240,31 +253,26 @@ def atomic_file(
         mark: Bytes at the start of every file of this kind; see `check_file`.
 
     Raises:
-        OutputError: If the system refuses, or the file that is there must not be replaced; it is
-            still what it was.
+        OutputError: If the system refuses, another run is writing it, or the file that is there
+            must not be replaced; it is still what it was.
     """
-    staging = None
     try:
         if target.exists() and not target.is_file():
             yield target
             return
         check_file(target, mark)
         target = target.resolve()
-        descriptor, name = tempfile.mkstemp(
-            prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent
-        )
-        os.close(descriptor)
-        staging = Path(name)
-        yield staging
-        staging.chmod(0o666 & ~_umask())
-        _flush(staging)
-        check_file(target, mark)
-        staging.replace(target)
+        with _staging(target) as staging:
+            path = staging / target.name
+            yield path
+            path.chmod(0o666 & ~_umask())
+            _flush(path)
+            check_file(target, mark)
+            path.replace(target)
+            _flush(target.parent)
     except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}", remedy) from error
-    finally:
-        if staging is not None:
-            staging.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise OutputError(f"cannot write {target}: {reason}", remedy) from error
 
 
 def _flush(path: Path) -> None:

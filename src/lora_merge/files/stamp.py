@@ -14,6 +14,7 @@ from lora_merge._version import __version__
 from lora_merge.files.names import fault_of
 
 STAMP = ".lora_merge_files.json"
+_PART = f"{STAMP}.part"
 _LARGEST = 1 << 26  # bytes of a stamp that is read
 # Larger files are told apart by their size and samples: an edit by hand or another training changes
 # them, and reading a whole model again would double the time of writing it.
@@ -23,6 +24,13 @@ _WHOLE, _SAMPLE, _SAMPLES = 1 << 24, 1 << 18, 64
 def begin_stamp(folder: Path) -> None:
     """Mark a directory that is being written, so that what a kill leaves is known as ours."""
     _write(folder, {"unfinished": True})
+
+
+def discard_begun(folder: Path) -> None:
+    """Delete a directory that could not be marked; opens nothing, as no more files may be open."""
+    for name in (STAMP, _PART):
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def finish_stamp(folder: Path) -> None:
@@ -80,7 +88,7 @@ def remove_listed(folder: Path) -> bool:
 
 def _write(folder: Path, what: dict[str, object]) -> None:
     text = json.dumps({"lora_merge": __version__, **what}, indent=1, sort_keys=True) + "\n"
-    part = folder / f"{STAMP}.part"
+    part = folder / _PART
     part.write_text(text, encoding="utf-8")
     part.replace(folder / STAMP)
 

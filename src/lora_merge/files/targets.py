@@ -1,5 +1,6 @@
 """What may be written where: every output is checked here, before any work and once more after."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterable
@@ -29,6 +30,7 @@ def check_target(
     Raises:
         OutputError: If the target cannot or must not be written.
     """
+    _check_name(target)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise OutputError(f"{target} exists and is no directory", "choose another -o")
     if is_within(Path.cwd(), target):
@@ -57,6 +59,15 @@ def check_target(
             f"on {parent}",
             "free space or choose another -o",
         )
+
+
+def _check_name(path: Path) -> None:
+    """Refuse a name that the system does not take, whatever is there."""
+    try:
+        path.lstat()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise OutputError(f"{path}: {error.strerror}") from error
 
 
 def _keep_apart(target: Path, inputs: set[Path]) -> None:
@@ -105,6 +116,7 @@ def check_file(path: Path, mark: bytes = b"", *, inputs: Iterable[Path] = ()) ->
             name, it is an input, or it is not ours.
     """
     remedy = "choose another file"
+    _check_name(path)
     if check_parent(path, remedy) != path.resolve().parent:
         raise OutputError(f"{path.parent} does not exist", remedy)
     if path.is_dir():

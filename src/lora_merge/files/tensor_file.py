@@ -1,8 +1,10 @@
 """Tensors in a file or in memory, behind one small lazy interface."""
 
+import errno
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import lru_cache, reduce
+from functools import cache, lru_cache, reduce
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,14 +13,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_merge.errors import AdapterError
-from lora_merge.files.documents import reason_of
 from lora_merge.files.header import CODES
 from lora_merge.files.inputs import note_input
 
+try:
+    import resource
+except ImportError:  # Windows has no such limit
+    resource = None  # type: ignore[assignment]
+
 DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in CODES.items()}
 DTYPE_CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
-# Open at once; below the smallest usual limit of a process (macOS: 256).
-_OPEN_FILES = 100
+_OPEN_FILES = 100  # at once, at most
 _LFS_MAGIC = b"version https://git-lfs"
 
 
@@ -89,12 +94,38 @@ class SafetensorsFile:
         return tensor
 
 
-@lru_cache(maxsize=_OPEN_FILES)
 def _opened(path: Path, identity: tuple[int, ...]) -> Any:
-    """A file's handle, of which so many are kept; opened again, it must be the same file."""
+    """A file's handle; opened again, it must be the same file.
+
+    Raises:
+        OSError: If the system refuses, or it is another file.
+    """
     if _identity(path) != identity:
         raise OSError("it changed after it was opened")
-    return safe_open(str(path), framework="pt", backend="pread")
+    try:
+        return _pool()(path, identity)
+    except FileNotFoundError as error:  # what safetensors says where too many files are open
+        if path.is_file():
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from error
+        raise
+
+
+@cache
+def _pool() -> Any:
+    """Opens files and keeps the last ones open: of those that a process may open, a third."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else _OPEN_FILES * 3
+    size = _OPEN_FILES if limit < 0 else min(_OPEN_FILES, max(1, limit // 3))
+
+    @lru_cache(maxsize=size)
+    def opened(path: Path, identity: tuple[int, ...]) -> Any:
+        return safe_open(str(path), framework="pt", backend="pread")
+
+    return opened
+
+
+def close_handles() -> None:
+    """Close the files that are kept open; they are opened again when they are read again."""
+    _pool().cache_clear()
 
 
 def _identity(path: Path) -> tuple[int, ...]:
@@ -180,7 +211,7 @@ def refuse_pointer(path: Path, adapter: str) -> None:
         size = path.stat().st_size
     except OSError as error:
         raise AdapterError(
-            f"{adapter}: cannot read {path}: {error.strerror}", reason_of(error)
+            f"{adapter}: cannot read {path}: {error.strerror}", "check the path and its rights"
         ) from error
     if head == _LFS_MAGIC:
         raise AdapterError(
