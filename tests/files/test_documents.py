@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_merge.errors import SourceError
-from lora_merge.files.documents import read_json, read_yaml
+from lora_merge.files.documents import read_cache, read_json, read_yaml
 
 PLAIN = st.recursive(
     st.none()
@@ -79,6 +79,16 @@ def test_yaml_that_is_more_than_plain_data(text: str, word: str, tmp_path: Path)
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(SourceError, match=word):
         read_yaml(tmp_path / "x.yaml", "it")
+
+
+def test_a_cache_is_as_it_was_written_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    assert read_cache(dict[str, float], path) is None
+    for text in ("", "{", "[1]", '{"a": NaN}', '{"a": "x"}', "[" * 100_000, '{"a": 1' + "0" * 400):
+        path.write_text(text)
+        assert read_cache(dict[str, float], path) is None
+    path.write_text('{"a": 0.5}')
+    assert read_cache(dict[str, float], path) == {"a": 0.5}
 
 
 def test_a_file_says_how_large_it_is_before_it_is_read(tmp_path: Path) -> None:

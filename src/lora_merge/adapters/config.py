@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lora_merge.adapters.dialects.config_patterns import PatternError, first_match, matcher
 from lora_merge.errors import AdapterError
-from lora_merge.files.documents import read_json
+from lora_merge.files.documents import read_json, validated
 
 # The types whose `r` is the rank of every module.
 _LOW_RANK = ("LORA", "ADALORA", "SORA")
@@ -16,6 +16,35 @@ _LOW_RANK = ("LORA", "ADALORA", "SORA")
 RankLayout = Literal["uniform", "per-module"]
 # Squares of a delta scaled by more would leave the range of float32.
 _LARGEST_ALPHA = 1e15
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The fields of an `adapter_config.json` that are understood, as PEFT writes them."""
+
+    peft_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    r: int | None = 8
+    init_r: int | None = 12
+    lora_alpha: float = 8
+    use_rslora: bool | None = False
+    # AdaLoRA's field of this name says which units were kept, not how many there are.
+    rank_pattern: dict[str, int] | dict[str, list[bool]] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    target_modules: str | list[str] | None = None
+    target_parameters: list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    fan_in_fan_out: bool | None = False
+    bias: str | bool | None = None
+    lora_bias: bool | None = False
+    init_lora_weights: str | bool | None = True
+    ensure_weight_tying: bool | None = False
+    peft_version: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,39 +135,31 @@ def parse_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
     Raises:
         AdapterError: If a field is wrong.
     """
+    what = f"{adapter}: adapter_config.json has a field of the wrong type"
+    said = validated(_Stored, dict(raw), what, "repair it", error=AdapterError)
     kind = str(raw.get("peft_type", "missing")).upper()
     adaptive = kind == "ADALORA"
-    try:
-        config = AdapterConfig(
-            base_model=_text(raw.get("base_model_name_or_path")),
-            revision=_text(raw.get("revision")),
-            r=None if adaptive else int(raw.get("r", 8)),
-            lora_alpha=float(raw.get("lora_alpha", 8)),
-            use_rslora=bool(raw.get("use_rslora", False)),
-            # AdaLoRA's field of this name says which units were kept, not how many there are.
-            rank_pattern={}
-            if adaptive
-            else {str(k): int(v) for k, v in (raw.get("rank_pattern") or {}).items()},
-            alpha_pattern={str(k): float(v) for k, v in (raw.get("alpha_pattern") or {}).items()},
-            target_modules=_targets(raw.get("target_modules")),
-            target_parameters=_names(raw, "target_parameters"),
-            fan_in_fan_out=bool(raw.get("fan_in_fan_out", False)),
-            bias=str(raw.get("bias") or "none"),
-            lora_bias=bool(raw.get("lora_bias", False)),
-            modules_to_save=_names(raw, "modules_to_save"),
-            task_type=_text(raw.get("task_type")),
-            init=raw.get("init_lora_weights", True),
-            partial=any(
-                raw.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules")
-            ),
-            init_r=int(raw.get("init_r", 12)) if adaptive else None,
-            peft_type=kind,
-            raw=raw,
-        )
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise AdapterError(
-            f"{adapter}: adapter_config.json has a field of the wrong type: {error}", "repair it"
-        ) from error
+    config = AdapterConfig(
+        base_model=said.base_model_name_or_path or None,
+        revision=said.revision or None,
+        r=None if adaptive else said.r,
+        lora_alpha=said.lora_alpha,
+        use_rslora=bool(said.use_rslora),
+        rank_pattern={} if adaptive else _ranks(said.rank_pattern or {}, what),
+        alpha_pattern=said.alpha_pattern or {},
+        target_modules=_targets(said.target_modules),
+        target_parameters=tuple(said.target_parameters or ()),
+        fan_in_fan_out=bool(said.fan_in_fan_out),
+        bias=str(said.bias or "none"),
+        lora_bias=bool(said.lora_bias),
+        modules_to_save=tuple(said.modules_to_save or ()),
+        task_type=said.task_type or None,
+        init=said.init_lora_weights,
+        partial=bool(said.layers_to_transform or said.layers_pattern or said.exclude_modules),
+        init_r=said.init_r if adaptive else None,
+        peft_type=kind,
+        raw=raw,
+    )
     check_alphas(config, adapter)
     if kind in _LOW_RANK:
         _check_ranks(config, adapter)
@@ -194,20 +215,12 @@ def matching_keys(pattern: Iterable[str], module: str) -> list[str]:
     return [key for key in pattern if matcher(key)(module)]
 
 
-def _targets(value: Any) -> tuple[str, ...] | str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, Iterable):
-        return tuple(sorted(str(item) for item in value))
-    raise TypeError(f"target_modules is {value!r}")
+def _ranks(pattern: Mapping[str, Any], what: str) -> dict[str, int]:
+    wrong = [key for key, rank in pattern.items() if not isinstance(rank, int)]
+    if wrong:
+        raise AdapterError(f"{what}: rank_pattern.{wrong[0]:.100} is no number", "repair it")
+    return dict(pattern)
 
 
-def _names(raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    names = raw.get(key) or ()
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{key} is no list of names")
-    return tuple(names)
-
-
-def _text(value: Any) -> str | None:
-    return str(value) if value else None
+def _targets(value: str | list[str] | None) -> tuple[str, ...] | str | None:
+    return tuple(sorted(value)) if isinstance(value, list) else value

@@ -19,6 +19,7 @@ from lora_merge.adapters.references import derived_data
 from lora_merge.errors import AdapterError, OutputError
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.checkpoint import Checkpoint
+from lora_merge.files.documents import read_cache
 from lora_merge.files.tensor_file import LARGEST_ENTRY, refuse_non_finite
 from lora_merge.linalg.factors import frobenius
 from lora_merge.linalg.range_finder import leading_svd
@@ -225,13 +226,7 @@ def _content(*tensors: Tensor) -> str:
 
 def _load(cache: Path | None) -> dict[str, float]:
     """What is remembered; a damaged or missing file is nothing."""
-    if cache is None:
-        return {}
-    try:
-        data = json.loads(cache.read_text(encoding="utf-8"))
-        return {str(key): float(value) for key, value in data.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
+    return (cache and read_cache(dict[str, float], cache)) or {}
 
 
 def _save(cache: Path | None, known: dict[str, float]) -> None:

@@ -1,5 +1,6 @@
 """Scores that were measured before: of the same files, base, rows, metric and version."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,28 +8,28 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_merge._version import __version__
+from lora_merge.errors import OutputError
 from lora_merge.evaluation.bench import Bench, Subject
 from lora_merge.files.atomic import atomic_file
+from lora_merge.files.documents import read_cache
 
 
 def cached(bench: Bench, base: str, subject: Subject) -> dict[str, float] | None:
     """Scores of an earlier run; None if there are none or the subject lies in memory."""
     path = _place(bench, base, subject)
-    if path is None or not path.is_file():
+    if path is None:
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {str(task): float(score) for task, score in found.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return None  # damaged: measured anew
+    return read_cache(dict[str, float], path)  # None where it is damaged: measured anew
 
 
 def keep(bench: Bench, base: str, subject: Subject, scores: Mapping[str, float]) -> None:
-    """Remember scores for later runs."""
+    """Remember scores for later runs; a place that cannot be written costs time, not the result."""
     path = _place(bench, base, subject)
-    if path is not None:
+    if path is None:
+        return
+    with contextlib.suppress(OSError, OutputError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path, "set XDG_CACHE_HOME to a writable place") as staging:
+        with atomic_file(path) as staging:
             staging.write_text(json.dumps(dict(scores)), encoding="utf-8")
 
 

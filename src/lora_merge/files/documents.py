@@ -16,6 +16,7 @@ _LARGEST = {"JSON": 1 << 26, "YAML": 1 << 20}
 _DEEPEST = 50
 _MOST_VALUES = 2_000_000
 _LONGEST_NUMBER = 1 << 63
+_RIGHTS = "check the path and its rights"
 
 
 def read_json(
@@ -33,6 +34,25 @@ def read_json(
         LoraMergeError: Of the kind given, if it cannot be read or holds more than plain data.
     """
     return _read(path, what, "JSON", json.loads, finite, error)
+
+
+def parse_json(text: str, what: str, *, error: type[LoraMergeError] = SourceError) -> Any:
+    """The plain data of JSON that stands in another file, in a header for example.
+
+    Raises:
+        LoraMergeError: Of the kind given, if it is no JSON or holds more than plain data.
+    """
+    return _plain(what, "JSON", json.loads, text, True, error)
+
+
+def read_cache(kind: type[_T], path: Path) -> _T | None:
+    """What an earlier run remembered; None where nothing did, or it is not as it was written."""
+    try:
+        if path.stat().st_size > _LARGEST["JSON"]:
+            return None
+        return validated(kind, parse_json(path.read_text(encoding="utf-8"), str(path)), str(path))
+    except (OSError, ValueError, SourceError):
+        return None
 
 
 def read_yaml(path: Path, what: str, *, error: type[LoraMergeError] = SourceError) -> Any:
@@ -65,21 +85,41 @@ def _read(
         size = path.stat().st_size
         if size > _LARGEST[kind]:
             raise error(f"{what}: {path} is {size} bytes long", "is it the right file?")
-        data = load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as fault:
-        raise error(f"{what}: cannot read {path}: {fault.strerror}", reason_of(fault)) from fault
-    except ValueError as fault:  # also text that is no UTF-8, and numbers of 5,000 digits
+        raise error(f"{what}: cannot read {path}: {fault.strerror}", _RIGHTS) from fault
+    except ValueError as fault:
         raise error(f"{what}: {path} is not valid {kind}: {fault}", "repair it") from fault
+    return _plain(f"{what}: {path}", kind, load, text, finite, error)
+
+
+def _plain(
+    where: str,
+    kind: str,
+    load: Callable[[str], Any],
+    text: str,
+    finite: bool,
+    error: type[LoraMergeError],
+) -> Any:
+    try:
+        data = load(text)
+    except ValueError as fault:  # also numbers of 5,000 digits
+        raise error(f"{where} is not valid {kind}: {fault}", "repair it") from fault
     except RecursionError as fault:
-        raise error(f"{what}: {path} is nested too deeply", "repair it") from fault
+        raise error(f"{where} is nested too deeply", "repair it") from fault
     reason = _not_plain(data, finite)
     if reason:
-        raise error(f"{what}: {path} {reason}", "repair it")
+        raise error(f"{where} {reason}", "repair it")
     return data
 
 
 def validated(
-    kind: type[_T], data: Any, what: str, *, error: type[LoraMergeError] = SourceError
+    kind: type[_T],
+    data: Any,
+    what: str,
+    remedy: str = "get it again",
+    *,
+    error: type[LoraMergeError] = SourceError,
 ) -> _T:
     """Plain data as what a pydantic model (or any type that pydantic knows) says it is.
 
@@ -93,16 +133,7 @@ def validated(
     except ValidationError as faults:
         first = faults.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "its top"
-        raise error(f"{what}: {place:.100}: {first['msg'].lower()}", "get it again") from faults
-
-
-def reason_of(error: OSError) -> str:
-    """What a user can do where the system refuses to open a file."""
-    import errno
-
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return "raise the limit of open files (ulimit -n)"
-    return "check the path and its rights"
+        raise error(f"{what}: {place:.100}: {first['msg'].lower()}", remedy) from faults
 
 
 def _not_plain(tree: Any, finite: bool) -> str | None:

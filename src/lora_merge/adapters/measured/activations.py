@@ -24,6 +24,7 @@ from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.arguments import checked
 from lora_merge.errors import LoraMergeError
 from lora_merge.files.atomic import atomic_file
+from lora_merge.files.documents import parse_json, validated
 from lora_merge.files.inputs import note_input
 from lora_merge.files.targets import MARK
 from lora_merge.files.tensor_stream import write_tensors
@@ -58,9 +59,8 @@ class Statistics:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-            names = json.loads(metadata["adapters"])
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise ValueError("its adapters are no list of names")
+            where = f"{path}: its adapters"
+            names = validated(list[str], parse_json(metadata["adapters"], where), where)
             return cls(Path(path), tuple(names))
         except Exception as error:  # any of half a dozen kinds, all meaning the same
             raise StatisticsError(

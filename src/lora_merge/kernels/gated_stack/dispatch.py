@@ -4,7 +4,6 @@ The table of a device is written by `lora-merge tune`; a case that nobody measur
 `eager`. `LORA_MERGE_KERNELS` names one implementation for everything.
 """
 
-import json
 import os
 import re
 import warnings
@@ -12,11 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 
 from lora_merge.errors import LoraMergeWarning, MethodError
+from lora_merge.files.documents import read_cache
 
 Name = Literal["reference", "eager", "concat", "triton", "joined", "grouped"]
 GateKind = Literal["given", "dense", "top-k"]
@@ -137,6 +137,21 @@ def device_name(device: torch.device) -> str:
     return re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).strip("-").lower()
 
 
+@dataclass(frozen=True)
+class TunedRow:
+    """Seconds of each implementation in one case."""
+
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TunedTable:
+    """The file of a device's measurements."""
+
+    versions: dict[str, str]
+    rows: dict[str, TunedRow]
+
+
 def table_path(device: str) -> Path:
     """Where a device's table is kept."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -159,22 +174,14 @@ def versions() -> dict[str, str]:
 def table(device: str) -> dict[str, dict[str, float]]:
     """Key of a case → seconds of each implementation, as measured here; empty if never."""
     path = table_path(device)
-    try:
-        raw: Any = json.loads(path.read_text())
-        rows = {
-            key: {name: float(value) for name, value in row["seconds"].items()}
-            for key, row in raw["rows"].items()
-        }
-        stale = raw["versions"] != versions()
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        rows, stale = {}, True
-    if stale:
+    found = read_cache(TunedTable, path)
+    if found is None or found.versions != versions():
         text = f"{path} is damaged or from other versions and is ignored; run `lora-merge tune`"
         warnings.warn(text, LoraMergeWarning, stacklevel=2)
         return {}
-    return rows
+    return {key: row.seconds for key, row in found.rows.items()}
 
 
 def forget() -> None:

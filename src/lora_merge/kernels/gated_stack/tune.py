@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_file
+from lora_merge.files.documents import read_cache
 from lora_merge.kernels.gated_stack import dispatch
 from lora_merge.kernels.gated_stack.dispatch import Case, GateKind, case_of
 from lora_merge.kernels.gated_stack.gpu import fused
@@ -94,11 +95,9 @@ def store(rows: Sequence[Measured], device: torch.device) -> Path:
     path = dispatch.table_path(name)
     new = {row.case.key: row.to_dict() for row in rows}
     versions = dispatch.versions()
-    try:
-        old = json.loads(path.read_text())
-        kept = old["rows"] if old["versions"] == versions else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        kept = {}
+    old = read_cache(dispatch.TunedTable, path)
+    whole = read_cache(dict[str, Any], path) if old and old.versions == versions else None
+    kept = whole["rows"] if whole else {}
     table = {"device": name, "versions": versions, "rows": {**kept, **new}}
     with contextlib.suppress(OSError):  # the next line tells what is wrong
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -85,8 +85,10 @@ def _told(base: str) -> Iterator[None]:
         raise LoraMergeError(
             "a base model needs transformers", "pip install 'lora-merge[peft]'"
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = shorten(str(error), 300, placeholder=" ...")
+    except Exception as error:  # a damaged file makes transformers raise anything
+        said = isinstance(error, OSError | ValueError | RuntimeError)
+        text = str(error) if said else f"{type(error).__name__}: {error}"
+        reason = shorten(text, 300, placeholder=" ...")
         raise SourceError(f"base model {base}: {reason}", "check its files") from error
 
 

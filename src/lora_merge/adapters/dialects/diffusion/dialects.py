@@ -17,6 +17,7 @@ from lora_merge.adapters.dialects.diffusion.names import COMPONENTS, family_of, 
 from lora_merge.adapters.dialects.grouping import Group
 from lora_merge.adapters.forms import ExtraSpec, ModuleSpec
 from lora_merge.errors import AdapterError
+from lora_merge.files.documents import parse_json, validated
 
 # The part that marks a form → its reader.
 _FORMS: dict[str, Callable[..., ModuleSpec]] = {
@@ -121,12 +122,9 @@ def _metadata_configs(header: Header) -> dict[str, dict[str, Any]]:
     """
     stored: Mapping[str, Any] = header.metadata
     if _METADATA in header.metadata:
-        try:
-            stored = json.loads(header.metadata[_METADATA])
-        except ValueError as error:
-            raise AdapterError(
-                f"{header.adapter}: {_METADATA} in its header is no JSON: {error}", "save it again"
-            ) from error
+        where = f"{header.adapter}: {_METADATA} in its header"
+        document = parse_json(header.metadata[_METADATA], where, error=AdapterError)
+        stored = validated(dict[str, Any], document, where, "save it again", error=AdapterError)
     configs: dict[str, dict[str, Any]] = {}
     for name, value in stored.items():
         component, _, field = name.partition(".")
@@ -139,7 +137,7 @@ def _plain(value: Any) -> Any:
     """A value of the header's own entries, which are all text."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 

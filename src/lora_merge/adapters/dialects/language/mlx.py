@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import isfinite
 
 from torch import Tensor
@@ -14,10 +15,23 @@ from lora_merge.adapters.dialects.spelling import canonical
 from lora_merge.adapters.forms import Form, ModuleSpec
 from lora_merge.adapters.units import Recipe, Units
 from lora_merge.errors import AdapterError
+from lora_merge.files.documents import validated
 from lora_merge.files.tensor_file import widest_dtype
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.(?P<part>lora_a|lora_b|m)$")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What mlx-lm's config says of the scaling."""
+
+    lora_parameters: _Parameters = _Parameters()
 
 
 def _recognises(header: Header) -> bool:
@@ -53,19 +67,16 @@ def _claim(header: Header) -> Claims:
 def _scale(header: Header) -> float:
     """`lora_parameters.scale`, which is no alpha: it is not divided by the rank."""
     raw = {} if header.config is None else header.config.raw
-    scale = (raw.get("lora_parameters") or {}).get("scale")
+    what = f"{header.adapter}: adapter_config.json"
+    scale = validated(_Said, raw, what, "correct it", error=AdapterError).lora_parameters.scale
     if scale is None:
         raise AdapterError(
             f"{header.adapter}: no scale in adapter_config.json, so the scaling is unknown",
             "put mlx-lm's own adapter_config.json beside the file",
         )
-    try:
-        value = float(scale)
-    except (TypeError, ValueError):
-        value = float("nan")
-    if not isfinite(value) or abs(value) >= 1e15:
+    if not isfinite(scale) or abs(scale) >= 1e15:
         raise AdapterError(f"{header.adapter}: no usable scale ({scale})", "correct it")
-    return value
+    return scale
 
 
 def _module(group: Group, scaling: float) -> ModuleSpec:

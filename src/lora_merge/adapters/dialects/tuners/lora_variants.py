@@ -13,7 +13,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from lora_merge.adapters.dialects.peft_whole import whole_parameters
 from lora_merge.adapters.dialects.recipes import blocks, with_base
 from lora_merge.adapters.dialects.recipes.units import Units, precise, product, scaled
 from lora_merge.adapters.dialects.tuners.full_rank import dora
-from lora_merge.adapters.dialects.tuners.settings import Settings
+from lora_merge.adapters.dialects.tuners.settings import BlockDiagonal, Settings
 from lora_merge.adapters.dialects.tuners.sort import sort_keys
 from lora_merge.adapters.forms import ExtraSpec, ModuleSpec
 from lora_merge.adapters.units import BaseWeight
@@ -60,12 +59,13 @@ def _plain(group: Group, settings: Settings) -> ModuleSpec:
 
 def _bdlora(group: Group, settings: Settings) -> ModuleSpec:
     """Block-diagonal A or B, by substrings of the module's own name."""
-    said: dict[str, Any] = settings.said("use_bdlora", {})
-    count = int(said.get("nblocks", 1))
+    said: BlockDiagonal = settings.said("use_bdlora", BlockDiagonal())
+    count = said.nblocks
+    group.check(count > 0)
     own = group.module.rpartition(".")[2]
     on_a, on_b = (
-        any(pattern in own for pattern in said.get(f"target_modules_bd_{half}") or ())
-        for half in "ab"
+        any(pattern in own for pattern in patterns or ())
+        for patterns in (said.target_modules_bd_a, said.target_modules_bd_b)
     )
     if on_a == on_b:
         return _plain(group, settings)

@@ -2,12 +2,54 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NoReturn
 
 from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.dialects.dialect import Header
 from lora_merge.adapters.dialects.grouping import Group
 from lora_merge.errors import AdapterError
+from lora_merge.files.documents import validated
+
+
+@dataclass(frozen=True)
+class BlockDiagonal:
+    """BD-LoRA's `use_bdlora`."""
+
+    nblocks: int = 1
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What the tuners' configs say beside what LoRA's says, by PEFT's names."""
+
+    r: int | None = None
+    alpha: float | None = None
+    scaling: float | None = None
+    init_weights: bool | str | None = None
+    use_bdlora: BlockDiagonal | None = None
+    qalora_group_size: int | None = None
+    apply_GS: bool | None = None
+    para: bool | None = None
+    decomposition_method: str | None = None
+    psoft_orth: bool | None = None
+    psoft_svd: str | None = None
+    psoft_mag_a: bool | None = None
+    psoft_mag_b: bool | None = None
+    ab_svd_init: str | None = None
+    use_cayley_neumann: bool | None = None
+    num_cayley_neumann_terms: int | None = None
+    cayley_neumann_eps: float | None = None
+    act_fn: str | None = None
+    random_loc_seed: int | None = None
+    block_share: bool | None = None
+    coft: bool | None = None
+    sample_at_inference: bool | None = None
+    topk: int | None = None
+    weight_tying: float | None = None
+    projection_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -27,9 +69,19 @@ class Settings:
     modules: int
 
     def said(self, field: str, default: Any = None) -> Any:
-        """A field of the config as stored."""
-        value = self.config.raw.get(field)
+        """A field of the config, of its type.
+
+        Raises:
+            AdapterError: If the config has something else there.
+        """
+        value = self._fields[field]
         return default if value is None else value
+
+    @cached_property
+    def _fields(self) -> dict[str, Any]:
+        what = f"{self.header.adapter}: adapter_config.json has a field of the wrong type"
+        raw = dict(self.config.raw)
+        return vars(validated(Fields, raw, what, "repair it", error=AdapterError))
 
     def scaling(self, module: str, field: str = "alpha", default: float = 8) -> float:
         """Alpha / r as the config and its patterns have it for a module."""
