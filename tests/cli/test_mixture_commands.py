@@ -1,38 +1,22 @@
 """gate, train and usage from the command line, on a tiny model on disk."""
 
 import json
-import string
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import letters_model
 
 from builders import save_adapter
 from lora_merge.cli.app import run
 from lora_merge.mixture.mixture import Mixture
 
-LETTERS = ["<unk>", "<s>", "</s>", *string.ascii_lowercase, " "]
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model with a tokenizer of letters, three adapters and some text."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=len(LETTERS), bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder / "base")
-    inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(LETTERS)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder / "base")
+    model = letters_model(folder / "base")
     shapes = {
         n: (m.out_features, m.in_features) for n, m in model.named_modules() if n.endswith("_proj")
     }

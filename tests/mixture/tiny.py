@@ -1,5 +1,6 @@
 """Tiny models with random weights, and adapters that fit them."""
 
+import string
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.mixture.mixture import Mixture
 
 VOCABULARY = 61
+LETTERS = ["<unk>", "<s>", "</s>", *string.ascii_lowercase, " "]
 
 
 def llama(seed: int = 0, dtype: torch.dtype = torch.float32, **config: object) -> LlamaForCausalLM:
@@ -33,6 +35,21 @@ def llama(seed: int = 0, dtype: torch.dtype = torch.float32, **config: object) -
         }
     )
     return LlamaForCausalLM(settings).to(dtype).eval()
+
+
+def letters_model(folder: Path) -> LlamaForCausalLM:
+    """A Llama saved with a tokenizer that has a token for each letter."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = llama(vocab_size=len(LETTERS), eos_token_id=2, pad_token_id=None)
+    model.save_pretrained(folder)
+    inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(LETTERS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return model
 
 
 def shapes_of(model: nn.Module, *leaves: str) -> dict[str, tuple[int, int]]:

@@ -1,44 +1,25 @@
-"""One small valid input of every kind that a command reads, and the commands that read it."""
+"""One small valid input of every kind that a command reads."""
 
+import contextlib
+import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import yaml
 from safetensors.torch import save_file
+from tiny import letters_model, shapes_of
 
-from builders import SHAPES, save_adapter
+from builders import SHAPES, save_adapter, save_parts
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.mixture.mixture import Mixture
 
-# Name → (files that may be damaged, command line). {name} is a place in the corpus.
-COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "info": (("a", "sora"), "info {sora} --json"), "info of one": (("a",), "info {a}"),
-    "spectra": (("a", "bare"), "spectra {a} {bare} --alpha 4 --json"),
-    "spectra beside a base": (("a", "base"), "spectra {a} --base {base} --json"),
-    "compare": (("a",), "compare {a} {b} --json"),
-    "cat": (("a", "b"), "merge {a} {b} -M cat -w 0.5 -w -2 -o OUT"),
-    "ties": (("a",), "merge {a} {b} -M ties --dtype float16 -o OUT"),
-    "merge by energy": (("a",), "merge {a} {b} -M svd --rank energy:0.9 -o OUT"),
-    "sce": (("a",), "merge {a} {b} -M sce -o OUT"),
-    "wudi": (("a",), "merge {a} {b} -M wudi -o OUT"),
-    "dry run": (("a",), "merge {a} {b} -M knots-ties --dry-run --json"),
-    "cluster": (("a", "sora"), "cluster {a} {sora} --rank 4 -o OUT"),
-    "data": (("statistics",), "merge {a} {b} -M regmean --statistics {statistics} -o OUT"),
-    "run": (("recipe",), "run {recipe} -o OUT"),
-    "resize": (("a", "sora"), "resize {a} --rank 2 -o OUT"),
-    "resize by gates": (("sora",), "resize {sora} --prune-gates -o OUT"),
-    "resize by data": (("moments",), "resize {a} --energy 0.9 --bottleneck {moments} -o OUT"),
-    "fuse": (("a", "base"), "fuse {a} --base {base} -o OUT"),
-    "extract": (("base", "tuned"), "extract --base {base} --tuned {tuned} --rank 2 -o OUT"),
-    "gate": (("a",), "gate {a} {b} --preset arrow -o OUT"),
-    "gate into": (("mixture",), "gate {c} --into {mixture} -o OUT"),
-    "gate from X-LoRA": (("xlora",), "gate {a} {b} --from {xlora} -o OUT"),
-    "gate from MeteoRA": (("meteora",), "gate {a} {b} --from {meteora} -o OUT"),
-    "export static": (("mixture",), "export {mixture} --to static --rank 4 -o OUT"),
-    "export experts": (("mixture",), "export {mixture} --to experts -o OUT"),
-}  # fmt: skip
+_BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+PICTURE_SHAPES = {f"{_BLOCK}.to_q": (16, 12), f"{_BLOCK}.to_out.0": (12, 16)}
+# When every file of the corpus was written: caches know files by that.
+MADE = 1_700_000_000
 
 
 def build(root: Path) -> dict[str, Path]:
@@ -57,19 +38,60 @@ def build(root: Path) -> dict[str, Path]:
         "mixture": root / "mixture",
         "xlora": _xlora(root / "xlora"),
         "meteora": root / "meteora.safetensors",
+        "loha": _loha(root / "loha"),
+        "ia3": _ia3(root / "ia3"),
+        "cache": root / "cache",
     }
     places["bare"].write_bytes((places["b"] / "adapter_model.safetensors").read_bytes())
     _recipe(places)
     _statistics(places)
     _meteora(places)
     Mixture([places["a"], places["b"]], "meteora").save_pretrained(places["mixture"])
+    places |= _with_a_model(root)
+    places["picture"] = picture = save_adapter(
+        root / "picture", seed=6, shapes=PICTURE_SHAPES, task_type=None
+    )
+    for name in ("kohya", "diffusers", "comfyui", "mlx"):
+        places[name] = root / name
+        source = [str(places["a"])] if name == "mlx" else [str(picture), "--component", "unet"]
+        run_quietly("convert", *source, "--to", name, "-o", str(places[name]))
+    for path in root.rglob("*"):
+        os.utime(path, (MADE, MADE))
     return places
+
+
+def run_quietly(*words: str) -> None:
+    """Run a command that has to do what it is asked."""
+    from lora_merge.cli.app import run
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = run(list(words))
+    if code:
+        raise AssertionError(f"{words}: {said.getvalue()}")
 
 
 def files_of(place: Path) -> list[Path]:
     """The files of a place that a reader looks at."""
     found = sorted(place.rglob("*")) if place.is_dir() else [place]
     return [path for path in found if path.is_file() and not path.name.startswith(".")]
+
+
+def _with_a_model(root: Path) -> dict[str, Path]:
+    """A language model that runs, rows for it, and what fits it."""
+    places = {"model": root / "model", "rows": root / "rows.jsonl", "described": root / "described"}
+    model = letters_model(places["model"])
+    for seed, name in enumerate(("one", "two"), start=10):
+        places[name] = save_adapter(root / name, seed=seed, shapes=shapes_of(model, "q_proj"))
+    rows = [{"text": "ab ab ab", "expert": "one"}, {"text": "xyz", "expert": "two"}] * 4
+    places["rows"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pair = [places["one"], places["two"]]
+    for name, preset in (("routed", "meteora"), ("classified", "xlora")):
+        places[name] = root / name
+        Mixture(pair, preset, hidden_size=32).save_pretrained(places[name])
+    texts = ("--base", str(places["model"]), "--data", str(places["rows"]), "--device", "cpu")
+    run_quietly("describe", str(places["routed"]), *texts, "-o", str(places["described"]))
+    return places
 
 
 def _noise(*shape: int, seed: int) -> torch.Tensor:
@@ -88,6 +110,33 @@ def _sora(folder: Path) -> Path:
             tensors[name.replace("lora_A.weight", "lora_E")] = _noise(4, 1, seed=len(name))
     save_file(tensors, path, metadata={"format": "pt"})
     return folder
+
+
+def _loha(folder: Path) -> Path:
+    """LyCORIS' Hadamard product, as PEFT writes it."""
+    config = {"peft_type": "LOHA", "r": 2, "alpha": 4, "target_modules": ["up_proj", "q_proj"]}
+    tensors = {}
+    for name, (d_out, d_in) in SHAPES.items():
+        for seed, half in enumerate(("w1", "w2")):
+            stem = f"base_model.model.{name}.hada_{half}"
+            tensors[f"{stem}_a"] = _noise(d_out, 2, seed=seed)
+            tensors[f"{stem}_b"] = _noise(2, d_in, seed=seed + 2)
+    return save_parts(folder, config, tensors)
+
+
+def _ia3(folder: Path) -> Path:
+    config = {
+        "peft_type": "IA3",
+        "target_modules": ["up_proj", "q_proj"],
+        "feedforward_modules": ["up_proj"],
+    }
+    tensors = {
+        f"base_model.model.{name}.ia3_l": 1 + _noise(1, d_in, seed=5)
+        if name.endswith("up_proj")
+        else 1 + _noise(d_out, 1, seed=6)
+        for name, (d_out, d_in) in SHAPES.items()
+    }
+    return save_parts(folder, config, tensors)
 
 
 def _tensors(path: Path) -> Mapping[str, torch.Tensor]:

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,39 +11,74 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from robust.commands import Line
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _TRACE = re.compile(r"Traceback|File \"")
 
 
-def faults(name: str, code: int, said: str, out: Path, places: dict[str, Path]) -> list[str]:
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended.
+
+    Attributes:
+        code: Exit code.
+        said: What it wrote to stdout.
+        errors: What it wrote to stderr.
+    """
+
+    code: int
+    said: str
+    errors: str
+
+
+def faults(name: str, line: Line, ended: Ended, out: Path, places: dict[str, Path]) -> list[str]:
     """Everything that is wrong with one command's end; nothing if all is well.
 
     Args:
         name: Of the command.
-        code: Its exit code.
-        said: What it wrote to stderr.
+        line: It.
+        ended: How it ended.
         out: Where its output would be.
         places: The corpus.
     """
-    found = []
-    if code not in (0, 1, 2):
-        found.append(f"exit code {code}")
-    if _TRACE.search(said):
-        found.append("a traceback was shown")
-    if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", said):
-        found.append("control characters reached the terminal")
-    if code:
-        messages = re.findall(r"^(?:error|Error): ", said, re.MULTILINE)
-        if len(messages) != 1:
-            found.append(f"{len(messages)} messages: {said[-200:]!r}")
-        if out.exists():
+    found = [] if ended.code in (0, 1, 2) else [f"exit code {ended.code}"]
+    made = [Path(f"{out}{w[3:]}") for w in line.words.split() if w.startswith("OUT")]
+    found += one_message(ended, int(ended.code != 0))
+    if ended.code:
+        if any(path.exists() for path in made):
             found.append("an output was left after an error")
         return found
-    if not out.exists():
-        return found
+    found += [f"there is no {path.name}" for path in made if not path.exists()]
     try:
-        return found + _output_faults(name, out, places)
+        if "--json" in line.words.split():
+            json.loads(ended.said, parse_constant=_no_constant)
+        if out.is_dir():
+            found += _output_faults(name, out, places)
+        texts = [p for p in made if p.is_file() and p.suffix != ".png"]
+        found += [
+            f"control characters in {path.name}"
+            for path in texts
+            if _CONTROL.search(path.read_text(encoding="utf-8"))
+        ]
     except Exception as error:  # whatever a reader says of an output that it cannot read
-        return [*found, f"unreadable output: {type(error).__name__}: {str(error)[:150]}"]
+        found.append(f"unreadable output: {type(error).__name__}: {str(error)[:150]}")
+    return found
+
+
+def one_message(ended: Ended, count: int) -> list[str]:
+    """What is wrong with what a command said, if it should have said `count` errors."""
+    found = []
+    if _TRACE.search(ended.errors):
+        found.append(f"a traceback was shown: {ended.errors[-300:]!r}")
+    if _CONTROL.search(ended.errors + ended.said):
+        found.append("control characters reached the terminal")
+    messages = re.findall(r"^(?:error|Error): ", ended.errors, re.MULTILINE)
+    if len(messages) != count:
+        found.append(f"{len(messages)} messages: {ended.errors[-200:]!r}")
+    if count and ended.said:
+        found.append(f"an error after output: {ended.said[:100]!r}")
+    return found
 
 
 def _output_faults(name: str, out: Path, places: dict[str, Path]) -> list[str]:
@@ -64,7 +101,11 @@ def _output_faults(name: str, out: Path, places: dict[str, Path]) -> list[str]:
         if not isinstance(data, dict) or not data.keys() <= known:
             found.append(f"the card says {data!r:.200}")
     if name == "cat":
-        found += _sum_faults(out, places)
+        found += _same(_deltas(out), _weighted((places["a"], 0.5), (places["b"], -2.0)))
+    if name == "convert":
+        found += _same(_deltas(out), _weighted((places["a"], 1.0)))
+    if name == "fuse":
+        found += _fused_faults(out, places)
     return found
 
 
@@ -72,22 +113,38 @@ def _no_constant(text: str) -> None:
     raise ValueError(f"{text} in JSON")
 
 
-def _sum_faults(out: Path, places: dict[str, Path]) -> list[str]:
-    """The exact sum, from the files alone: PEFT's formula in float64."""
+def _weighted(*adapters: tuple[Path, float]) -> dict[str, torch.Tensor]:
+    """A sum of deltas from the files alone: PEFT's formula in float64."""
     total: dict[str, Any] = {}
-    size = 0.0
-    for place, weight in ((places["a"], 0.5), (places["b"], -2.0)):
+    for place, weight in adapters:
         for module, delta in _deltas(place).items():
             total[module] = total.get(module, 0) + weight * delta
-            size = max(size, float(delta.abs().max()))
-    made = _deltas(out)
-    if made.keys() != total.keys():
-        return [f"modules {sorted(made.keys() ^ total.keys())}"]
+    return total
+
+
+def _same(made: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> list[str]:
+    if made.keys() != wanted.keys():
+        return [f"modules {sorted(made.keys() ^ wanted.keys())}"]
+    size = max(float(value.abs().max()) for value in wanted.values())
     return [
-        f"{module} is not the sum"
-        for module, delta in total.items()
-        if float((made[module] - delta).abs().max()) > 1e-4 * max(size, 1e-30)
+        f"{module} is not what the formula says"
+        for module, value in wanted.items()
+        if float((made[module] - value).abs().max()) > 1e-4 * max(size, 1e-30)
     ]
+
+
+def _fused_faults(out: Path, places: dict[str, Path]) -> list[str]:
+    """Base plus delta, from the files alone; no tensor gone, none new."""
+    before, after = (dict(_shards(place)) for place in (places["base"], out))
+    wanted = {name: value.double() for name, value in before.items()}
+    for module, delta in _deltas(places["a"]).items():
+        wanted[f"{module}.weight"] = wanted[f"{module}.weight"] + delta
+    return _same({name: value.double() for name, value in after.items()}, wanted)
+
+
+def _shards(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        yield from load_file(path).items()
 
 
 def _deltas(folder: Path) -> dict[str, torch.Tensor]:

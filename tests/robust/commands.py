@@ -1,0 +1,99 @@
+"""Every command that reads or writes files, on the corpus."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Line:
+    """One command line.
+
+    Attributes:
+        damaged: Places of the corpus of which a file may be damaged.
+        words: The command line. `{name}` is a place, `OUT` the output, `OUT.csv` a file beside it.
+        work: What a run that ends early may leave beside its output, to go on from.
+    """
+
+    damaged: tuple[str, ...]
+    words: str
+    work: tuple[str, ...] = ()
+
+    @property
+    def writes(self) -> bool:
+        """Whether it makes a directory or a file."""
+        return "OUT" in self.words
+
+
+_TEXTS = "--base {model} --data {rows} --device cpu"
+_TRAINING = ("out.training", "out.training.metrics.jsonl")
+
+COMMANDS: dict[str, Line] = {
+    "info": Line(("a", "sora"), "info {sora} --json"),
+    "info of one": Line(("a",), "info {a}"),
+    "info for vLLM": Line(("a",), "info {a} --target vllm --json"),
+    "info for MLX": Line(("mlx",), "info {mlx} --target mlx"),
+    "spectra": Line(("a", "bare"), "spectra {a} {bare} --alpha 4 --json"),
+    "spectra in full": Line(("a",), "spectra {a} --module *.0.mlp.up_proj"),
+    "spectra as files": Line(("a",), "spectra {a} --csv OUT.csv --svg OUT.svg --html OUT.html"),
+    "spectra beside a base": Line(
+        ("a", "base", "cache"), "spectra {a} --base {base} --intruders --json"
+    ),
+    "compare": Line(("a",), "compare {a} {b} --json"),
+    "compare three": Line(("a", "c"), "compare {a} {b} {c} --cluster auto"),
+    "report": Line(("a", "c"), "report {a} {c} -o OUT.html"),
+    "cat": Line(("a", "b"), "merge {a} {b} -M cat -w 0.5 -w -2 -o OUT"),
+    "ties": Line(("a",), "merge {a} {b} -M ties --dtype float16 -o OUT"),
+    "merge by energy": Line(("a",), "merge {a} {b} -M svd --rank energy:0.9 -o OUT"),
+    "sce": Line(("a",), "merge {a} {b} -M sce -o OUT"),
+    "wudi": Line(("a",), "merge {a} {b} -M wudi -o OUT"),
+    "auto": Line(("a", "c"), "merge {a} {b} {c} -M auto --scale auto -o OUT"),
+    "dry run": Line(("a",), "merge {a} {b} -M knots-ties --dry-run --json"),
+    "cluster": Line(("a", "sora"), "cluster {a} {sora} --rank 4 -o OUT"),
+    "data": Line(("statistics",), "merge {a} {b} -M regmean --statistics {statistics} -o OUT"),
+    "run": Line(("recipe",), "run {recipe} -o OUT"),
+    "resize": Line(("a", "sora"), "resize {a} --rank 2 -o OUT"),
+    "resize by gates": Line(("sora",), "resize {sora} --prune-gates -o OUT"),
+    "resize by data": Line(("moments",), "resize {a} --energy 0.9 --bottleneck {moments} -o OUT"),
+    "fuse": Line(("a", "base"), "fuse {a} --base {base} -o OUT"),
+    "extract": Line(("base", "tuned"), "extract --base {base} --tuned {tuned} --rank 2 -o OUT"),
+    "convert": Line(("a",), "convert {a} -o OUT"),
+    "convert to kohya": Line(("picture",), "convert {picture} --to kohya --component unet -o OUT"),
+    "convert to diffusers": Line(
+        ("picture",), "convert {picture} --to diffusers --component unet -o OUT"
+    ),
+    "convert to ComfyUI": Line(
+        ("picture",), "convert {picture} --to comfyui --component unet -o OUT"
+    ),
+    "convert to MLX": Line(("b",), "convert {b} --to mlx --dtype float32 -o OUT"),
+    "resize of kohya's": Line(("kohya",), "resize {kohya} --rank 2 -o OUT"),
+    "convert from diffusers": Line(("diffusers",), "convert {diffusers} --to peft -o OUT"),
+    "convert from ComfyUI": Line(("comfyui",), "convert {comfyui} --to peft -o OUT"),
+    "convert from MLX": Line(("mlx",), "convert {mlx} --to peft -o OUT"),
+    "convert a LoHa": Line(("loha",), "convert {loha} --rank 4 -o OUT"),
+    "convert an IA3": Line(("ia3", "base"), "convert {ia3} --base {base} --energy 0.9 -o OUT"),
+    "gate": Line(("a",), "gate {a} {b} --preset arrow -o OUT"),
+    "gate into": Line(("mixture",), "gate {c} --into {mixture} -o OUT"),
+    "gate from X-LoRA": Line(("xlora",), "gate {a} {b} --from {xlora} -o OUT"),
+    "gate from MeteoRA": Line(("meteora",), "gate {a} {b} --from {meteora} -o OUT"),
+    "export static": Line(("mixture",), "export {mixture} --to static --rank 4 -o OUT"),
+    "export experts": Line(("mixture",), "export {mixture} --to experts -o OUT"),
+    "export X-LoRA": Line(
+        ("classified", "model"), "export {classified} --to xlora --base {model} -o OUT"
+    ),
+    "evaluate": Line(
+        ("one", "routed", "rows", "model", "cache"), f"evaluate {{one}} {{routed}} {_TEXTS} --json"
+    ),
+    "search": Line(
+        ("one", "rows"),
+        f"search {{one}} {{two}} {_TEXTS} --over scale --trials 2 --sampler random -o OUT",
+        ("out.search",),
+    ),
+    "train": Line(
+        ("routed", "rows"),
+        f"train {{routed}} {_TEXTS} --steps 2 --save-every 1 -o OUT",
+        _TRAINING,
+    ),
+    "usage": Line(("routed", "rows"), f"usage {{routed}} {_TEXTS} --plot OUT.png --json"),
+    "consolidate": Line(("routed",), f"consolidate {{routed}} {_TEXTS} -o OUT"),
+    "describe": Line(("routed", "rows"), f"describe {{routed}} {_TEXTS} --rank 2 -o OUT"),
+    "novelty": Line(("described", "rows"), f"novelty {{described}} {_TEXTS} --json"),
+}
