@@ -24,6 +24,7 @@ from lora_merge.merge.methods.lego_options import LegoOptions
 from lora_merge.merge.methods.lego_refit import LegoRefitOptions, lego_refit
 from lora_merge.merge.methods.method import Job, Method, Outcome
 from lora_merge.merge.methods.other_names import CALLED, SAME
+from lora_merge.merge.methods.with_statistics import regression
 
 __all__ = ["METHODS", "Job", "Method", "Outcome", "find_method", "methods"]
 
@@ -183,8 +184,8 @@ _TABLE = (
         name="regmean",
         summary="least squares over collected inputs: act like each adapter on its own",
         paper="Jin et al., ICLR 2023, arXiv 2212.09849",
-        combine=least_squares.regmean,
-        options=least_squares.RegMeanOptions,
+        combine=regression.regmean,
+        options=regression.RegMeanOptions,
         space="units",
         needs="statistics (collect_statistics with inputs=True)",
         cost="d_in³",
@@ -194,8 +195,8 @@ _TABLE = (
         name="ssr",
         summary="route between all A and all B by R-dimensional statistics of inputs",
         paper="SSR-Merge, ICML 2026",
-        combine=least_squares.ssr,
-        options=least_squares.SsrOptions,
+        combine=regression.ssr,
+        options=regression.SsrOptions,
         space="units",
         gauge_free=False,  # its ridge is in A's own coordinates
         needs="statistics (collect_statistics)",

@@ -1,0 +1,1 @@
+"""Methods that need to know what the modules see: `collect_statistics`."""
