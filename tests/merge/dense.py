@@ -101,6 +101,36 @@ def tsv(deltas: Deltas, weights: Sequence[float]) -> Tensor:
     return left @ torch.diag(torch.cat(values)) @ right
 
 
+def dc_merge(
+    deltas: Deltas, weights: Sequence[float], smoothing: str = "flat", density: float | None = None
+) -> Tensor:
+    """DC-Merge, step by step, each task's numerical rank for the authors' 16."""
+    lefts, rights, smooth, ranks = [], [], [], []
+    for delta in weighted(deltas, weights):
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        r = int((s > 1e-9 * s[0]).sum())
+        ratio = {"flat": 1.0, "linear": min(5.0, float(s[0] / s[r - 1]))}.get(smoothing)
+        line = s[:r] if ratio is None else torch.linspace(ratio, 1, r, dtype=s.dtype)
+        smooth.append((u[:, :r] * (line * s[:r].sum() / line.sum())) @ vh[:r])
+        lefts.append(u[:, :r])
+        rights.append(vh[:r])
+        ranks.append(r)
+    left, right = torch.cat(lefts, dim=1), torch.cat(rights)
+    left = polar(left, int(torch.linalg.matrix_rank(left)))
+    right = polar(right, int(torch.linalg.matrix_rank(right)))
+    cores = []
+    for delta, r in zip(smooth, ranks, strict=True):
+        core = left.mT @ delta @ right.mT
+        count = r if density is None else max(int(density * core.numel()), 1)
+        bound = core.abs().flatten().sort(descending=True).values[count - 1]
+        cores.append(torch.where(core.abs() >= bound, core, 0.0))
+    stacked = torch.stack(cores)
+    agree = stacked.sign() == stacked.sum(dim=0).sign()
+    merged = (stacked * agree).sum(dim=0) / (agree & (stacked != 0)).sum(dim=0).clamp(min=1)
+    mask = torch.block_diag(*[torch.ones(r, r, dtype=merged.dtype) for r in ranks])
+    return left @ (merged * mask) @ right
+
+
 def iso_c(deltas: Deltas, weights: Sequence[float], rank: int | None = None) -> Tensor:
     u, s, vh = torch.linalg.svd(total(deltas, weights), full_matrices=False)
     size = int((s > 1e-9 * s[0]).sum())

@@ -21,7 +21,7 @@ from lora_merge.merge.methods.spaces import (
     anchored,
     core_of,
 )
-from lora_merge.merge.methods.spectral import smoothed, svc
+from lora_merge.merge.methods.spectral import smoothed, svc, triplets
 from lora_merge.merge.recipe.recipe import Semantics
 
 
@@ -210,7 +210,7 @@ def _prepared(stack: RankStack, semantics: Semantics) -> RankStack:
     """The adapters after the steps that each goes through by itself."""
     if semantics.smooth != "none":
         place = core_of(stack)
-        stack = place.lift(smoothed(place.core, semantics.smooth))
+        stack = place.lift(smoothed(triplets(place.core), semantics.smooth))
     return calibrate.equalised(stack) if semantics.norm_equalise else stack
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dense import (
+    dc_merge,
     iso_c,
     karcher,
     mean,
@@ -62,6 +63,16 @@ def test_agrees_with_dense_code(method, oracle, weights, shape) -> None:
     merged = merge_one(stack, method, weights=weights)
     expected = oracle(deltas_of(stack), list(weights))
     close(merged, expected, 1e-8)
+
+
+@pytest.mark.parametrize("shape", [(14, 11), (30, 40)], ids=["R-above-d", "R-below-d"])
+@pytest.mark.parametrize("smoothing", ["flat", "linear", "none"])
+@pytest.mark.parametrize("density", [None, 0.02, 0.5])
+def test_dc_merge_agrees_with_dense_code(shape, smoothing, density) -> None:
+    stack = random_stack((4, 6, 5), *shape)
+    parameters = {"smoothing": smoothing, "density": density}
+    found = merge_one(stack, "dc-merge", weights=WEIGHTS, parameters=parameters)
+    close(found, dc_merge(deltas_of(stack), WEIGHTS, smoothing, density), 1e-8)
 
 
 def test_slerp_agrees_with_dense_code() -> None:

@@ -6,8 +6,8 @@ METHOD_NAMES = (
     *("auto", "svd", "cat", "mean", "fedavg", "linear-factors", "np-lora", "slerp"),
     *("multislerp", "karcher", "model-stock", "magnitude", "ties", "dare", "dare-ties"),
     *("della", "breadcrumbs", "sce", "knots-ties", "knots-dare-ties", "core-ties"),
-    *("core-dare-ties", "tsv", "iso-c", "iso-cts", "ctm", "wudi", "wudi-iso", "regmean"),
-    *("ssr", "robustmerge", "aligned-mean", "lego", "lego-refit"),
+    *("core-dare-ties", "tsv", "dc-merge", "iso-c", "iso-cts", "ctm", "wudi", "wudi-iso"),
+    *("regmean", "ssr", "robustmerge", "aligned-mean", "lego", "lego-refit"),
 )
 
 

@@ -135,6 +135,14 @@ _TABLE = (
         aliases=("core-tsv",),  # it always runs in Core Space (arXiv 2509.17786)
     ),
     Method(
+        name="dc-merge",
+        summary="smoothed spectra, TIES in a common cover space, each adapter in its own block",
+        paper="DC-Merge, CVPR 2026, arXiv 2603.06242",
+        combine=spectral.dc_merge,
+        options=spectral.DcMergeOptions,
+        separates=True,
+    ),
+    Method(
         name="iso-c",
         summary="weighted sum with all singular values made equal",
         paper="Marczak et al., ICML 2025, arXiv 2502.04959",

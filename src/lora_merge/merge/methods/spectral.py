@@ -1,4 +1,4 @@
-"""Methods on singular vectors: TSV-Merge, Iso-C, Iso-CTS, and the SVC calibration.
+"""Methods on singular vectors: TSV-Merge, DC-Merge, Iso-C, Iso-CTS, and the SVC calibration.
 
 All commute with rotations, so they run on core coordinates. The published codes work on dense
 d x d matrices of full rank; a merged LoRA has rank R at most, and everything here is restricted to
@@ -26,6 +26,22 @@ class TsvOptions:
 
     keep: Literal["all", "share"] = option(
         "all", "singular triplets of each adapter: all, or its share of the rank asked for"
+    )
+
+
+@dataclass(frozen=True)
+class DcMergeOptions:
+    """Parameters of `dc-merge`."""
+
+    smoothing: Smooth = option(
+        "flat", "each adapter's singular values, their sum kept: all equal, a line, or as they are"
+    )
+    density: float | None = option(
+        None,
+        "share of each adapter's R x R coordinates that is kept (the authors' code: 0.001)",
+        low=0,
+        high=1,
+        unset="as many as it has singular values, what 0.001 is for eight of rank 16",
     )
 
 
@@ -59,6 +75,40 @@ def tsv(stack: RankStack, job: Job, options: TsvOptions) -> Outcome:
         limit = max(-(-job.rank // len(stack.adapters)), 1)
     all_units = triplets(stack.weighted(job.weights), limit)
     return Outcome(RankStack.single(polar(all_units.up), polar(all_units.down), all_units.scale))
+
+
+def dc_merge(stack: RankStack, job: Job, options: DcMergeOptions) -> Outcome:
+    """DC-Merge (CVPR 2026, arXiv 2603.06242): smoothed spectra, merged in a cover of all spaces.
+
+    With U, V the polar factors of all adapters' singular vectors side by side (as in `tsv`) and
+    D_i the smoothed adapters, the coordinates M_i = U^T D_i V lose all but their largest entries;
+    TIES elects a sign for each entry and averages what agrees; entries between two adapters'
+    directions are dropped; the result is U M V^T.
+    """
+    # A flat adapter has no singular vectors of its own any more: those from before count.
+    parts = smoothed(triplets(stack.weighted(job.weights)), options.smoothing)
+    left, right = polar(parts.up), polar(parts.down)
+    total, largest = _zeros(parts), 0.0
+    kept = []
+    for owner in parts.adapters:
+        own = parts.of_adapter(owner)
+        inside = (left.mT @ (own.up * own.scale)) @ (own.down @ right.mT)
+        share = options.density
+        count = own.num_units if share is None else int(share * inside.numel())
+        bound = inside.abs().flatten().topk(min(max(count, 1), inside.numel())).values[-1]
+        kept.append(torch.where(inside.abs() >= (1 - RTOL) * bound, inside, 0.0))
+        total += kept[-1]
+        largest = max(largest, float(inside.abs().max()))
+    signs = torch.where(total.abs() > RTOL * largest, total.sign(), 0.0)
+    agreeing = [torch.where(x.sign() == signs, x, 0.0) for x in kept]
+    counted = sum((x != 0 for x in agreeing), _zeros(parts)).clamp_min(1)
+    merged = sum(agreeing, _zeros(parts)) / counted
+    merged = torch.where(parts.owner[:, None] == parts.owner, merged, 0.0)
+    return Outcome(RankStack.single(left @ merged, right))
+
+
+def _zeros(parts: RankStack) -> Tensor:
+    return parts.scale.new_zeros(parts.num_units, parts.num_units)
 
 
 def iso_c(stack: RankStack, job: Job, options: IsoOptions) -> Outcome:
@@ -118,16 +168,15 @@ def svc(result: RankStack, stack: RankStack, weights: Tensor, alpha: float = 0.1
     return RankStack.single(u, vh, s * len(adapters) / total)
 
 
-def smoothed(stack: RankStack, how: Smooth) -> RankStack:
+def smoothed(parts: RankStack, how: Smooth) -> RankStack:
     """Each adapter's singular values made more equal, their sum kept (DC-Merge, arXiv 2603.06242).
 
     Args:
-        stack: The adapters in core coordinates, float64.
+        parts: Singular triplets of every adapter.
         how: "flat" makes them equal; "linear" a line from rho = min(5, largest / smallest) to 1.
     """
     if how == "none":
-        return stack
-    parts = triplets(stack)
+        return parts
     values = parts.scale.clone()
     for owner in parts.adapters:
         own = parts.owner == owner
