@@ -131,6 +131,37 @@ def dc_merge(
     return left @ (merged * mask) @ right
 
 
+def esm(
+    deltas: Deltas,
+    weights: Sequence[float],
+    inputs: Sequence[Tensor],
+    each: int | None = None,
+    power: float = 2.0,
+    spread: float = 0.15,
+) -> Tensor:
+    """ESM of one module from the inputs themselves, without the scaling between modules."""
+    parts = weighted(deltas, weights)
+    mean_norm = torch.stack([d.norm() for d in parts]).mean()
+    lefts, rights = [], []
+    for delta, x in zip(parts, inputs, strict=True):
+        shift = (delta @ x).mT  # a row per token, as in the authors' hooks
+        _, s, vh = torch.linalg.svd(shift, full_matrices=False)
+        k = min(int((s > 1e-9 * s[0]).sum()), each or len(s))
+        variance = s[:k] ** 2 / (len(shift) - 1)
+        along = (variance / variance.mean()) ** spread
+        along = along / along.mean()
+        lefts.append(vh[:k].mT * along)
+        rights.append(along[:, None] * (vh[:k] @ delta) * (delta.norm() / mean_norm) ** power)
+    left, right = torch.cat(lefts, dim=1), torch.cat(rights)
+    columns = right.norm(dim=0)
+    right = right * (columns / columns.mean()) ** power
+    both = []
+    for x in (left, right):
+        rank = int(torch.linalg.matrix_rank(x))
+        both.append(polar(x, rank) * torch.linalg.svdvals(x).mean())
+    return both[0] @ both[1]
+
+
 def iso_c(deltas: Deltas, weights: Sequence[float], rank: int | None = None) -> Tensor:
     u, s, vh = torch.linalg.svd(total(deltas, weights), full_matrices=False)
     size = int((s > 1e-9 * s[0]).sum())

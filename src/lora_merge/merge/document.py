@@ -48,6 +48,10 @@ adapter on the command line, `own_parameters=[{"density": 0.3}, {}]` in Python.
 
 **Random masks** (DARE, DELLA) follow from the seed, the module and what the adapter stores there:
 the same for any order, path or name of the adapters, and different for copies of one.
+
+**Not here.** SVD with CUR (Lu et al., Findings of ACL 2026, 261): what is public of it gives no
+formula. Methods that train (LoRA.rar, ZipLoRA, AdaMerging) are not merges of files; what they tune
+`lora-merge search` tunes.
 """
 
 

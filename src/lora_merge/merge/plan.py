@@ -219,6 +219,12 @@ def plan_merge(recipe: Recipe, adapters: Sequence[Adapter]) -> MergePlan:
     semantics = _semantics(recipe)
     space = _space(chosen, semantics)
     _check_count(chosen, len(present))
+    if chosen.needs and semantics.smooth != "none":
+        raise MethodError(
+            f"method {chosen.name} needs statistics of the adapters as they are, and smooth "
+            "changes them",
+            "leave out --smooth",
+        )
     as_given = [adapters[i] for i in present]
     if not chosen.ordered:
         present = _by_content(present, adapters, given, own)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense import esm
 from merging import merge_one, task_inputs
 from torch import nn
 
@@ -12,6 +13,9 @@ from builders import SHAPES, make_adapter, random_stack
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.measured.activations import Statistics, collect_statistics
 from lora_merge.errors import LoraMergeError, MethodError
+from lora_merge.merge.methods.method import Job
+from lora_merge.merge.methods.with_statistics.essential import EsmOptions
+from lora_merge.merge.methods.with_statistics.essential import esm as esm_of_one
 
 
 class Block(nn.Module):
@@ -30,7 +34,7 @@ class Tiny(nn.Module):
         super().__init__()
         self.model = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])})
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         for layer in self.model["layers"]:
             x = layer(x)
         return x
@@ -63,6 +67,43 @@ def test_ssr_is_the_best_router_from_all_units() -> None:
     torch.testing.assert_close(merge_one(stack, "ssr", parameters={"ridge": 1e-12}), wanted)
 
 
+@pytest.mark.parametrize("shape", [(14, 11), (30, 40)], ids=["R-above-d", "R-below-d"])
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.7, 1.3, -0.4)])
+@pytest.mark.parametrize("each", [None, 2])
+def test_esm_agrees_with_dense_code_on_the_inputs_themselves(shape, weights, each) -> None:
+    stack = random_stack((4, 6, 5), *shape)
+    deltas = [stack.of_adapter(i).delta() for i in range(3)]
+    wanted = esm(deltas, weights, [task_inputs(stack)[i] for i in range(3)], each)
+    found = merge_one(stack, "esm", weights=weights, rank=each and 3 * each)
+    torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-7)
+
+
+def test_esm_scales_modules_by_their_norm_among_their_kind(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    adapters = [make_adapter(f"adapter-{i}", r=3, seed=i) for i in range(2)]
+    path = tmp_path / "s.st"
+    collect_statistics(Tiny(), adapters, [[torch.randn(40, 16)]] * 2, path)
+    options = {"rank": "full", "scale": 1.0, "statistics": str(path), "parameters": {"power": 1.0}}
+    found = align([lora_merge.merge(adapters, method="esm", **options)])
+    alignment = align(adapters)
+    stacks = {m.name: next(read_stacks(alignment, m)) for m in alignment.modules}
+    statistics = Statistics.open(path)
+    names = tuple(a.name for a in alignment.adapters)
+    alone = {}
+    for name, stack in stacks.items():
+        job = Job(name, None, torch.ones(2).double(), 0, statistics=statistics.of(name, names))
+        alone[name] = esm_of_one(stack, job, EsmOptions(power=1.0)).stack.norm()
+    kinds: dict[str, list[str]] = {}
+    for name in stacks:
+        kinds.setdefault(name.split(".", 3)[3], []).append(name)
+    assert any(len(same) > 1 for same in kinds.values())
+    norms = {m.name: next(read_stacks(found, m)).norm() for m in found.modules}
+    for same in kinds.values():
+        mean = sum(alone[name] for name in same) / len(same)
+        for name in same:
+            assert norms[name] == pytest.approx(alone[name] ** 2 / mean, rel=1e-4)
+
+
 def test_collected_statistics_are_sums_over_what_modules_see(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Tiny()
@@ -90,7 +131,21 @@ def test_collected_statistics_are_sums_over_what_modules_see(tmp_path: Path) -> 
         torch.testing.assert_close(found[f"z.{index}"], z.mT @ z / len(x), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["regmean", "ssr"])
+def test_padding_is_not_seen(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, adapters = Tiny(), [make_adapter("one", r=3, seed=1)]
+    x = torch.randn(2, 5, 16)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    padded = collect_statistics(
+        model, adapters, [[{"x": x, "attention_mask": mask}]], tmp_path / "a.st"
+    )
+    bare = collect_statistics(model, adapters, [[x[mask.bool()]]], tmp_path / "b.st")
+    for name in SHAPES:
+        found, wanted = (s.of(name, ("one",))["z.0"] for s in (padded, bare))
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("method", ["regmean", "ssr", "esm"])
 def test_merging_with_a_file(method, tmp_path: Path) -> None:
     torch.manual_seed(0)
     adapters = [make_adapter(f"adapter-{i}", r=r, seed=i) for i, r in enumerate((4, 2, 3))]
@@ -121,6 +176,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "no.st").write_bytes(b"nothing")
     with pytest.raises(LoraMergeError, match="no statistics file"):
         Statistics.open(tmp_path / "no.st")
+    with pytest.raises(MethodError, match="smooth changes them"):
+        lora_merge.merge(adapters, method="ssr", smooth="flat")
     with pytest.raises(LoraMergeError, match="no batches"):
         collect_statistics(Tiny(), adapters, [[torch.randn(2, 16)], []], tmp_path / "s.st")
     with pytest.raises(LoraMergeError, match="no module"):

@@ -53,6 +53,7 @@ NOT_IDEMPOTENT = {
     "dc-merge": "drops what a copy has between its own directions and another's",
     "np-lora": "takes the second's inputs from the first",
     "iso-cts": "gives every copy directions of its own",
+    "esm": "makes all directions of the result alike",
     "linear-factors": "has cross terms, which is its fault",
     **PRUNES_FACTORS,
 }

@@ -133,7 +133,8 @@ def collect_statistics(
         model: The base model, without adapters. It is not changed.
         adapters: All adapters that will be merged.
         batches: For each adapter (in order, or by name) what the model is called with: mappings
-            are keyword arguments, tuples positional ones, anything else the one argument.
+            are keyword arguments, tuples positional ones, anything else the one argument. What
+            an `attention_mask` among them leaves out does not count.
         out: The safetensors file to write.
         inputs: Collect d_in x d_in Grams, too (`regmean` needs them).
 
@@ -159,8 +160,10 @@ def collect_statistics(
         own = batches.get(adapter.name) if isinstance(batches, Mapping) else batches[index]
         totals: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
-        with _active(targets, stacks, index, totals, counts, inputs), torch.no_grad():
+        seen: dict[str, Tensor | None] = {}
+        with _active(targets, stacks, index, totals, counts, inputs, seen), torch.no_grad():
             for batch in own or ():
+                seen["mask"] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 _call(model, batch)
         if not counts:
             raise StatisticsError(f"{adapter.name}: no batches", "give every adapter some")
@@ -199,8 +202,9 @@ def _active(
     totals: dict[str, Tensor],
     counts: dict[str, int],
     inputs: bool,
+    seen: Mapping[str, Tensor | None],
 ) -> Iterator[None]:
-    """Hooks that add one adapter's delta and sum up what the modules see."""
+    """Hooks that add one adapter's delta and sum up what the modules see, padding apart."""
 
     def hook(name: str) -> Any:
         stack = stacks[name]
@@ -208,7 +212,10 @@ def _active(
 
         def run(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = arguments[0]
-            flat = x.reshape(-1, x.shape[-1]).to(torch.float64)
+            mask = seen.get("mask")
+            padded = mask is not None and mask.shape == x.shape[:-1]
+            flat = x[mask.bool()] if padded and mask is not None else x.reshape(-1, x.shape[-1])
+            flat = flat.to(torch.float64)
             z = flat @ stack.down.to(flat).mT
             totals[f"{name}.z"] = totals.get(f"{name}.z", 0) + z.mT @ z
             if inputs:

@@ -24,7 +24,7 @@ from lora_merge.merge.methods.lego_options import LegoOptions
 from lora_merge.merge.methods.lego_refit import LegoRefitOptions, lego_refit
 from lora_merge.merge.methods.method import Job, Method, Outcome
 from lora_merge.merge.methods.other_names import CALLED, SAME
-from lora_merge.merge.methods.with_statistics import regression
+from lora_merge.merge.methods.with_statistics import essential, regression
 
 __all__ = ["METHODS", "Job", "Method", "Outcome", "find_method", "methods"]
 
@@ -209,6 +209,18 @@ _TABLE = (
         gauge_free=False,  # its ridge is in A's own coordinates
         needs="statistics (collect_statistics)",
         exact=True,
+    ),
+    Method(
+        name="esm",
+        summary="directions in which each adapter moves the outputs, orthogonalised, evened out",
+        paper="ESM, CVPR 2026, arXiv 2602.20208",
+        combine=essential.esm,
+        options=essential.EsmOptions,
+        prepare=essential.module_factors,
+        space="units",
+        makes_rank=True,
+        separates=True,
+        needs="statistics (collect_statistics)",
     ),
     Method(
         name="robustmerge",

@@ -68,12 +68,7 @@ def ssr(stack: RankStack, job: Job, options: SsrOptions) -> Outcome:
     With z = A_c x, the router Q (sum_k Z_k + ridge)^-1 predicts from all z what the active
     adapter's own z is; Q's rows of adapter k are those of Z_k. A stays, B becomes B Q (...)^-1.
     """
-    owner = needed(job, "owner", "ssr").to(stack.owner.device)
-    present = torch.isin(owner, stack.owner)
-    moments = {i: needed(job, f"z.{i}", "ssr")[present][:, present] for i in stack.adapters}
-    # The file may number the adapters otherwise; inside an adapter the order is the same.
-    order = torch.argsort(owner[present], stable=True)
-    moments = {i: z[order][:, order] for i, z in moments.items()}
+    moments = moments_of(stack, job, "ssr")
     total = sum_of(moments.values())
     ridge = options.ridge * total.diagonal().mean()
     own = torch.cat([z[stack.owner == i] for i, z in moments.items()])
@@ -82,6 +77,20 @@ def ssr(stack: RankStack, job: Job, options: SsrOptions) -> Outcome:
     weighted = stack.weighted(job.weights)
     up = (weighted.up.to(router) * weighted.scale) @ router
     return Outcome(RankStack.single(up.to(stack.up.dtype), stack.down))
+
+
+def moments_of(stack: RankStack, job: Job, method: str) -> dict[int, Tensor]:
+    """Mean of z z^T over each adapter's inputs, z = A_c x in the stack's order of units, float64.
+
+    Raises:
+        MethodError: If they were not collected.
+    """
+    owner = needed(job, "owner", method).to(stack.owner.device)
+    present = torch.isin(owner, stack.owner)
+    # The file may number the adapters otherwise; inside an adapter the order is the same.
+    order = torch.argsort(owner[present], stable=True)
+    found = {i: needed(job, f"z.{i}", method)[present][:, present] for i in stack.adapters}
+    return {i: z[order][:, order] for i, z in found.items()}
 
 
 def needed(job: Job, key: str, method: str) -> Tensor:
