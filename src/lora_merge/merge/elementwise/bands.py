@@ -50,7 +50,7 @@ def blocks_of(
     parts = [Factors.of(stack, owner) for owner in owners]
     present = tuple(float(weights[owner]) for owner in owners)
     used_keys = tuple(keys[owner] if keys else 0 for owner in owners)
-    step = min(block_rows or band_rows(stack), stack.d_out)
+    step = max(min(block_rows or band_rows(stack), stack.d_out), 1)
     wide = stack.d_in if rule is not None and rule.needs_rows else tile_columns(stack, len(parts))
 
     def blocks() -> Iterator[Block]:
