@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from lora_merge.evaluation.search import search as search
     from lora_merge.merge.api import merge as merge
     from lora_merge.merge.api import run_recipe as run_recipe
+    from lora_merge.merge.arrive import arrive as arrive
     from lora_merge.merge.methods.lego_options import LegoOptions as LegoOptions
     from lora_merge.merge.shards.join import join as join
     from lora_merge.merge.shards.shard import run_shard as run_shard
@@ -85,6 +86,7 @@ _PUBLIC = {
     "SourceError": "lora_merge.errors",
     "TrainSettings": "lora_merge.mixture.training.settings",
     "append_experts": "lora_merge.api.mixing",
+    "arrive": "lora_merge.merge.arrive",
     "choose_ranks": "lora_merge.api.looking",
     "cluster": "lora_merge.api.merging",
     "collect_statistics": "lora_merge.adapters.measured.activations",
@@ -148,6 +150,7 @@ __all__ = [
     "TrainSettings",
     "__version__",
     "append_experts",
+    "arrive",
     "choose_ranks",
     "cluster",
     "collect_statistics",

@@ -25,6 +25,7 @@ _COMMANDS = {
     "merge": "lora_merge.cli.commands.merge",
     "run": "lora_merge.cli.commands.run",
     "join": "lora_merge.cli.commands.join",
+    "arrive": "lora_merge.cli.commands.arrive",
     "methods": "lora_merge.cli.commands.methods",
     "fuse": "lora_merge.cli.commands.fuse",
     "resize": "lora_merge.cli.commands.resize",
