@@ -57,8 +57,8 @@ def command(
     library.json says who is where. The library is replaced whole, or stays as it was.
     """
     import lora_merge
-    from lora_merge.cli.shared.output import Output
-    from lora_merge.cli.views.arrive import arrivals_view
+    from lora_merge.cli.shared.output import Output, percent, table
+    from lora_merge.printing import short_names
 
     output = Output(as_json)
     report = lora_merge.arrive(
@@ -70,4 +70,13 @@ def command(
         jobs=jobs,
         device=device,
     )
-    output.data(report.to_dict(), *arrivals_view(report))
+    names = [member.name for members in report.slots.values() for member in members]
+    short = dict(zip(names, short_names(names), strict=True))
+    grid = table("adapter", "slot", "cosine with it", "kept")
+    for arrival in report.arrivals:
+        cosine = f"{arrival.cosines[arrival.slot]:.3f}" if arrival.merged else "its own"
+        grid.add_row(short[arrival.adapter], arrival.slot, cosine, percent(arrival.kept))
+    lines = [f"wrote {report.library}: {len(report.slots)} slots"]
+    for slot, members in report.slots.items():
+        lines.append(f"  {slot}: {' + '.join(short[member.name] for member in members)}")
+    output.data(report.to_dict(), grid, *lines)
