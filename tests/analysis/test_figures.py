@@ -9,9 +9,11 @@ from builders import SHAPES, adapter_parts, make_adapter
 from lora_merge.adapters.adapter import build_adapter
 from lora_merge.adapters.config import parse_config
 from lora_merge.adapters.measured.spectra import adapter_spectra
-from lora_merge.analysis.figures import draw, write_pictures
+from lora_merge.analysis.compare import compare
+from lora_merge.analysis.comparison_figure import draw_comparison
+from lora_merge.analysis.figures import draw
 from lora_merge.errors import LoraMergeError, OutputError
-from lora_merge.files.pictures import check_pictures
+from lora_merge.files.pages.pictures import check_pictures, write_pictures
 from lora_merge.files.tensor_file import TensorDict
 
 
@@ -34,16 +36,11 @@ def test_equal_input_gives_equal_files(tmp_path):
     spectra = [adapter_spectra(make_adapter("<b>", r=3))]
     for name in ("one", "two"):
         write_pictures(
-            spectra,
-            svg=tmp_path / f"{name}.svg",
-            png=tmp_path / f"{name}.png",
-            html_page=tmp_path / f"{name}.html",
+            lambda: draw(spectra), svg=tmp_path / f"{name}.svg", png=tmp_path / f"{name}.png"
         )
-    for kind in ("svg", "png", "html"):
+    for kind in ("svg", "png"):
         one = (tmp_path / f"one.{kind}").read_bytes()
         assert one == (tmp_path / f"two.{kind}").read_bytes() and len(one) > 1000
-    page = (tmp_path / "one.html").read_text()
-    assert "&lt;b&gt;" in page and "<svg" in page and "<script" not in page
 
 
 def test_zero_and_damaged_modules_do_not_stop_a_picture(tmp_path):
@@ -52,16 +49,16 @@ def test_zero_and_damaged_modules_do_not_stop_a_picture(tmp_path):
     tensors[keys[0]] = tensors[keys[0]] * 0
     tensors[keys[1]] = torch.full_like(tensors[keys[1]], float("nan"))
     opened = build_adapter("a", parse_config(config, "a"), TensorDict(tensors))
-    write_pictures([adapter_spectra(opened)], png=tmp_path / "a.png", metric="stable")
+    write_pictures(lambda: draw([adapter_spectra(opened)], "stable"), png=tmp_path / "a.png")
     dead = {k: t * 0 for k, t in adapter_parts()[1].items()}
     opened = build_adapter("dead", parse_config(config, "dead"), TensorDict(dead))
-    write_pictures([adapter_spectra(opened)], png=tmp_path / "dead.png")
+    write_pictures(lambda: draw([adapter_spectra(opened)]), png=tmp_path / "dead.png")
 
 
 def test_errors_say_what_to_do(tmp_path, monkeypatch):
     spectra = [adapter_spectra(make_adapter())]
     with pytest.raises(OutputError):
-        write_pictures(spectra, svg=tmp_path / "missing" / "a.svg")
+        write_pictures(lambda: draw(spectra), svg=tmp_path / "missing" / "a.svg")
     with pytest.raises(OutputError, match="does not exist"):
         check_pictures(None, tmp_path / "missing" / "a.svg")
     with pytest.raises(OutputError, match="is a directory"):
@@ -74,3 +71,24 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(LoraMergeError, match="matplotlib"):
         check_pictures(tmp_path / "a.svg")
     check_pictures(None)
+
+
+@pytest.mark.parametrize("count", [2, 5, 13])
+def test_a_comparison_is_drawn_on_whole_scales_in_the_order_of_its_tree(count):
+    adapters = [make_adapter(f"a{i}", r=3, seed=i // 2) for i in range(count)]
+    comparison = compare(adapters)
+    figure = draw_comparison(comparison)
+    plots = [a for a in figure.axes if a.get_label() != "<colorbar>"]
+    assert len(plots) == (3 if count > 2 else 2)
+    cosines, interference = (a.images[0] for a in plots[-2:])
+    assert (cosines.norm.vmin, cosines.norm.vmax) == (-1, 1)
+    assert interference.norm.vmin == 0 and interference.norm.vmax >= 2
+    names = [label.get_text() for label in plots[-1].get_yticklabels()]
+    order = [int(name[1:]) for name in names]
+    assert sorted(order) == list(range(count))
+    expected = comparison.total.cosine[order][:, order].numpy()
+    assert cosines.get_array().data == pytest.approx(expected)
+    assert bool(plots[-1].texts) == (count <= 12)
+    if count > 2:
+        twins = [order.index(i + 1) - order.index(i) for i in range(0, count - 1, 2)]
+        assert {abs(step) for step in twins} == {1}  # the same seed: side by side

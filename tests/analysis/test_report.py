@@ -15,9 +15,10 @@ from builders import SHAPES, adapter_parts, make_adapter, save_adapter, save_par
 from lora_merge.adapters.measured.spectra import adapter_spectra
 from lora_merge.analysis.compare import compare
 from lora_merge.analysis.report.document import ReportDocument, report_document
-from lora_merge.analysis.report.page import page, write_page
+from lora_merge.analysis.report.page import page
 from lora_merge.cli.app import cli
 from lora_merge.errors import OutputError
+from lora_merge.files.pages.html_page import write_html
 from lora_merge.ranks.choose import choose_ranks
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -87,9 +88,9 @@ def test_what_a_warning_says_to_do_can_be_done(tmp_path, monkeypatch):
 
 def test_equal_input_gives_equal_bytes_and_nothing_foreign_is_replaced(tmp_path):
     document, target = document_of(), tmp_path / "r.html"
-    size = write_page(document, target)
+    size = write_html(page(document), target)
     first = target.read_bytes()
-    write_page(document, target)
+    write_html(page(document), target)
     assert target.read_bytes() == first and len(first) == size < 4e6
     foreign = tmp_path / "mine.html"
     foreign.write_text("mine")

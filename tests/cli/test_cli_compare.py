@@ -90,3 +90,17 @@ def test_adapters_that_share_no_module_have_no_angles(tmp_path):
     text = run(one, two, "--module", "*")
     assert text.count("no two adapters have a space there") == 2
     assert "put together, they do not touch" in " ".join(text.split())
+
+
+def test_pictures_and_the_page_are_written(tmp_path):
+    folders = [save_adapter(tmp_path / n, seed=i) for i, n in enumerate("abc")]
+    files = {kind: tmp_path / f"c.{kind}" for kind in ("svg", "png", "html")}
+    options = [word for kind, file in files.items() for word in (f"--{kind}", file)]
+    run(*folders, *options)
+    assert files["svg"].read_text().lstrip().startswith("<?xml")
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    page = files["html"].read_text()
+    alone = tmp_path / "r.html"
+    done = CliRunner().invoke(cli, ["report", *map(str, folders), "-o", str(alone)])
+    assert done.exit_code == 0
+    assert page == alone.read_text()

@@ -6,7 +6,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lora_merge.files.cards import block, code, front_matter, markdown, model_card
+from lora_merge.files.pages.cards import block, code, front_matter, markdown, model_card
 
 HOSTILE = st.text(st.sampled_from("a`|<>-:\n\r\t #'\"[]{}\x1b\u2028"), max_size=20)
 

@@ -1,9 +1,6 @@
-"""Spectra as pictures: SVG and PNG by matplotlib (the `plot` extra), HTML around the SVG."""
+"""Spectra as figures of matplotlib (the `plot` extra)."""
 
-import html
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +8,8 @@ import torch
 
 from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.adapters.module_names import labels
-from lora_merge.analysis.advice import advise, group_modules
 from lora_merge.analysis.metrics import LOG_METRICS, METRIC_LABELS, METRICS
-from lora_merge.files.atomic import atomic_file
-from lora_merge.files.pictures import figure_class
-from lora_merge.files.targets import MARK
+from lora_merge.files.pages.pictures import figure_class
 from lora_merge.ranks.measures import tail_energy
 
 if TYPE_CHECKING:
@@ -48,33 +42,6 @@ def draw(spectra: Sequence[AdapterSpectra], metric: str = "frobenius") -> "Figur
     for column in (1, 2):
         _share_limits([row[column] for row in axes])
     return figure
-
-
-def write_pictures(
-    spectra: Sequence[AdapterSpectra],
-    *,
-    svg: Path | None = None,
-    png: Path | None = None,
-    html_page: Path | None = None,
-    metric: str = "frobenius",
-) -> None:
-    """Write the pictures that are asked for; equal input gives equal bytes.
-
-    Raises:
-        LoraMergeError: If matplotlib is not installed.
-        OutputError: If a file cannot be written.
-    """
-    if not (svg or png or html_page):
-        return
-    figure = draw(spectra, metric)
-    if svg:
-        _write(svg, _svg(figure).encode())
-    if png:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=144, metadata={"Software": MARK})
-        _write(png, buffer.getvalue())
-    if html_page:
-        _write(html_page, _page(spectra, _svg(figure)).encode())
 
 
 def _heat_map(axes: "Axes", spectra: AdapterSpectra, metric: str, norm: Any) -> Any:
@@ -174,55 +141,3 @@ def _share_limits(axes: Sequence["Axes"]) -> None:
         limits = [getattr(a, get)() for a in axes]
         for a in axes:
             getattr(a, put)(min(low for low, _ in limits), max(high for _, high in limits))
-
-
-def _svg(figure: "Figure") -> str:
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "lora-merge"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": MARK})
-    return buffer.getvalue()
-
-
-def _page(spectra: Sequence[AdapterSpectra], svg: str) -> str:
-    """A page that needs nothing else: the picture, the advice and a table of groups."""
-    parts = []
-    for one in spectra:
-        advice = advise(one)
-        rows = "".join(
-            f"<tr><td>{html.escape(g.label)}<td>"
-            f"{'' if g.layers is None else f'{g.layers[0]}-{g.layers[1]}'}<td>{g.rank[1]}"
-            f"<td>{g.frobenius:.4g}<td>{g.spectral:.4g}<td>{g.stable_rank:.2f}"
-            f"<td>{g.effective_rank:.2f}<td>{g.ranks_at.get(0.9, '-')}"
-            f"<td>{g.ranks_at.get(0.95, '-')}<td>{g.ranks_at.get(0.99, '-')}"
-            for g in group_modules(one)
-        )
-        options = "".join(
-            f"<tr><td>{html.escape(o.text)}<td>{100 * o.energy:.1f} %<td>"
-            f"{100 * o.parameters:.0f} %<td><code>lora-merge resize {o.flag}</code>"
-            for o in advice.options
-        )
-        remarks = "".join(f"<li>{html.escape(remark)}" for remark in advice.remarks)
-        parts.append(
-            f"<h2>{html.escape(one.adapter)}</h2><p>{html.escape(advice.headline)}</p>"
-            f"<table><tr><th>keep<th>energy<th>parameters<th>command{options}</table>"
-            f"<ul>{remarks}</ul><table><tr><th>module<th>layers<th>r<th>Frobenius<th>spectral"
-            "<th>stable rank<th>effective rank (Roy-Vetterli)<th>k 90 %<th>k 95 %<th>k 99 %"
-            f"{rows}</table><p>Medians over the modules of a row.</p>"
-        )
-    picture = svg[svg.index("<svg") :]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f'<meta name="generator" content="{MARK}"><title>Spectra</title><style>'
-        "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:80em;padding:0 1em}"
-        "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;text-align:right;"
-        "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
-        "svg{max-width:100%;height:auto}</style>"
-        f"<h1>Singular spectra</h1>{picture}{''.join(parts)}</html>\n"
-    )
-
-
-def _write(path: Path, data: bytes) -> None:
-    with atomic_file(path, mark=MARK.encode()) as staging:
-        staging.write_bytes(data)

@@ -6,9 +6,10 @@ from lora_merge.adapters.access.coerce import open_adapters
 from lora_merge.adapters.measured.spectra import adapter_spectra
 from lora_merge.analysis.compare import compare
 from lora_merge.analysis.report.document import ReportDocument, report_document
-from lora_merge.analysis.report.page import write_page
+from lora_merge.analysis.report.page import page
 from lora_merge.api.arguments import looking as takes_of
 from lora_merge.arguments import takes
+from lora_merge.files.pages.html_page import write_html
 from lora_merge.files.targets import MARK, check_file
 from lora_merge.planning import counted
 from lora_merge.printing import short_names
@@ -36,12 +37,14 @@ def report(given: takes_of.Report) -> ReportDocument:
     path = Path(given.out)
     check_file(path, MARK.encode())
     opened = open_adapters(given.adapters, **given.opening)
-    step = counted(given.progress, "reading", sum(len(adapter.modules) for adapter in opened))
-    spectra = [
-        adapter_spectra(a, modules=given.modules, jobs=given.jobs, on_module=step) for a in opened
-    ]
-    comparison = None
-    if len(opened) > 1:
+    spectra, comparison = given.spectra, given.comparison
+    if spectra is None:
+        step = counted(given.progress, "reading", sum(len(adapter.modules) for adapter in opened))
+        spectra = [
+            adapter_spectra(a, modules=given.modules, jobs=given.jobs, on_module=step)
+            for a in opened
+        ]
+    if comparison is None and given.pairs and len(opened) > 1:
         names = {name for adapter in opened for name in adapter.modules}
         comparison = compare(
             opened,
@@ -56,5 +59,5 @@ def report(given: takes_of.Report) -> ReportDocument:
         names=short_names([adapter.name for adapter in opened]),
         notes=[adapter.notes for adapter in opened],
     )
-    write_page(document, path)
+    write_html(page(document), path)
     return document

@@ -11,7 +11,7 @@ from lora_merge.adapters.in_memory import MadeAdapter, MemoryWriter
 from lora_merge.adapters.writer import AdapterWriter
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory
-from lora_merge.files.cards import model_card
+from lora_merge.files.pages.cards import model_card
 from lora_merge.merge.clusters import clusters_text
 from lora_merge.merge.executor import execute, settle
 from lora_merge.merge.plan import MergePlan

@@ -21,9 +21,9 @@ from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.units import Verdict
 from lora_merge.adapters.writer import OutputPlan, Writer, plan_output
 from lora_merge.errors import MethodError
-from lora_merge.files.cards import code, short_card
 from lora_merge.files.checkpoint import Checkpoint
 from lora_merge.files.header import code_of
+from lora_merge.files.pages.cards import code, short_card
 from lora_merge.files.targets import check_target
 from lora_merge.files.tensor_file import commonest_dtype, refuse_non_finite
 from lora_merge.linalg.core_svd import CoreSVD, core_svd

@@ -25,9 +25,9 @@ from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.units import Recipe
 from lora_merge.adapters.writer import OutputPlan, Writer, plan_output
 from lora_merge.errors import MethodError
-from lora_merge.files.cards import short_card
 from lora_merge.files.checkpoint import Checkpoint
 from lora_merge.files.header import code_of
+from lora_merge.files.pages.cards import short_card
 from lora_merge.files.targets import check_target
 from lora_merge.files.tensor_file import LARGEST_ENTRY, TensorDict, commonest_dtype
 from lora_merge.linalg.factors import frobenius

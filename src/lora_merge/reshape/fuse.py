@@ -24,9 +24,9 @@ from lora_merge.adapters.identity.expert_layout import fit_to
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import AdapterError, MethodError, OutputError
 from lora_merge.files.atomic import atomic_directory
-from lora_merge.files.cards import code, fused_card, markdown
 from lora_merge.files.checkpoint import Checkpoint, TensorPlace, open_checkpoint
 from lora_merge.files.documents import read_json
+from lora_merge.files.pages.cards import code, fused_card, markdown
 from lora_merge.files.shards import ShardEditor, copy_shard
 from lora_merge.files.tensor_file import DTYPES, refuse_non_finite
 from lora_merge.files.tensor_stream import cast_to

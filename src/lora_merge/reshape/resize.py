@@ -23,7 +23,7 @@ from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum,
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.writer import OutputPlan, Writer, plan_output
 from lora_merge.errors import MethodError
-from lora_merge.files.cards import code, short_card
+from lora_merge.files.pages.cards import code, short_card
 from lora_merge.files.tensor_file import DTYPES, commonest_dtype
 from lora_merge.linalg.factors import gram, pivot_sign
 from lora_merge.machine.parallel import in_order

@@ -1,64 +1,28 @@
 """The page around the data: tables that need no script, then figures that a small one draws.
 
-Drawn by hand, not by plotly: its script alone is 4.8 MB, this one is a few kB. The page's policy
-(Content-Security-Policy) allows no request at all, so it opens from a disk and says nothing.
+Drawn by hand, not by plotly: its script alone is 4.8 MB, this one is a few kB.
 """
 
-import json
 from html import escape
 from importlib.resources import files
-from pathlib import Path
 
-from lora_merge._version import __version__
 from lora_merge.analysis.report.document import ReportDocument, Warning
 from lora_merge.analysis.verdicts import MEANING, Verdict
-from lora_merge.files.atomic import atomic_file
-from lora_merge.files.targets import MARK
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-
-
-def write_page(document: ReportDocument, path: Path) -> int:
-    """Write the page; equal input gives equal bytes.
-
-    Args:
-        document: What it says.
-        path: The file to make; only a page that lora-merge wrote is replaced.
-
-    Returns:
-        Its size in bytes.
-
-    Raises:
-        OutputError: If the file cannot be written.
-    """
-    data = page(document).encode()
-    with atomic_file(path, mark=MARK.encode()) as staging:
-        staging.write_bytes(data)
-    return len(data)
+from lora_merge.files.pages.html_page import html_page
 
 
 def page(document: ReportDocument) -> str:
     """The whole page as HTML; every name in it is escaped."""
-    title = escape(", ".join(document.names))
-    here = files(__package__)
-    style, script = (here.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
-    # "</script>" and "<!--" in a name would end or change the element.
-    data = json.dumps(document.data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        f'<meta name="generator" content="{MARK}">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{title}: LoRA report</title>\n<style>\n{style}</style>\n"
-        f"<body>\n<header><h1>{title}</h1><p>{_lead(document)}</p></header>\n<main>\n"
-        f"{_warnings(document.warnings)}{_shrink(document)}{_FIGURES}{_pairs(document)}"
-        "</main>\n"
-        f"<footer>lora-merge {escape(__version__)}. Singular values are those of scaling · B · A, "
-        "exact, from the factors. Energy (sum of squared singular values) stands in for quality: "
-        "measure the task after resizing or merging.</footer>\n"
-        f'<script type="application/json" id="data">{data}</script>\n'
-        f"<script>\n{script}</script>\n</body>\n</html>\n"
+    script = files(__package__).joinpath("page.js").read_text("utf-8")
+    return html_page(
+        f"{', '.join(document.names)}: LoRA report",
+        _lead(document),
+        f"{_warnings(document.warnings)}{_shrink(document)}{_FIGURES}{_pairs(document)}",
+        footer="Singular values are those of scaling · B · A, exact, from the factors. Energy (sum "
+        "of squared singular values) stands in for quality: measure the task after resizing or "
+        "merging.",
+        script=script,
+        data=document.data,
     )
 
 
@@ -87,7 +51,7 @@ def _lead(document: ReportDocument) -> str:
     bases = sorted({str(a["base"]) for a in document.data["adapters"] if a["base"]})
     count = len(document.names)
     what = "1 adapter" if count == 1 else f"{count} adapters"
-    return f"{what}, {len(document.data['modules'])} modules, for {escape(', '.join(bases) or '?')}"
+    return f"{what}, {len(document.data['modules'])} modules, for {', '.join(bases) or '?'}"
 
 
 def _warnings(warnings: tuple[Warning, ...]) -> str:

@@ -11,6 +11,7 @@ from lora_merge.options import Needed, argument, option
 if TYPE_CHECKING:
     from lora_merge.adapters.access.adapter_like import AdaptersLike
     from lora_merge.adapters.measured.spectra import AdapterSpectra
+    from lora_merge.analysis.compare import Comparison
 
 ADAPTER = "one adapter, as `open_adapter` takes it"
 ADAPTERS = "the adapters, as `open_adapters` takes them"
@@ -83,3 +84,10 @@ class Report(Telling, OpenOptions, BaseNames, ModuleOptions):
 
     adapters: Annotated["AdaptersLike", Needed(ADAPTERS)]
     out: Folder = option("report.html", "page to make", flags=("-o", "--out"))
+    pairs: bool = argument(True, "compare the adapters, too")
+    spectra: "Sequence[AdapterSpectra] | None" = argument(
+        None, "the adapters', where they were measured already"
+    )
+    comparison: "Comparison | None" = argument(
+        None, "of the adapters, where they were compared already"
+    )

@@ -1,5 +1,6 @@
 """`lora-merge compare`: which adapters agree, which conflict, and where."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -15,6 +16,7 @@ Examples:
   lora-merge compare math code chat
   lora-merge compare math code --module '*.5.*'
   lora-merge compare 'runs/*' --cluster auto
+  lora-merge compare 'runs/*' --html runs.html --svg runs.svg
   lora-merge compare 'runs/*' --cluster 4 --algorithm spectral --json
 """,
     short_help="All pairs: cosine, overlap, interference; who can be averaged.",
@@ -31,6 +33,11 @@ Examples:
 @options_of(Compare, about={"modules": "only these modules, with all principal angles; repeatable"})
 @click.option("--per-module", is_flag=True, help="Every module's matrices in --json.")
 @width_option
+@click.option("--svg", type=click.Path(path_type=Path), help="Draw cosines, interference and tree.")
+@click.option("--png", type=click.Path(path_type=Path), help="The same as pixels.")
+@click.option(
+    "--html", type=click.Path(path_type=Path), help="Write the page of `lora-merge report`."
+)
 @json_option
 def command(
     adapters: tuple[str, ...],
@@ -38,6 +45,9 @@ def command(
     algorithm: Literal["agglomerative", "spectral"],
     per_module: bool,
     width: int | None,
+    svg: Path | None,
+    png: Path | None,
+    html: Path | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -50,10 +60,22 @@ def command(
     from lora_merge.cli.shared.api import shown_progress
     from lora_merge.cli.shared.output import Output
     from lora_merge.cli.views.compare import comparison_view
+    from lora_merge.files.pages.pictures import check_pictures, write_pictures
+    from lora_merge.files.targets import MARK, check_file
 
     output = Output(as_json, width=width)
+    check_pictures(svg, png)
+    if html:
+        check_file(html, MARK.encode())
     with shown_progress(output) as progress:
         comparison = lora_merge.compare(adapters, **given, angles=chosen, progress=progress)
+        if html:
+            shared = {name: value for name, value in given.items() if name != "seed"}
+            lora_merge.report(adapters, html, **shared, comparison=comparison, progress=progress)
+    if svg or png:
+        from lora_merge.analysis.comparison_figure import draw_comparison
+
+        write_pictures(lambda: draw_comparison(comparison), svg=svg, png=png)
     verdict = lora_merge.judge(comparison)
     document = {**comparison.to_dict(per_module=per_module or chosen), **verdict.to_dict()}
     lines = []

@@ -57,7 +57,11 @@ Examples:
 @click.option("--csv", type=click.Path(path_type=Path), help="Write module, i, s_i, energy to i.")
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw heat map and curves.")
 @click.option("--png", type=click.Path(path_type=Path), help="The same as pixels.")
-@click.option("--html", type=click.Path(path_type=Path), help="The same with tables, in one file.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    help="Write the page of `lora-merge report`, without pairs.",
+)
 @options_of(OpenOptions)
 @json_option
 def command(
@@ -84,16 +88,18 @@ def command(
         raise click.UsageError("--intruders needs --base")
     import lora_merge
     from lora_merge.analysis.export import CSV_MARK, spectra_document, write_csv
-    from lora_merge.analysis.figures import write_pictures
+    from lora_merge.analysis.figures import draw
     from lora_merge.cli.shared.api import shown_progress
     from lora_merge.cli.shared.output import Output
-    from lora_merge.files.pictures import check_pictures
-    from lora_merge.files.targets import check_file
+    from lora_merge.files.pages.pictures import check_pictures, write_pictures
+    from lora_merge.files.targets import MARK, check_file
 
     output = Output(as_json, width=width)
     if csv:
         check_file(csv, CSV_MARK)
-    check_pictures(svg, png, html)
+    check_pictures(svg, png)
+    if html:
+        check_file(html, MARK.encode())
     opened = lora_merge.open_adapters(adapters, **opening)
     with shown_progress(output) as progress:
         results = [
@@ -109,7 +115,9 @@ def command(
         ]
     if csv:
         write_csv(results, csv)
-    write_pictures(results, svg=svg, png=png, html_page=html, metric=metric)
+    write_pictures(lambda: draw(results, metric), svg=svg, png=png)
+    if html:
+        lora_merge.report(opened, html, spectra=results, pairs=False)
     if as_json:
         document = spectra_document(results)
         for entry, report in zip(document["adapters"], reports, strict=False):

@@ -23,11 +23,11 @@ from lora_merge.adapters.adapter import open_adapter
 from lora_merge.adapters.references import CONFIG_NAME, WEIGHTS_NAME, Source, sha256
 from lora_merge.errors import AdapterError, SourceError
 from lora_merge.files.atomic import atomic_directory
-from lora_merge.files.cards import code, front_matter, one_line
 from lora_merge.files.documents import read_json, validated
 from lora_merge.files.hub import download, upload
 from lora_merge.files.inputs import note_input
 from lora_merge.files.names import check_link, place_below
+from lora_merge.files.pages.cards import code, front_matter, one_line
 from lora_merge.files.tensor_file import SafetensorsFile
 from lora_merge.files.tensor_stream import write_tensors
 from lora_merge.mixture.expert import Expert, slug, write_expert

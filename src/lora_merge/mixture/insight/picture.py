@@ -6,7 +6,7 @@ from pathlib import Path
 from lora_merge.adapters.module_names import natural
 from lora_merge.errors import OutputError
 from lora_merge.files.atomic import atomic_file
-from lora_merge.files.pictures import check_pictures, figure_class
+from lora_merge.files.pages.pictures import check_pictures, figure_class
 from lora_merge.files.targets import MARK
 from lora_merge.mixture.insight.usage import Usage
 
