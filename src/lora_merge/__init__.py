@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lora_merge.api.merging import methods as methods
     from lora_merge.api.mixing import append_experts as append_experts
     from lora_merge.api.mixing import export as export
+    from lora_merge.api.mixing import fresh_mixture as fresh_mixture
     from lora_merge.api.mixing import import_mixture as import_mixture
     from lora_merge.api.mixing import train as train
     from lora_merge.api.reporting import report as report
@@ -99,6 +100,7 @@ _PUBLIC = {
     "export": "lora_merge.api.mixing",
     "extract": "lora_merge.api.reshaping",
     "plan_extract": "lora_merge.api.reshaping",
+    "fresh_mixture": "lora_merge.api.mixing",
     "fuse": "lora_merge.api.reshaping",
     "plan_fuse": "lora_merge.api.reshaping",
     "group": "lora_merge.api.looking",
@@ -161,6 +163,7 @@ __all__ = [
     "evaluate",
     "export",
     "extract",
+    "fresh_mixture",
     "fuse",
     "group",
     "import_mixture",

@@ -15,8 +15,9 @@ def softmax_of_kept(scores: Tensor, top_k: int, temperature: float) -> Tensor:
     rows = []
     for row in scores:
         kept = sorted(range(len(row)), key=lambda e: -float(row[e]))[:top_k]
-        total = sum((row[e] / temperature).exp() for e in kept)
-        shares = [(row[e] / temperature).exp() / total for e in range(len(row))]
+        powers = ((row - row.max()) / temperature).exp()
+        total = sum(powers[e] for e in kept)
+        shares = [powers[e] / total for e in range(len(row))]
         rows.append(torch.stack([s if e in kept else 0 * s for e, s in enumerate(shares)]))
     return torch.stack(rows)
 
@@ -40,16 +41,20 @@ class Loop:
         self.requests: list[int | None] = [None]
         self.inputs: dict[str, Any] = {}
         self.numbers = {name: n for n, name in enumerate(mixture.modules)}
+        self.scores: dict[int, Tensor] = {}
         self.parts: dict[str, Any] = {}
         self.tops: dict[str, Any] = {}
 
         def look(target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.inputs = dict(kwargs)
+            self.inputs, self.scores = dict(kwargs), {}
             if args:
                 self.inputs["input_ids"] = args[0]
 
         model.register_forward_pre_hook(look, with_kwargs=True)
-        for module in mixture.alignment.modules:
+        self.attach(model)
+
+    def attach(self, model: nn.Module) -> None:
+        for module in self.mixture.alignment.modules:
             hook = self.hook(module.name, list(module.specs))
             model.get_submodule(module.name).register_forward_hook(hook)
 
@@ -79,6 +84,10 @@ class Loop:
                 scores = scores[: self.prompt].mean(0, keepdim=True).expand_as(scores)
             top_k = spec.top_k or len(present)
             weights = softmax_of_kept(self.remembered(scores), top_k, spec.temperature)
+        return self.weighted(name, present, x, weights)
+
+    def weighted(self, name: str, present: list[int], x: Tensor, weights: Tensor) -> Tensor:
+        """The experts' deltas for tokens (S, d) under weights (S, E)."""
         total = torch.zeros(())
         for place, e in enumerate(present):
             delta = expert_delta(self.mixture.experts[e].adapter, name, x)
@@ -99,6 +108,14 @@ class Loop:
 
     def of_hidden(self, name: str, number: int) -> Tensor:
         """Weights (S, E) of one text by the base's last hidden states."""
+        spec = self.mixture.spec
+        if number not in self.scores:
+            self.scores[number] = self.scored(number)
+        place = self.numbers[name] if spec.granularity == "module" else 0
+        return torch.softmax(self.remembered(self.scores[number][:, place]), -1)
+
+    def scored(self, number: int) -> Tensor:
+        """The classifier's scores (S, modules, E) of one text."""
         spec, gate = self.mixture.spec, self.mixture.gate
         given = {k: v for k, v in self.inputs.items() if k in ("input_ids", "inputs_embeds")}
         with torch.no_grad():  # the first pass is looked at, and not trained
@@ -106,9 +123,7 @@ class Loop:
         for layer in range(spec.depth):
             weight, bias = (gate[f"classifier.{layer}.{n}"].double() for n in ("weight", "bias"))
             state = (state.relu() if layer else state) @ weight.T + bias
-        per_module = state.view(len(state), -1, self.mixture.num_experts)
-        place = self.numbers[name] if spec.granularity == "module" else 0
-        return torch.softmax(self.remembered(per_module[:, place]), -1)
+        return state.view(len(state), -1, self.mixture.num_experts)
 
     def of_ranks(self, name: str, present: list[int], x: Tensor) -> Tensor:
         """What single ranks add: SMoRA's, or the strongest."""
@@ -125,11 +140,12 @@ class Loop:
                 scores = gate[f"{name}.weight"].double() @ token
                 judged = scores + gate[f"{name}.rank_bias"].double()
             kept = judged.topk(min(spec.top_k or len(units), len(units))).indices.tolist()
-            total = sum(scores[j].exp() for j in kept)
+            top = scores.max()  # or exp overflows
+            total = sum((scores[j] - top).exp() for j in kept)
             out = torch.zeros(())
             for j in kept:
                 a, b, s = units[j]
-                w = 1.0 if spec.value == "binary" else len(kept) * scores[j].exp() / total
+                w = 1.0 if spec.value == "binary" else len(kept) * (scores[j] - top).exp() / total
                 out = out + w * s * (a @ token) * b
             rows.append(out)
         return torch.stack(rows)

@@ -185,6 +185,10 @@ class RankStack:
             self.up * to_up[None, :].to(self.up.dtype),
         )
 
+    def unbalanced(self) -> tuple[Tensor, Tensor]:
+        """Factors (A, B) of the same delta with scaling 1, A as it is."""
+        return self.down, self.up * self.scale.to(self.up.dtype)
+
 
 def _norms(x: Tensor, dim: int) -> Tensor:
     """Norms along a dimension, float64; in float32 alone where no square leaves its range."""

@@ -219,10 +219,22 @@ class Writer(ABC):
     def _write(self, name: str, tensor: Tensor) -> None:
         """Take one tensor of the file, in any dtype."""
 
-    def add(self, module: str, results: Sequence[RankStack], bias: Tensor | None = None) -> None:
-        """Write one module: one result per expert (one, usually), and B's bias where planned."""
+    def add(
+        self,
+        module: str,
+        results: Sequence[RankStack],
+        bias: Tensor | None = None,
+        *,
+        balance: bool = True,
+    ) -> None:
+        """Write one module: one result per expert (one, usually), and B's bias where planned.
+
+        With `balance` a unit's halves get the same norm; without, A stays as it is, also where B is
+        still zero and only training will make something of it.
+        """
         spec, rank, written = self.plan.modules[module], self.plan.ranks[module], self.format
-        stored = to_stored(spec, [r.balanced() for r in results], rank)
+        pairs = [r.balanced() if balance else r.unbalanced() for r in results]
+        stored = to_stored(spec, pairs, rank)
         factors = written.arrange(spec, *stored)
         for key, factor in zip(written.keys(spec), factors, strict=True):
             self._write(key, factor)

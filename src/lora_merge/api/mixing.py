@@ -17,9 +17,10 @@ from lora_merge.mixture import append
 from lora_merge.mixture.formats.meteora import import_checkpoint
 from lora_merge.mixture.formats.plain import export_experts, export_static
 from lora_merge.mixture.formats.xlora import export_xlora
+from lora_merge.mixture.fresh import fresh_adapters
 from lora_merge.mixture.insight.usage import Usage
 from lora_merge.mixture.mixture import Mixture
-from lora_merge.mixture.training.base_model import layer_order
+from lora_merge.mixture.training.base_model import layer_order, linear_modules
 from lora_merge.mixture.training.settings import TrainSettings
 from lora_merge.mixture.training.train import train_gate
 
@@ -72,6 +73,47 @@ def append_experts(
         names=names,
         seed=seed,
         accept_base_models=accept_base_models,
+    )
+
+
+def fresh_mixture(
+    base: str,
+    rank: int,
+    preset: str = "smora",
+    *,
+    names: Sequence[str] = ("fresh",),
+    seed: int = 0,
+    hidden_size: int | None = None,
+    **settings: Any,
+) -> Mixture:
+    """A mixture of new experts, to be trained from scratch (`train_experts`).
+
+    One expert behind "smora" is SMoRA as its paper has it: a LoRA whose every rank is an expert.
+    One behind "constant" is a plain LoRA.
+
+    Args:
+        base: Base model: a directory or a Hub id, of which the config is read.
+        rank: Of every expert in every linear module (heads and stacks of MoE experts are left out).
+        preset: The gate.
+        names: One per expert.
+        seed: Of what is drawn.
+        hidden_size: Width of the base model's hidden state (X-LoRA), where modules do not tell.
+        settings: Of the gate, such as `top_k`.
+
+    Raises:
+        MethodError: If the gate cannot be what was asked for.
+        SourceError: If there is no such base.
+
+    Example:
+        >>> import lora_merge
+        >>> start = lora_merge.fresh_mixture("examples/base", 8, top_k=2)
+        >>> start.names, start.spec.preset
+        (['fresh'], 'smora')
+    """
+    named = Path(base).name if Path(base).exists() else base
+    experts = fresh_adapters(linear_modules(base), rank, names, base=named, seed=seed)
+    return Mixture(
+        experts, preset, names=list(names), seed=seed, hidden_size=hidden_size, **settings
     )
 
 

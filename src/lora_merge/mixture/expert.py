@@ -98,10 +98,10 @@ def write_expert(expert: Expert, folder: Path) -> str:
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter that exists in memory alone; its scaling is folded into the factors."""
+    """Write an adapter that exists in memory alone; its scaling is folded into B."""
     modules = [AlignedModule(name, {0: spec}) for name, spec in adapter.modules.items()]
     ranks = {name: spec.rank for name, spec in adapter.modules.items()}
     plan = plan_output([adapter], modules, ranks, dtype="F32", layout="per-module")
     with AdapterWriter(folder, plan) as writer:
         for name in adapter.modules:
-            writer.add(name, adapter.stacks(name))
+            writer.add(name, adapter.stacks(name), balance=False)

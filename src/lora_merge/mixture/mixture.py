@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_merge.adapters.access.adapter_like import AdaptersLike
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.alignment import Alignment, align
+from lora_merge.adapters.identity.expert_layout import one_by_one
 from lora_merge.errors import AdapterError, AlignmentError, MethodError
 from lora_merge.mixture.expert import Expert, make_experts
 from lora_merge.mixture.formats.directory import Contents, load, push, save
@@ -51,6 +52,7 @@ class Mixture(Printed):
         MethodError: If the gate cannot be what was asked for.
     """
 
+    alignment: Alignment
     descriptors: Descriptors | None = None
 
     def __init__(
@@ -92,9 +94,13 @@ class Mixture(Printed):
     ) -> None:
         if not experts or experts[0].general:
             raise MethodError("a mixture needs at least one expert", "name an adapter")
-        self.alignment: Alignment = align(
+        self.alignment = align(
             [expert.adapter for expert in experts], accept_base_models=accept_base_models
         )
+        if any(module.first.form == "experts" for module in self.alignment.modules):
+            # A gate weighs what each of the base's own experts does by itself.
+            single = [one_by_one(adapter) for adapter in self.alignment.adapters]
+            self.alignment = align(single, accept_base_models=True)
         pairs = zip(experts, self.alignment.adapters, strict=True)
         self.experts = tuple(replace(expert, adapter=adapter) for expert, adapter in pairs)
         self.spec = _fit_weights(spec, self.num_experts)
@@ -263,9 +269,7 @@ def _refuse_unmixable(mixture: Mixture) -> None:
     faults = []
     for expert in mixture.experts:
         for spec in expert.adapter.modules.values():
-            if spec.form == "experts":
-                faults.append(f"{expert.name}: {spec.name} adapts a stack of MoE experts")
-            elif spec.key_bias:
+            if spec.key_bias:
                 faults.append(f"{expert.name}: {spec.name} has a bias on B (lora_bias)")
     if faults:
         raise AlignmentError(

@@ -6,6 +6,7 @@ Stacking puts the units of gate and up beside each other, B block-diagonal, as P
 """
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.adapters.units import Recipe, Units
 from lora_merge.errors import AdapterError
-from lora_merge.files.tensor_file import widest_dtype
+from lora_merge.files.tensor_file import TensorSource, widest_dtype
 
 _MODULE = re.compile(r"^(?P<stem>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>[^.]+)$")
 # A projection of one expert → the parameter of all, and its place among the parts of that.
@@ -209,29 +210,28 @@ def _split(spec: ModuleSpec, names: Collection[str]) -> dict[str, ModuleSpec]:
             continue
         rows = spec.d_out // len(parts)
         return {
-            f"{candidate}.{expert}.{leaf}": replace(
-                spec,
-                name=f"{candidate}.{expert}.{leaf}",
-                form="linear",
-                d_out=rows,
-                num_experts=1,
-                parameter=None,
-                recipe=replace(
-                    spec.recipe,
-                    units=partial(
-                        _one,
-                        units=spec.recipe.units,
-                        spec=spec,
-                        expert=expert,
-                        row=place * rows,
-                        rows=rows,
-                    ),
-                ),
+            f"{candidate}.{expert}.{leaf}": _part(
+                spec, f"{candidate}.{expert}.{leaf}", expert, place * rows, rows
             )
             for leaf, place in parts.items()
             for expert in range(spec.num_experts)
         }
     return {}
+
+
+def _part(spec: ModuleSpec, name: str, expert: int, row: int, rows: int) -> ModuleSpec:
+    """Some rows of one expert of a stacked parameter, as a module of its own."""
+    units = partial(_one, units=spec.recipe.units, spec=spec, expert=expert, row=row, rows=rows)
+    return replace(
+        spec,
+        name=name,
+        form="linear",
+        d_out=rows,
+        num_experts=1,
+        parameter=None,
+        wrapper=None,
+        recipe=replace(spec.recipe, units=units),
+    )
 
 
 def _one(
@@ -247,3 +247,58 @@ def _one(
     down = a.reshape(spec.num_experts, spec.rank, spec.d_in)[expert]
     up = b.reshape(spec.d_out, spec.rank, spec.num_experts)[row : row + rows, :, expert]
     return down.contiguous(), up.contiguous()
+
+
+def one_by_one(adapter: Adapter) -> Adapter:
+    """An adapter whose expert parameters are a module for each expert: `experts.3.gate_up_proj`.
+
+    No model has modules of these names; they are for what has to treat every expert by itself.
+    """
+    modules: dict[str, ModuleSpec] = {}
+    for name, spec in adapter.modules.items():
+        if spec.form != "experts":
+            modules[name] = spec
+            continue
+        stem, _, leaf = name.rpartition(".")
+        for expert in range(spec.num_experts):
+            single = f"{stem}.{expert}.{leaf}"
+            modules[single] = _part(spec, single, expert, 0, spec.d_out)
+    if modules.keys() == adapter.modules.keys():
+        return adapter
+    tensors = _Recent(adapter.tensors)
+    return replace(adapter, modules=dict(sorted(modules.items())), tensors=tensors)
+
+
+class _Recent:
+    """Tensors of a file, the last few kept: each expert reads the tensors of all.
+
+    Args:
+        source: The file.
+    """
+
+    _MOST = 4  # A and B of two parameters, which modules in name order take in turns
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type, tuple[TensorSource]]:
+        return type(self), (self._source,)
+
+    def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype code, shape)."""
+        return self._source.entries()
+
+    def metadata(self) -> Mapping[str, str]:
+        """The file's metadata."""
+        return self._source.metadata()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor by its name."""
+        found = self._kept.pop(name, None)
+        if found is None:
+            found = self._source.read(name)
+        self._kept[name] = found
+        while len(self._kept) > self._MOST:
+            self._kept.popitem(last=False)
+        return found

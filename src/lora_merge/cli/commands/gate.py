@@ -62,6 +62,7 @@ Examples:
   lora-merge gate math code --preset xlora --hidden-size 4096 -o mix
   lora-merge gate law --into mix -o bigger
   lora-merge gate --from xlora-checkpoint --base ./llama -o mix
+  lora-merge gate --fresh 64 --preset smora --top-k 8 --base ./llama -o new
 """,
     short_help="Put adapters behind a gate: one mixture directory.",
 )
@@ -86,7 +87,13 @@ Examples:
     type=click.Path(path_type=Path),
     help="X-LoRA directory or MeteoRA file to read; ADAPTERs are its experts, in its order.",
 )
-@click.option("--base", help="--from: base model, whose class tells X-LoRA's order of layers.")
+@click.option(
+    "--fresh",
+    type=click.IntRange(min=1),
+    metavar="RANK",
+    help="New experts of this rank to train from scratch; one, or one per --name.",
+)
+@click.option("--base", help="Base model: --fresh adapts its layers, --from asks their order.")
 @click.option("--hidden-size", type=click.IntRange(min=1), help="xlora: width of the base model.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of gates that are drawn.")
 @click.option(
@@ -109,6 +116,7 @@ def command(
     general: tuple[str, ...],
     into: Path | None,
     checkpoint: Path | None,
+    fresh: int | None,
     base: str | None,
     hidden_size: int | None,
     seed: int,
@@ -132,6 +140,7 @@ def command(
     """  # noqa: D301 -- click's mark is the character itself
     from lora_merge.adapters.adapter import Adapter
     from lora_merge.adapters.references import expand
+    from lora_merge.api.mixing import fresh_mixture
     from lora_merge.cli.shared.open import check_out
     from lora_merge.cli.shared.output import Output
     from lora_merge.mixture.append import append_experts
@@ -144,8 +153,10 @@ def command(
         ]
 
     output = Output(as_json)
-    if not adapters and checkpoint is None:
+    if not adapters and checkpoint is None and fresh is None:
         raise click.UsageError("name at least one ADAPTER")
+    if fresh is not None and (adapters or general or into or checkpoint or base is None):
+        raise click.UsageError("--fresh makes its own experts for --base: name no others")
     _check_together(into, checkpoint, general, settings)
     if not dry_run:
         check_out(out, *adapters, *general, into, checkpoint, base, force=force)
@@ -171,22 +182,30 @@ def command(
         chosen |= {k: True for k in ("null_expert", "sequence") if settings[k]}
         if settings["weights"]:
             chosen["weights"] = settings["weights"]
-        mixture = Mixture(
-            opened(adapters),
-            preset,
-            names=names or None,
-            general=opened(general),
-            seed=seed,
-            hidden_size=hidden_size,
-            accept_base_models=accept_base_models,
-            **chosen,
-        )
+        drawn: dict[str, Any] = {"seed": seed, "hidden_size": hidden_size}
+        if fresh is not None and base is not None:
+            mixture = fresh_mixture(
+                base, fresh, preset, names=names or ("fresh",), **drawn, **chosen
+            )
+        else:
+            mixture = Mixture(
+                opened(adapters),
+                preset,
+                names=names or None,
+                general=opened(general),
+                accept_base_models=accept_base_models,
+                **drawn,
+                **chosen,
+            )
     if not dry_run:
         mixture.save_pretrained(out, force=force)
     for note in mixture.notes:
         output.note(note)
     if not mixture.spec.trained:
-        output.note(f"the {mixture.spec.preset} gate is untrained; next: lora-merge train {out}")
+        more = " --train-experts" if fresh else ""
+        output.note(
+            f"the {mixture.spec.preset} gate is untrained; next: lora-merge train {out}{more}"
+        )
     wrote = () if dry_run else (f"\nwrote {out}",)
     output.data(mixture_data(mixture, None if dry_run else out), *mixture_view(mixture), *wrote)
 

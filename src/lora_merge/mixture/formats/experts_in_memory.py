@@ -37,15 +37,16 @@ def plain_adapter(
     )
     writer = MemoryWriter(plan)
     for module, part in parts.items():
-        writer.add(module, [part])
+        writer.add(module, [part], balance=False)
     return writer.adapter(name)
 
 
 def rebuilt_experts(mixture: Mixture, factors: Mapping[str, tuple[Tensor, Tensor]]) -> list[Expert]:
-    """Experts with other factors; units that add nothing are left out.
+    """Experts with other factors; units that add nothing are left out, unless ranks are gated.
 
     An expert keeps one unit, if an empty one, in every module it had: there its gate's row goes on
-    to mean "nothing", and the weights of the others stay what they were.
+    to mean "nothing", and the weights of the others stay what they were. A gate over ranks keeps
+    all, as each has a row of its own.
 
     Args:
         mixture: What there is.
@@ -53,6 +54,7 @@ def rebuilt_experts(mixture: Mixture, factors: Mapping[str, tuple[Tensor, Tensor
             the order of the module's stack; modules that are not named stay as they are.
     """
     parts: list[dict[str, RankStack]] = [{} for _ in mixture.experts]
+    by_rank = mixture.spec.granularity == "rank"
     for module in mixture.alignment.modules:
         stack = next(iter(read_stacks(mixture.alignment, module)))
         if module.name in factors:
@@ -61,7 +63,7 @@ def rebuilt_experts(mixture: Mixture, factors: Mapping[str, tuple[Tensor, Tensor
         alive = (stack.up != 0).any(dim=0) & (stack.down != 0).any(dim=1) & (stack.scale != 0)
         for owner in module.specs:
             mine = stack.owner == owner
-            kept = mine & alive
+            kept = mine if by_rank else mine & alive
             if not bool(kept.any()):
                 kept[int(mine.nonzero()[0])] = True
             parts[owner][module.name] = stack.units(kept)

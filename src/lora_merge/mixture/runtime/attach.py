@@ -40,6 +40,7 @@ from lora_merge.mixture.runtime.fit_to_model import make_members
 from lora_merge.mixture.runtime.learned import gate_tensors, learned_parameters
 from lora_merge.mixture.runtime.live.experts import CHANGES, LiveExperts
 from lora_merge.mixture.runtime.live.shelf import Library, Shelf
+from lora_merge.mixture.runtime.moe.enter import Entered, check_enterable
 from lora_merge.mixture.runtime.overhead import Overhead, overhead
 from lora_merge.mixture.runtime.precision import gate_dtype
 from lora_merge.mixture.runtime.targets import without_wrappers
@@ -148,6 +149,7 @@ class AttachedMixture(LiveExperts):
         members, targets = make_members(model, mixture, dtype)
         if spec.signal == "hidden":
             refuse_other_tokens(model, targets)
+        check_enterable(spec, targets)
         self.switch = Switch(InForce(spec))
         self.classifier: HiddenGate | None = None
         self.two_pass: TwoPass | None = None
@@ -157,6 +159,7 @@ class AttachedMixture(LiveExperts):
             gate = HiddenGate(spec, mixture.gate, len(mixture.modules), kind).to(device)
             self.classifier, self.two_pass = gate, TwoPass(gate)
         self._entries: list[Entry] = []
+        self._entered: list[Entered] = []
         self._watched: Usage | None = None
         self._warned = False
         self._model = (model,)  # in a tuple: a plain reference, not a submodule
@@ -225,6 +228,9 @@ class AttachedMixture(LiveExperts):
         for entry in self._entries:
             entry.remove()
         self._entries.clear()
+        for entered in self._entered:
+            entered.leave()
+        self._entered.clear()
         self.switch.hooks.clear()
         forget_compiled()
         stop_carrying(model, self.switch)

@@ -63,6 +63,7 @@ def _weights(group: Modules, passed: Pass, scores: Tensor, start: int, stop: int
     rule = passed.gate.rule(scores.shape[-1])
     weights = gated_stack.weights_of(scores, rule, group.gate_bias(start, stop))
     if only is not None:
+        only = only if passed.routed is None else passed.routed.of_rows(only)
         weights = only_of(weights, only, group.experts[start])
     return weights
 

@@ -35,7 +35,9 @@ def decided_outside(
         )
     weights = weights.to(group.down.device)  # spread over devices, each module has its own
     if len(weights) != 1:
-        if hidden:
+        if passed.routed is not None and passed.routed.total % len(weights) == 0:
+            weights = passed.routed.of_rows(weights)
+        elif hidden:
             weights = _of_tokens(group.names[start], passed, seen, x, weights)
         elif not _holds_rows(passed, x, len(weights)) or group.is_routed:
             raise MethodError(

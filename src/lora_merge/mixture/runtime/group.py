@@ -315,7 +315,8 @@ class Group(nn.Module):
     ) -> Tensor:
         """Weights of members start..stop, shape (T', M, C)."""
         gate, spec = passed.gate, passed.gate.spec
-        seen = self._seen(passed, x, start) if gate.needs_tokens else None
+        routed = passed.routed
+        seen = self._seen(passed, x, start) if gate.needs_tokens and routed is None else None
         if spec.is_local:
             scores = self._scores(spec, x, u, raw, start, stop)
             weights, scores = decide(self, passed, seen, x, scores, start, stop)
@@ -323,10 +324,11 @@ class Group(nn.Module):
             scores = None
             weights = decided_outside(self, passed, seen, x, start, stop)
         if gate.observe is not None:
-            counts = None if seen is None or seen.counts is None else seen.counts.flatten()
-            by_rank = spec.granularity == "rank"
-            decision = Decision(self, start, stop, weights, scores, counts, by_rank, passed.replay)
-            gate.observe(decision)
+            counts = _counts(passed, seen)
+            by_rank, tokens = spec.granularity == "rank", None if routed is None else routed.tokens
+            gate.observe(
+                Decision(self, start, stop, weights, scores, counts, by_rank, passed.replay, tokens)
+            )
         if self.num_general and spec.granularity != "rank":
             general = self.widths[start] - len(self.experts[start])
             share = -weights.sum(-1, keepdim=True) / self.num_general
@@ -397,3 +399,13 @@ class Group(nn.Module):
             places = x.shape[0] == tokens.rows
             return Tokens(tokens.rows, None) if places else None
         return tokens.read_by(x, ids=self.form == "embedding", cross=self.is_cross[start])
+
+
+def _counts(passed: Pass, seen: Tokens | None) -> Tensor | None:
+    """Which tokens of an input are no padding, bool, shape (T,); None if all, or nobody knows."""
+    if passed.routed is None:
+        return None if seen is None or seen.counts is None else seen.counts.flatten()
+    current = None if passed.stage is None else passed.stage.current
+    if current is None or current.counts is None or current.counts.numel() != passed.routed.total:
+        return None
+    return passed.routed.of_rows(current.counts.flatten())

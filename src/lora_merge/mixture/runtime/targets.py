@@ -11,7 +11,10 @@ from lora_merge.adapters.dialects.spelling import canonical
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.errors import AlignmentError
 from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.runtime.moe.experts import is_stack, projection_of, projections, shape_of
+from lora_merge.mixture.runtime.moe.router import is_router, refusal_of
 
+_ROUTER = "is the router of a MoE layer:"
 MISFIT = "the experts do not fit the model"
 
 # What transformers 4 called the parts of a model that sees, and what 5 calls them.
@@ -20,9 +23,8 @@ _MOVED = (
     (r"^language_model\.lm_head", "lm_head"),
     (r"^(vision_tower|multi_modal_projector|visual|vision_model|connector)\.", r"model.\1."),
     (r"^model\.(layers|embed_tokens|norm)\b", r"model.language_model.\1"),
+    (r"\.block_sparse_moe\.", ".mlp."),
 )
-
-_ROUTER = "a router, which chooses MoE experts by more than its output"
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
@@ -62,7 +64,7 @@ def find_targets(model: nn.Module, mixture: Mixture) -> dict[str, nn.Module]:
             shown.append(f"and {len(missing) - 6} more of {len(names)}")
         base = mixture.alignment.base_model
         if any(_is_stacked(name, table) for name in missing):
-            shown.insert(0, "the model holds its MoE experts as one stack of weights")
+            shown.insert(0, "the model holds its MoE experts in a stack that cannot be entered")
             raise AlignmentError(shown, "train the adapters without the MoE experts", what=MISFIT)
         remedy = f"load the experts' base model ({base or 'not named'})"
         raise AlignmentError(shown, remedy, what=MISFIT)
@@ -71,7 +73,7 @@ def find_targets(model: nn.Module, mixture: Mixture) -> dict[str, nn.Module]:
     if faults:
         remedy = "load the base model the experts were trained on"
         if all(_ROUTER in fault for fault in faults):
-            remedy = "train the adapters without the routers"
+            remedy = "leave the routers out of the adapters"
         raise AlignmentError(faults[:8], remedy, what=MISFIT)
     return {name: table[there] for name, there in chosen.items()}
 
@@ -81,6 +83,9 @@ def _table(model: nn.Module) -> dict[str, nn.Module]:
     table: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         table.setdefault(canonical(name), module)
+        if is_stack(module):
+            inside = (f"{canonical(name)}.{leaf}" for leaf in projections(module))
+            table.update((place, module) for place in inside if place not in table)
     return table
 
 
@@ -124,9 +129,14 @@ def _faults(
 
 def _misfit(spec: ModuleSpec, target: nn.Module) -> str | None:
     """What does not fit between an adapted module and the model's, in words."""
-    if type(target).__name__.endswith("Router"):
-        return f"{spec.name}: {_ROUTER}"
-    if spec.form == "conv":
+    if is_router(target):
+        reason = refusal_of(target)
+        if reason:
+            return f"{spec.name} {_ROUTER} {reason}"
+        have = (len(target.weight), target.weight.shape[1])  # type: ignore[arg-type,union-attr]
+    elif is_stack(target):
+        have = shape_of(target, projection_of(target, spec.name))
+    elif spec.form == "conv":
         if getattr(target, "groups", 1) != 1 or getattr(target, "padding_mode", "zeros") != "zeros":
             return f"{spec.name}: a grouped or unusually padded convolution"
         if not isinstance(target, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

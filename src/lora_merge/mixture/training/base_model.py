@@ -71,6 +71,36 @@ def layer_order(base: str, mixture_modules: Sequence[str]) -> list[str]:
     return [name for name, _ in model.named_modules() if name in wanted]
 
 
+def linear_modules(base: str) -> dict[str, tuple[int, int]]:
+    """Linear modules of a model, without its heads: name -> (d_out, d_in).
+
+    Builds the model without its weights. Heads are the output projection and whatever stands beside
+    the body (a classifier): what PEFT's "all-linear" leaves out, too.
+
+    Args:
+        base: Base model: directory or Hub id; only its config is read.
+
+    Raises:
+        LoraMergeError: If transformers is not installed.
+        SourceError: If there is no such model.
+    """
+    with _told(base), torch.device("meta"):
+        import transformers
+        from transformers.pytorch_utils import Conv1D
+
+        config = transformers.AutoConfig.from_pretrained(base)
+        kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+        model: Any = (kind._from_config if kind else transformers.AutoModel.from_config)(config)
+    prefix = getattr(model, "base_model_prefix", "")
+    inside = f"{prefix}." if prefix and hasattr(model, prefix) else ""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {
+        name: (m.nf, m.nx) if isinstance(m, Conv1D) else (m.out_features, m.in_features)
+        for name, m in model.named_modules()
+        if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head and name.startswith(inside)
+    }
+
+
 @contextmanager
 def _told(base: str) -> Iterator[None]:
     """What the Hub and transformers say of a base model, in a line."""

@@ -38,24 +38,39 @@ class GateLosses:
     def observe(self, decision: Decision) -> None:
         """One decision of a group; under checkpointing the same sums are formed again."""
         scores, weights, group = decision.scores, decision.weights, decision.group
-        if scores is None or self.mask is None or scores.shape[0] != len(self.mask):
+        if scores is None or self.mask is None or self.owners is None:
+            return
+        chosen = slice(None) if decision.tokens is None else decision.tokens
+        mask, owners = self.mask[chosen], self.owners[chosen]
+        if scores.shape[0] != len(mask):
             return
         members = range(decision.start, decision.stop)
         for place, member in enumerate(members):
             present = None if decision.by_rank else group.experts[member]
-            self.add(scores[:, place], weights[:, place], present)
+            self._add(scores[:, place], weights[:, place], present, mask, owners)
         if decision.by_rank and torch.is_grad_enabled() and not decision.replay:
             for place, member in enumerate(members):
-                kept = (weights[:, place] != 0) & self.mask[:, None]
+                kept = (weights[:, place] != 0) & mask[:, None]
                 key = (id(group), member)
                 self._groups[id(group)] = group
                 self.loads[key] = self.loads.get(key, 0) + kept.sum(0).float()
 
     def add(self, scores: Tensor, weights: Tensor, present: tuple[int, ...] | None) -> None:
         """Losses of one gate. `present` maps its scores to experts; None for ranks."""
-        if self.mask is None or self.owners is None:
+        if self.mask is not None and self.owners is not None:
+            self._add(scores, weights, present, self.mask, self.owners)
+
+    def _add(
+        self,
+        scores: Tensor,
+        weights: Tensor,
+        present: tuple[int, ...] | None,
+        mask: Tensor,
+        owners: Tensor,
+    ) -> None:
+        if not bool(mask.any()):  # an expert of a MoE layer may get padding alone
             return
-        scores, weights = scores[self.mask].float(), weights[self.mask].float()
+        scores, weights = scores[mask].float(), weights[mask].float()
         self._terms["z"].append(torch.logsumexp(scores, dim=-1).square().mean())
         probability = torch.softmax(scores[:, : weights.shape[1]], dim=-1).mean(0)
         share = (weights != 0).float().mean(0)
@@ -63,7 +78,7 @@ class GateLosses:
         self._terms["balance"].append(len(share) * (share * probability).sum())
         if present is None:
             return
-        owner = self.owners[self.mask]
+        owner = owners[mask]
         place = torch.full((int(max(present)) + 2,), -1, device=owner.device)
         place[list(present)] = torch.arange(len(present), device=owner.device)
         target = place[owner.clamp(max=len(place) - 1)].masked_fill(owner < 0, -1)

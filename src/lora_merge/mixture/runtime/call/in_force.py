@@ -30,6 +30,7 @@ class Decision:
         counts: Tokens that are no padding, bool, shape (T,); None if all, or nobody knows.
         by_rank: Whether weights and scores are those of single ranks.
         replay: Whether this decides again what was seen before, under gradient checkpointing.
+        tokens: Which of the call's tokens these are, int64, shape (T',); None for all.
     """
 
     group: Modules
@@ -40,6 +41,7 @@ class Decision:
     counts: Tensor | None
     by_rank: bool
     replay: bool
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,6 +61,24 @@ class Waiting:
     parts: dict[int, Any]
 
 
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """What a router has sent to one expert of a MoE layer.
+
+    Attributes:
+        tokens: Which of the call's tokens, row by row, int64, shape (T',).
+        total: How many there are in all.
+    """
+
+    tokens: Tensor
+    total: int
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """What belongs to these tokens, of values for every token or every row (values, ...)."""
+        each = self.total // len(values)
+        return values[(self.tokens // each).to(values.device)]
+
+
 @dataclass(eq=False)
 class Pass:
     """One call of a model.
@@ -73,6 +91,7 @@ class Pass:
         weights: Weights that a first pass has decided, (T, columns), or one row for all.
         bypass: Whether this is a first pass without experts.
         replay: Whether gradient checkpointing computes again what was computed before.
+        routed: Which tokens an expert of a MoE layer gets; None outside of those.
         waiting: Shared inputs, by the modules that share them.
     """
 
@@ -83,6 +102,7 @@ class Pass:
     weights: Tensor | None = None
     bypass: bool = False
     replay: bool = False
+    routed: Routed | None = None
     waiting: dict[object, Waiting] = field(default_factory=dict)
 
 

@@ -28,6 +28,7 @@ from lora_merge.mixture.runtime.group import Group
 from lora_merge.mixture.runtime.live.changed import changed_members, check_names, numbers_of
 from lora_merge.mixture.runtime.live.shelf import Shelf, refuse_closed
 from lora_merge.mixture.runtime.member import Member
+from lora_merge.mixture.runtime.moe.enter import Entered, can_enter, enter_module
 from lora_merge.mixture.runtime.precision import gate_dtype
 from lora_merge.mixture.runtime.two_pass import TwoPass
 
@@ -55,6 +56,7 @@ class LiveExperts(nn.Module):
     _model: tuple[nn.Module]
     _joined: list[JoinedGroup]
     _entries: list[Entry]
+    _entered: list[Entered]
     _dtype: torch.dtype | None
     _shelf: Shelf
 
@@ -87,6 +89,9 @@ class LiveExperts(nn.Module):
         joined = {name for each in self._joined for name in each.group.names}
         for module_name in bank.places.keys() - joined:
             target, enter = targets[module_name], partial(of_module, self.switch)
+            if can_enter(target):
+                enter_module(self._entered, self.switch, target, module_name)
+                continue
             hook = ModuleHook(enter, module_name, in_place=type(target) is nn.Linear)
             self.switch.hooks.add(target, hook)
         self.switch.hooks.note_places(model, targets.values())

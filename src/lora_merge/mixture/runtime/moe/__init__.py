@@ -1,0 +1,1 @@
+"""Mixtures inside MoE layers: the base's own experts, and the routers that choose them."""
