@@ -11,8 +11,8 @@ from lora_merge.adapters.dialects.spelling import canonical
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.errors import AlignmentError
 from lora_merge.mixture.mixture import Mixture
+from lora_merge.mixture.runtime.moe import router
 from lora_merge.mixture.runtime.moe.experts import is_stack, projection_of, projections, shape_of
-from lora_merge.mixture.runtime.moe.router import is_router, refusal_of
 
 _ROUTER = "is the router of a MoE layer:"
 MISFIT = "the experts do not fit the model"
@@ -129,11 +129,11 @@ def _faults(
 
 def _misfit(spec: ModuleSpec, target: nn.Module) -> str | None:
     """What does not fit between an adapted module and the model's, in words."""
-    if is_router(target):
-        reason = refusal_of(target)
+    if router.is_router(target):
+        reason = router.refusal_of(target)
         if reason:
             return f"{spec.name} {_ROUTER} {reason}"
-        have = (len(target.weight), target.weight.shape[1])  # type: ignore[arg-type,union-attr]
+        have = router.shape_of(target)
     elif is_stack(target):
         have = shape_of(target, projection_of(target, spec.name))
     elif spec.form == "conv":

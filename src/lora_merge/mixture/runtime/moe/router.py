@@ -24,6 +24,12 @@ def is_router(module: nn.Module) -> bool:
     return named and weight is not None and weight.dim() == 2 and weight.is_floating_point()
 
 
+def shape_of(module: Any) -> tuple[int, int]:
+    """(d_out, d_in) of a router's weight."""
+    d_out, d_in = module.weight.shape
+    return d_out, d_in
+
+
 class _Scores(TorchFunctionMode):
     """Adds to the one product with a weight of this shape.
 
