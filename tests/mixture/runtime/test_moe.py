@@ -220,6 +220,18 @@ def test_a_gate_over_experts_trains_and_comes_back(tmp_path: Path, folders: Any)
         assert sum(seen) == 2 * IDS.numel() * 2  # experts per token, projections
 
 
+@torch.no_grad()
+def test_experts_come_and_go_in_the_stack(folders: Any) -> None:
+    paths = folders("qwen3_moe")
+    model = attached("qwen3_moe", Mixture(paths[:1], "arrow", top_k=1))
+    before = model(IDS).logits
+    model.mixture.add(paths[1:2])
+    both = attached("qwen3_moe", Mixture(paths[:2], "arrow", top_k=1))(IDS).logits
+    assert torch.equal(model(IDS).logits, both) and not torch.equal(before, both)
+    model.mixture.remove("expert1")
+    assert torch.equal(model(IDS).logits, before)
+
+
 def test_experts_one_by_one_are_the_stack(folders: Any) -> None:
     adapter = Adapter.from_pretrained(folders("gpt_oss")[1])
     single, seen = one_by_one(adapter), 0
