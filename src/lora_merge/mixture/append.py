@@ -8,9 +8,8 @@ from torch import Tensor
 
 from lora_merge.adapters.access.adapter_like import AdaptersLike
 from lora_merge.adapters.aligned_module import AlignedModule
-from lora_merge.adapters.alignment import align
 from lora_merge.errors import MethodError
-from lora_merge.mixture.expert import make_experts
+from lora_merge.mixture.expert import align_experts, make_experts
 from lora_merge.mixture.gates.initial import initial_gate
 from lora_merge.mixture.mixture import Mixture
 
@@ -53,7 +52,7 @@ def append_experts(
     width = None
     if spec.signal == "hidden":
         width = mixture.gate["classifier.0.weight"].shape[1]
-    alignment = align([expert.adapter for expert in experts], accept_base_models=accept_base_models)
+    alignment = align_experts(experts, accept_base_models=accept_base_models)
     count = len(old) + len(new)
     same_names = set(mixture.modules) <= {module.name for module in alignment.modules}
     only = range(len(old), count) if same_names else None

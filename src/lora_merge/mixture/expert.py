@@ -10,6 +10,9 @@ from lora_merge.adapters.access.adapter_like import AdaptersLike
 from lora_merge.adapters.access.coerce import open_adapters
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.alignment import Alignment, align
+from lora_merge.adapters.identity.expert_layout import all_one_by_one
+from lora_merge.adapters.identity.twins import one_spelling
 from lora_merge.adapters.references import CONFIG_NAME, WEIGHTS_NAME, sha256
 from lora_merge.adapters.writer import AdapterWriter, plan_output
 from lora_merge.errors import MethodError
@@ -70,6 +73,20 @@ def make_experts(
         Expert(name, adapter, general, source=_public_source(adapter))
         for name, adapter in zip(chosen, adapters, strict=True)
     ]
+
+
+def align_experts(experts: Sequence[Expert], *, accept_base_models: bool = False) -> Alignment:
+    """Lay experts side by side as a gate weighs them.
+
+    Stacks of a base's MoE experts become a module for each of these, as each sees other tokens.
+
+    Raises:
+        AlignmentError: If the adapters do not fit together; lists every mismatch.
+    """
+    adapters = [expert.adapter for expert in experts]
+    if any(".experts." in name for adapter in adapters for name in adapter.modules):
+        adapters = all_one_by_one(one_spelling(adapters))
+    return align(adapters, accept_base_models=accept_base_models)
 
 
 def _public_source(adapter: Adapter) -> str:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from lora_merge.adapters.access.adapter_like import AdaptersLike
 from lora_merge.adapters.aligned_module import AlignedModule
-from lora_merge.adapters.alignment import Alignment, align
-from lora_merge.adapters.identity.expert_layout import one_by_one
+from lora_merge.adapters.alignment import Alignment
 from lora_merge.errors import AdapterError, AlignmentError, MethodError
-from lora_merge.mixture.expert import Expert, make_experts
+from lora_merge.mixture.expert import Expert, align_experts, make_experts
 from lora_merge.mixture.formats.directory import Contents, load, push, save
 from lora_merge.mixture.gates.gate import GateSpec, gate_spec
 from lora_merge.mixture.gates.initial import initial_gate
@@ -94,13 +93,7 @@ class Mixture(Printed):
     ) -> None:
         if not experts or experts[0].general:
             raise MethodError("a mixture needs at least one expert", "name an adapter")
-        self.alignment = align(
-            [expert.adapter for expert in experts], accept_base_models=accept_base_models
-        )
-        if any(module.first.form == "experts" for module in self.alignment.modules):
-            # A gate weighs what each of the base's own experts does by itself.
-            single = [one_by_one(adapter) for adapter in self.alignment.adapters]
-            self.alignment = align(single, accept_base_models=True)
+        self.alignment = align_experts(experts, accept_base_models=accept_base_models)
         pairs = zip(experts, self.alignment.adapters, strict=True)
         self.experts = tuple(replace(expert, adapter=adapter) for expert, adapter in pairs)
         self.spec = _fit_weights(spec, self.num_experts)

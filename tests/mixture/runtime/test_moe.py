@@ -16,6 +16,7 @@ from builders import make_adapter
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.identity.expert_layout import one_by_one
 from lora_merge.errors import AlignmentError, MethodError
+from lora_merge.mixture.append import append_experts
 from lora_merge.mixture.gates.gate import PRESETS
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.attach import load_mixture
@@ -191,6 +192,27 @@ def test_adapters_of_transformers_4_run_in_the_stack() -> None:
     assert (found[1] - expected).norm() < 1e-4 * far and far > 0
     # Factors are drawn in the order of the names' dictionary, which is the same for both.
     assert torch.allclose(found[0], found[1])
+
+
+@torch.no_grad()
+def test_both_layouts_compete_in_one_gate(folders: Any) -> None:
+    """Whichever comes first, and also where the second is added later."""
+    shapes = {
+        f"model.layers.0.mlp.experts.{e}.{leaf}": shape
+        for e in range(4)
+        for leaf, shape in (("gate_proj", (16, 32)), ("up_proj", (16, 32)), ("down_proj", (32, 16)))
+    }
+    old, new = make_adapter("old", shapes=shapes), folders("qwen3_moe")[1]
+    for experts in ([old, new], [new, old]):
+        whole = Mixture(experts, "arrow", top_k=1)
+        grown = append_experts(Mixture(experts[:1], "arrow", top_k=1), experts[1:])
+        expected = looped("qwen3_moe", whole)(IDS).logits
+        far = (expected - moe("qwen3_moe")(IDS).logits).norm()
+        assert (attached("qwen3_moe", whole)(IDS).logits - expected).norm() < 1e-4 * far
+        if experts[0] is not old:
+            assert grown.modules == whole.modules
+            for module in grown.alignment.modules:
+                assert len(module.specs) == (2 if ".0.mlp.experts" in module.name else 1)
 
 
 def test_a_gate_over_experts_trains_and_comes_back(tmp_path: Path, folders: Any) -> None:

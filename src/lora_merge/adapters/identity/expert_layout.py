@@ -269,6 +269,29 @@ def one_by_one(adapter: Adapter) -> Adapter:
     return replace(adapter, modules=dict(sorted(modules.items())), tensors=tensors)
 
 
+def all_one_by_one(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Adapters with a module for each expert, all in one layout; see `one_by_one`.
+
+    Where one has an expert's gate and up as one projection, those that have them apart get it too.
+    """
+    counts: dict[str, int] = {}
+    for adapter in adapters:
+        for name, spec in adapter.modules.items():
+            stem, _, leaf = name.rpartition(".")
+            single = _MODULE.match(name)
+            if leaf == "gate_up_proj" and spec.form == "experts":
+                counts[stem] = spec.num_experts
+            elif leaf == "gate_up_proj" and single is not None:
+                last = int(single["expert"])
+                counts[single["stem"]] = max(counts.get(single["stem"], 0), last + 1)
+    return [one_by_one(stacked(a, counts) if _has_parts_apart(a) else a) for a in adapters]
+
+
+def _has_parts_apart(adapter: Adapter) -> bool:
+    names = [name for name in adapter.modules if _MODULE.match(name)]
+    return bool(names) and not any(name.endswith(".gate_up_proj") for name in names)
+
+
 class _Recent:
     """Tensors of a file, the last few kept: each expert reads the tensors of all.
 
