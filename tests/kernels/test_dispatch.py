@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from lora_merge.errors import LoraMergeWarning, MethodError
 from lora_merge.kernels.gated_stack import dispatch, operation
 from lora_merge.kernels.gated_stack.dispatch import Case, choose, guarded, table_path
 
-CASE = Case("cpu", 4096, 6144, 224, 1, "float32", "top-k")
+CASE = Case("cpu", 4096, 6144, 224, 1, "float32", "top-k", 28, 2)
 ABLE = ("eager", "reference", "triton")
 
 
@@ -36,10 +37,11 @@ def write(rows: dict[str, str], versions: dict[str, str] | None = None) -> None:
 
 
 def test_a_key_rounds_sizes_up() -> None:
-    assert CASE.key == "4096x8192 R256 T1 float32 top-k"
-    near = Case("cpu", 4000, 8192, 129, 1, "float32", "top-k")
+    assert CASE.key == "4096x8192 R256 E32 T1 float32 top-2"
+    near = Case("cpu", 4000, 8192, 129, 1, "float32", "top-k", 17, 2)
     assert near.key == CASE.key
-    assert Case("cpu", 4096, 6144, 224, 2, "float32", "top-k").key != CASE.key
+    others = [replace(CASE, **change) for change in ({"tokens": 2}, {"experts": 8}, {"kept": 1})]
+    assert len({CASE.key, *(other.key for other in others)}) == 4
 
 
 def test_without_a_measurement_the_first_that_can_runs() -> None:
@@ -71,7 +73,7 @@ def test_a_wrong_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_damaged_table_is_named_and_ignored(text: str) -> None:
     write({})
     table_path("cpu").write_text(text)
-    with pytest.warns(LoraMergeWarning, match=r"cpu\.json is damaged"):
+    with pytest.warns(LoraMergeWarning, match=r"cpu-triton-.*\.json is damaged"):
         assert choose(CASE, ABLE) == "eager"
     assert choose(CASE, ABLE) == "eager"  # no second warning
 
@@ -80,6 +82,15 @@ def test_a_table_of_other_versions_is_ignored() -> None:
     write({CASE.key: "triton"}, {"torch": "1.0", "triton": "1.0"})
     with pytest.warns(LoraMergeWarning, match="lora-merge tune"):
         assert choose(CASE, ABLE) == "eager"
+
+
+def test_each_triton_has_its_own_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    write({CASE.key: "triton"})
+    here = table_path("cpu")
+    versions = {**dispatch.versions(), "triton": "99.0+x y"}
+    monkeypatch.setattr(dispatch, "versions", lambda: versions)
+    assert table_path("cpu") != here and table_path("cpu").name == "cpu-triton-99.0-x-y.json"
+    assert choose(CASE, ABLE) == "eager"  # nobody measured with it, and nothing is wrong
 
 
 def test_a_failing_kernel_is_named_once() -> None:
@@ -113,4 +124,4 @@ def test_calls_ask_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operation.dispatch, "choose", record)
     stack = make_stack(3, [2, 2])
     operation.routed_shrink(stack.x, stack.down, stack.gate, stack.layout, stack.rule)
-    assert asked[0] == Case("cpu", 40, 0, 4, 3, "float32", "dense")
+    assert asked[0] == Case("cpu", 40, 0, 4, 3, "float32", "dense", 2)

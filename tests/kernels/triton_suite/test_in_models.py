@@ -137,7 +137,7 @@ def test_auto_asks_the_table(device: str, calls, monkeypatch, tmp_path: Path) ->
     load_mixture(model, Mixture(saved_experts(tmp_path, model), "meteora"))
     width = model.config.intermediate_size
     name = dispatch.device_name(torch.device(device))
-    case = dispatch.Case(name, width, 32, 12, 3, "float32", "top-k")
+    case = dispatch.Case(name, width, 32, 12, 3, "float32", "top-k", 3, 2)
     table = {case.key: {"triton": 1.0, "eager": 2.0}}
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     dispatch.forget()

@@ -39,6 +39,8 @@ class Case:
         tokens: T.
         dtype: Of the factors.
         gate: Weights that are `given`, or made from scores: `dense`, or the `top-k` of them.
+        experts: E, weights that a token has in one module.
+        kept: k of `top-k`; 0 for the others.
     """
 
     device: str
@@ -48,21 +50,32 @@ class Case:
     tokens: int
     dtype: str
     gate: GateKind
+    experts: int
+    kept: int = 0
 
     @property
     def key(self) -> str:
         """Row of the table: sizes rounded up to powers of two, so that near cases share one."""
-        sizes = (self.d_in, self.d_out, self.units, self.tokens)
-        d_in, d_out, units, tokens = (1 << max(0, n - 1).bit_length() for n in sizes)
-        return f"{d_in}x{d_out} R{units} T{tokens} {self.dtype} {self.gate}"
+        sizes = (self.d_in, self.d_out, self.units, self.experts, self.tokens)
+        d_in, d_out, units, experts, tokens = (1 << max(0, n - 1).bit_length() for n in sizes)
+        gate = f"top-{self.kept}" if self.kept else self.gate
+        return f"{d_in}x{d_out} R{units} E{experts} T{tokens} {self.dtype} {gate}"
 
 
-def case_of(x: torch.Tensor, d_out: int, units: int, dtype: torch.dtype, gate: GateKind) -> Case:
-    """The case of a call with tokens `x`, shape (..., d_in)."""
+def case_of(
+    x: torch.Tensor,
+    d_out: int,
+    units: int,
+    dtype: torch.dtype,
+    gate: GateKind,
+    experts: int,
+    kept: int | None = None,
+) -> Case:
+    """The case of a call with tokens `x`, shape (..., d_in); the rest as in `Case`."""
     width = x.shape[-1]
     tokens = x.numel() // max(1, width)
-    name = str(dtype).removeprefix("torch.")
-    return Case(device_name(x.device), width, d_out, units, tokens, name, gate)
+    name, kept = str(dtype).removeprefix("torch."), kept or 0
+    return Case(device_name(x.device), width, d_out, units, tokens, name, gate, experts, kept)
 
 
 def choose(case: Case, able: Sequence[Name]) -> Name:
@@ -153,11 +166,13 @@ class TunedTable:
 
 
 def table_path(device: str) -> Path:
-    """Where a device's table is kept."""
+    """Where a device's table is kept: one for each Triton, which decides what kernels become."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "lora-merge" / "kernels" / f"{device}.json"
+    triton = re.sub(r"[^\w.]+", "-", versions()["triton"])
+    return Path(home) / "lora-merge" / "kernels" / f"{device}-triton-{triton}.json"
 
 
+@cache
 def versions() -> dict[str, str]:
     """What a measurement depends on beside the device."""
     from importlib.metadata import PackageNotFoundError, version

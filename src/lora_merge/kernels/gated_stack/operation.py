@@ -115,7 +115,7 @@ def routed_shrink(
     _together(flat, down)
     sparse = rule.is_sparse
     kind: dispatch.GateKind = "top-k" if sparse else "dense"
-    name = implementation or chosen(flat, down, layout, kind)
+    name = implementation or chosen(flat, down, layout, kind, rule.top_k)
     each = None if bias is None else bias.view(layout.members, -1)
 
     def weights() -> Tensor:
@@ -259,14 +259,17 @@ def gated_stack(
     return gated_expand(y, units, up, implementation=implementation)
 
 
-def chosen(x: Tensor, down: Tensor, layout: Layout, gate: dispatch.GateKind) -> Name:
-    """The implementation that the dispatch table, or the user, wants for a call."""
+def chosen(
+    x: Tensor, down: Tensor, layout: Layout, gate: dispatch.GateKind, kept: int | None = None
+) -> Name:
+    """The implementation that the dispatch table, or the user, wants for a call that keeps k."""
     if torch.compiler.is_compiling():  # for all token counts at once, so no row of the table
         return "triton" if dispatch.forced() in ("triton", "grouped") else "eager"
     able: list[Name] = ["eager", "reference"]
     if not fused.refusal(x.device, x.dtype, down.dtype):
         able += ["triton", "grouped"] if gate == "top-k" else ["triton"]
-    case = case_of(x, layout.outputs, layout.widths[0], down.dtype, gate)
+    experts, kept = layout.num_weights, kept if gate == "top-k" else None
+    case = case_of(x, layout.outputs, layout.widths[0], down.dtype, gate, experts, kept)
     return dispatch.choose(case, able)
 
 

@@ -136,7 +136,10 @@ def _time(
         for name, t in timings.items()
     }
     units = len(shape.d_out) * sum(shape.ranks)
-    return Measured(case_of(trial.x, sum(shape.d_out), units, dtype, kind), each, excluded)
+    rule, width = RULES[kind], sum(shape.d_out)
+    kept = rule.top_k if rule else None
+    case = case_of(trial.x, width, units, dtype, kind, len(shape.ranks), kept)
+    return Measured(case, each, excluded)
 
 
 def _all(way: Callable[[int], list[Tensor]], copies: int) -> None:

@@ -99,7 +99,7 @@ def _plan(group: Modules, gate: InForce, x: Tensor, down: Tensor, start: int, st
     plans = group.plans.items()  # of other token counts, whose layouts know where units stand
     known = (p.layout for k, p in plans if k[:2] == (start, stop) and p.spec is gate.spec)
     layout, kind = next(known, None) or _layout(group, gate.spec, start, stop), _kind(group, gate)
-    how = chosen(x, down, layout, kind)
+    how = chosen(x, down, layout, kind, gate.spec.top_k)
     return replace(plan, how=how, layout=layout, given=kind == "given")
 
 
@@ -121,7 +121,9 @@ def plan_joined(group: Modules, gate: InForce, x: Tensor, joined: Joined) -> Pla
     if not (fits and 0 < tokens <= FEW_TOKENS and (group.uniform or count == 1)):
         return plan
     kind = _kind(group, gate)
-    case = dispatch.case_of(x, layout.outputs, joined.num_units, x.dtype, kind)
+    kept = gate.spec.top_k if kind == "top-k" else None
+    units, experts = joined.num_units, layout.num_weights
+    case = dispatch.case_of(x, layout.outputs, units, x.dtype, kind, experts, kept)
     if dispatch.choose(case, ["concat", "joined"]) != "joined":
         return plan
     plan = replace(plan, how="joined", layout=layout)
