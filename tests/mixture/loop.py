@@ -78,6 +78,8 @@ class Loop:
             weights = torch.tensor([[float(e == wanted) for e in present]] * len(x))
         elif spec.signal == "hidden":
             weights = self.of_hidden(name, number)[:, present]
+        elif spec.signal == "text":
+            weights = self.of_text(number, len(x))[:, present]
         else:
             scores = scores_of(self.mixture, name, present, x)
             if spec.sequence:
@@ -124,6 +126,21 @@ class Loop:
             weight, bias = (gate[f"classifier.{layer}.{n}"].double() for n in ("weight", "bias"))
             state = (state.relu() if layer else state) @ weight.T + bias
         return state.view(len(state), -1, self.mixture.num_experts)
+
+    def of_text(self, number: int, length: int) -> Tensor:
+        """One expert for a whole text (S, E), by the mean of its prompt's embeddings."""
+        states = self.inputs.get("inputs_embeds")
+        if states is None:
+            states = self.base.get_input_embeddings()(self.inputs["input_ids"])
+        gate = {n.removeprefix("text."): t.double() for n, t in self.mixture.gate.items()}
+        text = (states[number][: self.prompt].mean(0) - gate["centre"]) / gate["scale"]
+        best, chosen = None, 0
+        for e, descriptor in enumerate(gate["descriptors"]):
+            other = (descriptor - gate["centre"]) / gate["scale"]
+            cosine = float(text @ other / (text.norm() * other.norm()))
+            if best is None or cosine > best:
+                best, chosen = cosine, e
+        return torch.eye(self.mixture.num_experts)[chosen].expand(length, -1)
 
     def of_ranks(self, name: str, present: list[int], x: Tensor) -> Tensor:
         """What single ranks add: SMoRA's, or the strongest."""

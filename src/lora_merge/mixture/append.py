@@ -11,6 +11,7 @@ from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.errors import MethodError
 from lora_merge.mixture.expert import align_experts, make_experts
 from lora_merge.mixture.gates.initial import initial_gate
+from lora_merge.mixture.gates.text_index import DESCRIPTORS
 from lora_merge.mixture.mixture import Mixture
 
 
@@ -21,6 +22,7 @@ def append_experts(
     names: Sequence[str] | None = None,
     seed: int = 0,
     accept_base_models: bool = False,
+    descriptors: Tensor | None = None,
 ) -> Mixture:
     """A mixture with more experts; rows of the old ones keep every bit.
 
@@ -34,6 +36,7 @@ def append_experts(
         names: Their names.
         seed: Of the rows of modules that no expert touched before.
         accept_base_models: Accept experts that name different base models.
+        descriptors: For a gate by text, mean vectors of the new experts' texts, shape (n, d).
 
     Raises:
         AlignmentError: If they do not fit the old ones.
@@ -47,7 +50,8 @@ def append_experts(
     old = [expert for expert in mixture.experts if not expert.general]
     general = [expert for expert in mixture.experts if expert.general]
     new = make_experts(adapters, names=names, taken=[e.name for e in mixture.experts])
-    spec = replace(mixture.spec, trained=mixture.spec.trained and not mixture.spec.is_learned)
+    known = descriptors is not None or not mixture.spec.is_learned
+    spec = replace(mixture.spec, trained=mixture.spec.trained and known)
     experts = [*old, *new, *general]
     width = None
     if spec.signal == "hidden":
@@ -57,7 +61,11 @@ def append_experts(
     same_names = set(mixture.modules) <= {module.name for module in alignment.modules}
     only = range(len(old), count) if same_names else None
     fresh = initial_gate(alignment, spec, count, seed=seed, hidden_size=width, only=only)
-    if spec.signal == "prototype" and same_names:
+    if spec.signal == "text":
+        rows = mixture.gate[DESCRIPTORS]
+        more = rows.new_zeros(len(new), rows.shape[1]) if descriptors is None else descriptors
+        fresh = {**mixture.gate, DESCRIPTORS: torch.cat([rows, more.to(rows)])}
+    elif spec.signal == "prototype" and same_names:
         for name, rows in mixture.gate.items():
             fresh[name] = torch.cat([rows, fresh[name]]) if name in fresh else rows
     grown = Mixture.of(spec, experts, fresh)
@@ -94,7 +102,10 @@ def without_expert(mixture: Mixture, name: str) -> Mixture:
     if mixture.num_experts == 1:
         raise MethodError(f"{name} is the only expert", "detach the mixture")
     gone = mixture.names.index(name)
-    gate = {}
+    gate = dict(mixture.gate) if mixture.spec.signal == "text" else {}
+    if gate:
+        rows = gate[DESCRIPTORS]
+        gate[DESCRIPTORS] = torch.cat([rows[:gone], rows[gone + 1 :]])
     for module in mixture.gated_modules:
         key = f"{module.name}.prototype"
         present = [i for i in module.specs if i < mixture.num_experts]

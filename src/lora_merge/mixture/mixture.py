@@ -17,6 +17,7 @@ from lora_merge.mixture.expert import Expert, align_experts, make_experts
 from lora_merge.mixture.formats.directory import Contents, load, push, save
 from lora_merge.mixture.gates.gate import GateSpec, gate_spec
 from lora_merge.mixture.gates.initial import initial_gate
+from lora_merge.mixture.gates.text_index import CENTRE, DESCRIPTORS, SCALE
 from lora_merge.mixture.insight.descriptors import Descriptors
 from lora_merge.printing import Printed, Summary, span
 from lora_merge.printing import notes as noted
@@ -225,6 +226,8 @@ def expected_shapes(mixture: Mixture) -> dict[str, tuple[int | None, ...]]:
             shapes[f"classifier.{index}.weight"] = (after, before)
             shapes[f"classifier.{index}.bias"] = (after,)
         return shapes
+    if spec.signal == "text":
+        return {CENTRE: (None,), SCALE: (None,), DESCRIPTORS: (count, None)}
     if not spec.has_rows:
         return shapes
     for module in mixture.gated_modules:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _PRESETS = (
     "constant", "request", "xlora", "recall", "meteora", "smora", "arrow", "spectr", "hilora",
-    "phatgoose", "sequence",
+    "phatgoose", "sequence", "retrieve",
 )  # fmt: skip
 
 _gate_options = together(
@@ -137,6 +137,8 @@ def command(
     recall, xlora, meteora, start untrained: run `lora-merge train` on the result
     smora
     phatgoose               one gate vector per expert, each trained on its own
+    retrieve                one expert per prompt, of hundreds, by the texts of each; `train`
+                            reads them
     """  # noqa: D301 -- click's mark is the character itself
     from lora_merge.adapters.adapter import Adapter
     from lora_merge.adapters.references import expand

@@ -4,8 +4,9 @@
 | ----------- | ------------------------------------------------------------------------------- |
 | signal      | what is looked at: nothing (`constant`), the caller (`request`), the last        |
 |             | hidden state of a first pass (`hidden`), a learned row per weight on the         |
-|             | module's input (`input`), the expert's top singular direction (`prototype`), or  |
-|             | how strongly the expert would act (`spectrum`)                                   |
+|             | module's input (`input`), the expert's top singular direction (`prototype`),     |
+|             | how strongly the expert would act (`spectrum`), or the words of the prompt       |
+|             | beside those of each expert's texts (`text`)                                     |
 | granularity | one weight per expert for the `model`, per `module`, or one per single `rank`    |
 | activation  | how scores become weights: `value`, `top_k`, `temperature`                       |
 """
@@ -22,7 +23,7 @@ from lora_merge.arguments import nearest
 from lora_merge.errors import MethodError
 from lora_merge.kernels.gated_stack.gate import Rule, Value
 
-Signal = Literal["constant", "request", "hidden", "input", "prototype", "spectrum"]
+Signal = Literal["constant", "request", "hidden", "input", "prototype", "spectrum", "text"]
 Granularity = Literal["model", "module", "rank"]
 
 # Of a classifier; a file may say more than there is memory for.
@@ -114,7 +115,12 @@ class GateSpec:
                 f"gate {self.preset}: there are no scores per token to remember",
                 "use memory with gates that decide per token",
             )
-        if self.sequence and self.signal not in ("input", "prototype", "spectrum"):
+        if self.signal == "text" and not (self.sequence and self.granularity == "model"):
+            raise MethodError(
+                f"gate {self.preset}: it decides once per prompt, for the whole model",
+                "leave sequence and granularity as they are",
+            )
+        if self.sequence and self.signal not in ("input", "prototype", "spectrum", "text"):
             raise MethodError(
                 f"gate {self.preset}: {self.signal} cannot be averaged over a prompt",
                 "use it with arrow, spectr, meteora or phatgoose",
@@ -132,13 +138,18 @@ class GateSpec:
 
     @property
     def is_learned(self) -> bool:
-        """Whether training changes the gate."""
-        return self.signal in ("hidden", "input")
+        """Whether rows to train on change the gate."""
+        return self.signal in ("hidden", "input", "text")
 
     @property
     def is_open(self) -> bool:
         """Whether an expert may come or go without changing what the gate knows of the others."""
-        return self.signal in ("request", "prototype", "spectrum")
+        return self.signal in ("request", "prototype", "spectrum", "text")
+
+    @property
+    def decides_before(self) -> bool:
+        """Whether the weights of all modules are known before the first of them runs."""
+        return self.signal in ("hidden", "text")
 
     def factor(self, num_scores: int) -> float:
         """What every weight is multiplied by, given how many scores there are."""
@@ -154,7 +165,7 @@ class GateSpec:
         Args:
             num_scores: Rows of the gate, a learned null expert's among them.
         """
-        constant_null = self.null_expert and not self.is_learned
+        constant_null = self.null_expert and self.signal not in ("hidden", "input")
         return Rule(
             self.value,
             self.top_k,
@@ -190,7 +201,7 @@ class GateSpec:
 
 # preset -> (what it is, its settings). Sources: X-LoRA 2402.07148, MeteoRA 2405.13053,
 # SMoRA 2501.15103, HiLoRA 2510.12266, Arrow 2405.11157, SpectR 2504.03454,
-# PHATGOOSE 2402.05859, S-LoRA 2311.03285.
+# PHATGOOSE 2402.05859, S-LoRA 2311.03285, LoraRetriever 2402.09997, LORAUTER 2601.21795.
 PRESETS: dict[str, tuple[str, GateSpec]] = {
     spec.preset: (text, spec)
     for text, spec in (
@@ -232,6 +243,13 @@ PRESETS: dict[str, tuple[str, GateSpec]] = {
         (
             "Arrow decided once per sequence, at prefill; no training",
             GateSpec("sequence", "prototype", top_k=3, sequence=True),
+        ),
+        (
+            "the expert whose texts are most like the prompt, for hundreds of experts (after "
+            "LORAUTER)",
+            GateSpec(
+                "retrieve", "text", "model", top_k=1, temperature=0.1, sequence=True, trained=False
+            ),
         ),
     )
 }

@@ -16,6 +16,7 @@ from lora_merge.adapters.alignment import Alignment, read_stacks
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
 from lora_merge.mixture.gates.gate import GateSpec
+from lora_merge.mixture.gates.text_index import empty_gate
 
 _READS_HIDDEN = ("q_proj", "query", "q_lin", "query_key_value", "c_attn", "qkv", "gate_proj")
 
@@ -45,6 +46,8 @@ def initial_gate(
         if spec.granularity == "module":
             outputs *= len(alignment.modules)
         return classifier_tensors(spec, width, outputs, seed)
+    if spec.signal == "text":
+        return empty_gate(num_experts, hidden_size or _hidden_size(alignment))
     tensors: dict[str, Tensor] = {}
     if not spec.has_rows:
         return tensors
@@ -130,6 +133,6 @@ def _hidden_size(alignment: Alignment) -> int:
         if module.name.rpartition(".")[2] in _READS_HIDDEN:
             return module.first.d_in
     raise MethodError(
-        "gate xlora: the adapters do not tell the width of the model's hidden state",
+        "the adapters do not tell the width of the model's hidden state",
         "give hidden_size (--hidden-size), config.json of the base model has it",
     )

@@ -18,6 +18,7 @@ from lora_merge.mixture.expert import Expert
 from lora_merge.mixture.formats.experts_in_memory import plain_adapter
 from lora_merge.mixture.formats.plain import cut
 from lora_merge.mixture.gates.initial import initial_gate
+from lora_merge.mixture.gates.text_index import DESCRIPTORS
 from lora_merge.mixture.insight.usage import Usage
 from lora_merge.mixture.mixture import Mixture
 
@@ -142,6 +143,11 @@ def _gate(
         alignment = align([expert.adapter for expert in made])
         return initial_gate(alignment, spec, len(groups))
     means = usage.mean_weights()
+    if spec.signal == "text":
+        overall = torch.stack(list(means.values())).mean(0)
+        known = mixture.gate[DESCRIPTORS][None]
+        led = [_mean_rows(known, group, overall)[0] for group in groups]
+        return {**mixture.gate, DESCRIPTORS: torch.stack(led)}
     if spec.signal == "hidden":
         overall = torch.stack(list(means.values())).mean(0)
         gate = dict(mixture.gate)

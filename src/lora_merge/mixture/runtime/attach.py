@@ -24,7 +24,7 @@ from lora_merge.mixture.insight.usage import Usage
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.base_matrix import join_groups
 from lora_merge.mixture.runtime.call.asked import Request, Weights, gate_asked_for, names_in
-from lora_merge.mixture.runtime.call.bank import Bank
+from lora_merge.mixture.runtime.call.by_text import ByText
 from lora_merge.mixture.runtime.call.entry import Entry, refuse_other_tokens
 from lora_merge.mixture.runtime.call.generation import stop_telling
 from lora_merge.mixture.runtime.call.hooks import (
@@ -144,10 +144,10 @@ class AttachedMixture(LiveExperts):
                 f"the model has a mixture called {name!r}", "detach it, or give another name"
             )
         spec = mixture.spec
-        if spec.signal == "hidden":
-            refuse_two_sequences(model)
+        if spec.decides_before:
+            refuse_two_sequences(model, spec.preset)
         members, targets = make_members(model, mixture, dtype)
-        if spec.signal == "hidden":
+        if spec.decides_before:
             refuse_other_tokens(model, targets)
         check_enterable(spec, targets)
         self.switch = Switch(InForce(spec))
@@ -158,6 +158,7 @@ class AttachedMixture(LiveExperts):
             kind = gate_dtype(members[0].down.dtype)
             gate = HiddenGate(spec, mixture.gate, len(mixture.modules), kind).to(device)
             self.classifier, self.two_pass = gate, TwoPass(gate)
+        self.first = ByText() if spec.signal == "text" else self.two_pass
         self._entries: list[Entry] = []
         self._entered: list[Entered] = []
         self._watched: Usage | None = None
@@ -166,11 +167,11 @@ class AttachedMixture(LiveExperts):
         self.train(model.training)
         groups = self._groups_of(mixture, members)
         self.mixture, self.groups = mixture, nn.ModuleList(groups)
-        self.bank = Bank.of(mixture.names, groups)
         self._joined = []
         if layout != "stack":
             border = layout == "border"
             self._joined = join_groups(model, self.parts, targets, border=border)
+        self.bank = self._banked(mixture, groups)
         self._hook(model, self.bank, targets)
         self._register(model)
         self.set_gate()
@@ -185,8 +186,16 @@ class AttachedMixture(LiveExperts):
     def _apply(self, fn: Any, recurse: bool = True) -> "AttachedMixture":
         """Join again what `.to` and the like moved apart; the model's own modules come before."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.bank.forget()
         for joined in self._joined:
             joined.join()
+        return self
+
+    def train(self, mode: bool = True) -> "AttachedMixture":
+        """Follow the model; what training changes, no copy shows."""
+        super().train(mode)
+        if "bank" in self.__dict__:
+            self.bank.forget()
         return self
 
     def _register(self, model: nn.Module) -> None:
@@ -317,6 +326,8 @@ class AttachedMixture(LiveExperts):
                 "experts have come or gone since the watch began, which counts by their places",
                 "begin another `with m.watch():`",
             )
+        if now.observe is None:
+            gate = gate.alone()
         with within({self.switch: replace(gate, enabled=now.enabled, observe=now.observe)}):
             yield
 

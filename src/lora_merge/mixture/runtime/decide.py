@@ -92,7 +92,7 @@ def _of_prompt(
     store, stage = _store(passed, seen), passed.stage
     decided = [] if store is None else [store.get((_DECIDED, key)) for key in keys]
     known = [weights for weights in decided if weights is not None]
-    prompt = _check_prompt(keys[0], stage, seen, cached=store is not None, decided=bool(known))
+    prompt = check_prompt(keys[0], stage, seen, cached=store is not None, decided=bool(known))
     if known:
         return torch.stack(known, dim=1), scores
     rows = scores.view(seen.rows, -1, *scores.shape[1:])
@@ -109,7 +109,7 @@ def _of_prompt(
     return weights, scores
 
 
-def _check_prompt(
+def check_prompt(
     name: str, stage: Stage | None, seen: Tokens, *, cached: bool, decided: bool
 ) -> int | None:
     """Tokens of the prompt among those seen; None for all.

@@ -25,19 +25,19 @@ def decided_outside(
     Raises:
         MethodError: If nobody can tell which weights belong to which part of the input.
     """
-    hidden = passed.gate.spec.signal == "hidden"
-    weights = passed.weights if hidden else passed.gate.weights
+    before = passed.gate.spec.decides_before
+    weights = passed.weights if before else passed.gate.weights
     if weights is None:
         raise MethodError(
-            f"{group.names[start]}: called outside of a call of the model, whose first pass "
-            "decides its weights",
+            f"{group.names[start]}: called outside of a call of the model, which decides "
+            "its weights before it runs",
             "call the model",
         )
     weights = weights.to(group.down.device)  # spread over devices, each module has its own
     if len(weights) != 1:
         if passed.routed is not None and passed.routed.total % len(weights) == 0:
             weights = passed.routed.of_rows(weights)
-        elif hidden:
+        elif before:
             weights = _of_tokens(group.names[start], passed, seen, x, weights)
         elif not _holds_rows(passed, x, len(weights)) or group.is_routed:
             raise MethodError(

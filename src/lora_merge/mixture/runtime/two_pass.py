@@ -186,21 +186,25 @@ def hidden_states(body: nn.Module, **inputs: Any) -> Tensor:
 _STATE_IN_MODULES = ("recurrent_gemma",)
 
 
-def refuse_two_sequences(model: nn.Module) -> None:
+def refuse_two_sequences(model: nn.Module, preset: str = "xlora") -> None:
     """An encoder and its decoder see different tokens; X-LoRA is defined on one sequence.
+
+    Args:
+        model: The model.
+        preset: What the gate is called.
 
     Raises:
         MethodError: If the model has both, or has room for the state of one pass only.
     """
     if getattr(getattr(model, "config", None), "model_type", None) in _STATE_IN_MODULES:
         raise MethodError(
-            f"gate xlora: {type(model).__name__} keeps the state of a text in its modules, and two "
-            "passes would overwrite each other's",
+            f"gate {preset}: {type(model).__name__} keeps the state of a text in its modules, and "
+            "two passes would overwrite each other's",
             "use a gate that looks at each module's own input: arrow, spectr, meteora, smora",
         )
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         raise MethodError(
-            f"gate xlora: {type(model).__name__} has an encoder and a decoder, with tokens "
+            f"gate {preset}: {type(model).__name__} has an encoder and a decoder, with tokens "
             "of their own; the gate's first pass is defined on one sequence",
             "use a gate that looks at each module's own input: arrow, spectr, meteora, smora",
         )

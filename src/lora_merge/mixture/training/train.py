@@ -15,6 +15,7 @@ from lora_merge.mixture.runtime.attach import AttachedMixture, load_mixture
 from lora_merge.mixture.training.checkpoint import check_work, cut_metrics, restore_state
 from lora_merge.mixture.training.data import DataError, Example
 from lora_merge.mixture.training.fit_classifier import fit_to_labels
+from lora_merge.mixture.training.fit_text import fit_to_texts
 from lora_merge.mixture.training.loop import Run
 from lora_merge.mixture.training.settings import TrainSettings
 from lora_merge.mixture.training.sora import check_prunable
@@ -57,6 +58,8 @@ def train_gate(
         OutputError: If `work` holds something other than a checkpoint.
     """
     settings = _settled(settings or TrainSettings(), mixture, examples)
+    if mixture.spec.signal == "text" and not settings.changes_experts:
+        return fit_to_texts(model, mixture, examples)
     by_expert = mixture.spec.standardise
     _check(mixture, examples, settings)
     if work is not None:
@@ -115,6 +118,11 @@ def _check(mixture: Mixture, examples: Sequence[Example], settings: TrainSetting
         raise MethodError(
             f"the {spec.preset} gate has nothing to train",
             "train xlora, recall, meteora, smora or phatgoose, or the experts",
+        )
+    if spec.signal == "text":
+        raise MethodError(
+            f"the {spec.preset} gate chooses by the prompt alone, whatever the experts are",
+            "train them by themselves, or under another gate",
         )
     if settings.rank_l1:
         check_prunable(mixture)

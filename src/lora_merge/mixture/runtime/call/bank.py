@@ -1,9 +1,15 @@
 """The experts that a pass runs."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from lora_merge.mixture.runtime.call.modules import Modules
+
+_FEW = 8  # experts that are run together even if one alone acts
+_KEPT = 16  # sets of experts that are kept ready to run by themselves
+
+Places = Mapping[str, tuple[Modules, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,13 +22,44 @@ class Bank:
     Attributes:
         names: Of the gated experts, in the order of the gate's columns.
         places: Name of a wrapped module -> its group and its place there.
+        index: What chooses experts by a prompt, or None.
+        narrow: Makes groups of some experts alone, by their numbers; None where nobody can.
     """
 
     names: tuple[str, ...]
-    places: Mapping[str, tuple[Modules, int]]
+    places: Places
+    index: Any = None
+    narrow: Callable[["Bank", tuple[int, ...]], Iterable[Modules] | None] | None = None
+    _alone: dict[tuple[int, ...], "Bank"] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, names: Iterable[str], groups: Iterable[Modules]) -> "Bank":
-        """The bank of these groups of modules."""
-        pairs = ((group, place) for group in groups for place in range(len(group.names)))
-        return cls(tuple(names), {group.names[place]: (group, place) for group, place in pairs})
+    def may_narrow(self, active: int) -> bool:
+        """Whether so many experts would run much faster without the others."""
+        return self.narrow is not None and len(self.names) >= max(_FEW, 2 * active)
+
+    def alone(self, active: tuple[int, ...]) -> "Bank | None":
+        """These experts alone, in this order; None if they are too many to be worth it.
+
+        The last few such sets are kept, so memory is that of a few more copies of their experts.
+        """
+        if self.narrow is None or not self.may_narrow(len(active)):
+            return None
+        found = self._alone.get(active)
+        if found is None:
+            groups = self.narrow(self, active)
+            if groups is None:
+                return None
+            found = Bank(tuple(self.names[e] for e in active), groups_by_name(groups))
+            while len(self._alone) >= _KEPT:
+                self._alone.pop(next(iter(self._alone)), None)
+            self._alone[active] = found
+        return found
+
+    def forget(self) -> None:
+        """What runs has been moved or changed: copies of it are none any more."""
+        self._alone.clear()
+
+
+def groups_by_name(groups: Iterable[Modules]) -> Places:
+    """Each module's group and its place there."""
+    pairs = ((group, place) for group in groups for place in range(len(group.names)))
+    return {group.names[place]: (group, place) for group, place in pairs}

@@ -26,7 +26,7 @@ from lora_merge.mixture.runtime.call.tokens import PACKED_BY_SCHEDULER, Tokens, 
 
 
 class Before(Protocol):
-    """What runs before a part of the model, and looks at what it returns; see `two_pass`."""
+    """What runs before a part of the model, and looks at what it returns: `two_pass`, `by_text`."""
 
     def before(
         self, passed: Pass, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -44,7 +44,7 @@ class Entry:
         switch: Of the mixture.
         name: Of the mixture, under which its state lies on a cache.
         module: The part.
-        two_pass: What runs before this part, or None.
+        first: What runs before this part, or None.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class Entry:
         name: str,
         module: nn.Module,
         *,
-        two_pass: Before | None = None,
+        first: Before | None = None,
     ) -> None:
-        self.switch, self.name, self.module, self.two_pass = switch, name, module, two_pass
+        self.switch, self.name, self.module, self.first = switch, name, module, first
         self.names = _named(module)
         self.cache = cache_name(self.names)
         self.handles = [
@@ -96,8 +96,8 @@ class Entry:
         stage.tokens = read_tokens(given, stage.past, masks=masks)
         _check_rows(gate, stage.tokens, told.rows if told else None)
         self._refuse_unseen(gate, stage)
-        if twice and self.two_pass is not None:
-            self.two_pass.before(passed, module, args, kwargs)
+        if gate.spec.decides_before and self.first is not None:
+            self.first.before(passed, module, args, kwargs)
         return args, kwargs
 
     def _pass_through(self, module: nn.Module) -> Pass | None:
@@ -149,7 +149,7 @@ class Entry:
         tokens, told = stage.tokens, generation()
         if self.cache is not None or told is None or told.prompt is None or tokens is None:
             return
-        follows = gate.remembers or gate.spec.signal == "hidden"
+        follows = gate.remembers or gate.spec.decides_before
         if follows and tokens.length is not None and tokens.length < told.prompt:
             raise MethodError(
                 f"the {gate.spec.preset} gate needs to know the tokens before, which this model "
@@ -174,8 +174,8 @@ class Entry:
             return
         if output is not None and stage.tokens is not None:
             self._count(stage)
-            if self.two_pass is not None:
-                self.two_pass.after(passed, stage, output)
+            if self.first is not None:
+                self.first.after(passed, stage, output)
         passed.stage = outer = stage.outer
         if outer is None:
             end(passed)

@@ -99,7 +99,7 @@ def refuse_schedulers(gate: InForce) -> None:
     Raises:
         MethodError: With the reason.
     """
-    if gate.remembers or gate.is_per_row or gate.spec.signal == "hidden":
+    if gate.remembers or gate.is_per_row or gate.spec.decides_before:
         raise MethodError(
             f"the {gate.spec.preset} gate has to know whose tokens a call holds, and a scheduler "
             "packs those of many requests into one",

@@ -85,6 +85,17 @@ class InForce:
         """A wrapped module's group and its place there; None if no expert touches it."""
         return None if self.bank is None else self.bank.places.get(module)
 
+    def alone(self) -> "InForce":
+        """The same with those experts alone that have a weight, where it is worth it."""
+        weights, bank = self.weights, self.bank
+        if weights is None or bank is None or not bank.may_narrow(1):
+            return self
+        active = tuple(weights.any(0).nonzero().flatten().tolist())
+        narrow = bank.alone(active)
+        if narrow is None:
+            return self
+        return replace(self, weights=weights[:, list(active)], bank=narrow, _rules={})
+
     def with_bank(self, bank: Bank, numbers: Mapping[int, int]) -> "InForce":
         """The same gate over other experts.
 
@@ -117,9 +128,8 @@ class InForce:
     @property
     def needs_tokens(self) -> bool:
         """Whether a module has to know which rows and tokens its input holds."""
-        hidden = self.spec.signal == "hidden"
         asked = self.only is not None or self.observe is not None
-        return hidden or asked or self.remembers or self.is_per_row
+        return self.spec.decides_before or asked or self.remembers or self.is_per_row
 
 
 # Identity of a switch -> what is in force in this thread's innermost block.

@@ -9,19 +9,21 @@ from functools import partial
 from threading import RLock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_merge.adapters.access.adapter_like import AdaptersLike
 from lora_merge.errors import MethodError
 from lora_merge.mixture.append import append_experts, without_expert
 from lora_merge.mixture.gates.named_weights import weight_row
+from lora_merge.mixture.gates.text_index import TextIndex
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.base_matrix import JoinedGroup
-from lora_merge.mixture.runtime.call.bank import Bank
-from lora_merge.mixture.runtime.call.entry import Entry, parts_of
+from lora_merge.mixture.runtime.call.bank import Bank, groups_by_name
+from lora_merge.mixture.runtime.call.by_text import vectors_of
+from lora_merge.mixture.runtime.call.entry import Before, Entry, parts_of
 from lora_merge.mixture.runtime.call.generation import tell_generation
 from lora_merge.mixture.runtime.call.hooks import ModuleHook, body_of, forget_compiled
-from lora_merge.mixture.runtime.call.in_force import Switch
+from lora_merge.mixture.runtime.call.in_force import Switch, changed, within
 from lora_merge.mixture.runtime.call.passes import of_module
 from lora_merge.mixture.runtime.fit_to_model import group_members
 from lora_merge.mixture.runtime.group import Group
@@ -30,7 +32,6 @@ from lora_merge.mixture.runtime.live.shelf import Shelf, refuse_closed
 from lora_merge.mixture.runtime.member import Member
 from lora_merge.mixture.runtime.moe.enter import Entered, can_enter, enter_module
 from lora_merge.mixture.runtime.precision import gate_dtype
-from lora_merge.mixture.runtime.two_pass import TwoPass
 
 CHANGES = RLock()  # one change at a time; a lock of its own could not be copied with a model
 
@@ -44,7 +45,7 @@ class LiveExperts(nn.Module):
         switch: Its gate in force.
         groups: The wrapped modules.
         bank: The same by name, for gates in force.
-        two_pass: Drives the first pass of X-LoRA, or None.
+        first: What decides before the modules run, or None.
     """
 
     name: str
@@ -52,7 +53,8 @@ class LiveExperts(nn.Module):
     switch: Switch
     groups: nn.ModuleList
     bank: Bank
-    two_pass: TwoPass | None
+    first: Before | None
+    index: TextIndex | None
     _model: tuple[nn.Module]
     _joined: list[JoinedGroup]
     _entries: list[Entry]
@@ -72,17 +74,40 @@ class LiveExperts(nn.Module):
 
     def _groups_of(self, mixture: Mixture, members: Sequence[Member]) -> list[Group]:
         """Modules that read one tensor together, ready to run."""
-        spec = mixture.spec
+        return self._grouped(members, mixture.num_experts, len(mixture.experts))
+
+    def _grouped(self, members: Sequence[Member], count: int, total: int) -> list[Group]:
+        """The same for so many gated experts, of so many in all."""
+        spec = self.switch.default.spec
         return [
             Group(
                 part,
                 self.switch,
-                num_experts=mixture.num_experts,
-                num_general=len(mixture.experts) - mixture.num_experts,
+                num_experts=count,
+                num_general=total - count,
                 gate_dtype=gate_dtype(members[0].down.dtype) if spec.has_rows else None,
             ).train(self.training)
             for part in group_members(members)
         ]
+
+    def _banked(self, mixture: Mixture, groups: Sequence[Group]) -> Bank:
+        """A mixture's experts by name, and what chooses among them."""
+        self.index = TextIndex(mixture.gate, self.device) if mixture.spec.signal == "text" else None
+        tiled = mixture.spec.signal == "hidden" and mixture.spec.granularity == "module"
+        narrow = None if tiled or self._joined else self._narrow
+        return Bank(tuple(mixture.names), groups_by_name(groups), self.index, narrow)
+
+    def _narrow(self, bank: Bank, active: tuple[int, ...]) -> list[Group] | None:
+        """Groups of some experts alone; None while the experts are being trained."""
+        parts = dict.fromkeys(group for group, _ in bank.places.values())
+        groups = [group for group in parts if isinstance(group, Group)]
+        if not active or any(p.requires_grad for group in groups for p in group.parameters()):
+            return None
+        general = range(len(bank.names), len(bank.names) + groups[0].num_general)
+        numbers = {old: new for new, old in enumerate((*active, *general))}
+        members = [m.renumbered(numbers, m.number) for group in groups for m in group.members()]
+        acting = [member for member in members if member.experts]
+        return self._grouped(acting, len(active), len(numbers)) if acting else None
 
     def _hook(self, model: nn.Module, bank: Bank, targets: Mapping[str, nn.Module]) -> None:
         """Have the model call these experts; who was hooked before stays so."""
@@ -99,8 +124,8 @@ class LiveExperts(nn.Module):
         for part in parts_of(model, targets.values()):
             if any(part is module for module in known):
                 continue
-            two_pass = self.two_pass if part is body else None
-            self._entries.append(Entry(self.switch, self.name, part, two_pass=two_pass))
+            first = self.first if part is body else None
+            self._entries.append(Entry(self.switch, self.name, part, first=first))
         tell_generation(model)
 
     def add(
@@ -109,6 +134,7 @@ class LiveExperts(nn.Module):
         *,
         names: Sequence[str] | None = None,
         accept_base_models: bool = False,
+        texts: Sequence[Sequence[Tensor]] | None = None,
     ) -> list[str]:
         """Add experts while the model runs; calls and blocks that have begun go on without them.
 
@@ -116,6 +142,7 @@ class LiveExperts(nn.Module):
             adapters: What `open_adapters` takes.
             names: Their names.
             accept_base_models: Accept experts that name another base model.
+            texts: For a gate by text, some texts of each expert, as token ids.
 
         Returns:
             Their names.
@@ -125,7 +152,10 @@ class LiveExperts(nn.Module):
             AlignmentError: If they do not fit the model, or the others.
         """
         with CHANGES:
-            return self._add(adapters, names, accept_base_models=accept_base_models)
+            described = None if texts is None else self._describe(texts)
+            return self._add(
+                adapters, names, accept_base_models=accept_base_models, described=described
+            )
 
     def remove(self, name: str) -> None:
         """Take an expert off while the model runs; calls and blocks that have begun keep it.
@@ -157,14 +187,27 @@ class LiveExperts(nn.Module):
         names: Sequence[str] | None,
         *,
         accept_base_models: bool = False,
+        described: Tensor | None = None,
         keep: Sequence[str] = (),
     ) -> list[str]:
         """Add experts, and put others away for them, but none of those to keep."""
         refuse_closed(self.mixture)
-        old = self.mixture.names
+        old, spec = self.mixture.names, self.mixture.spec
         more = append_experts(
-            self.mixture, adapters, names=names, accept_base_models=accept_base_models
+            self.mixture,
+            adapters,
+            names=names,
+            accept_base_models=accept_base_models,
+            descriptors=described,
         )
+        wanted = more.num_experts - len(old) if spec.signal == "text" else 0
+        given = 0 if described is None else len(described)
+        if given != wanted:
+            raise MethodError(
+                f"new experts behind a {spec.preset} gate: it needs texts of {wanted}, "
+                f"there are those of {given}",
+                "give texts of each new expert if the gate is retrieve, and none if it is not",
+            )
         new = [name for name in more.names if name not in old]
         for name in self._shelf.to_put_away(old, len(new), {*self._in_force(), *keep}):
             more = without_expert(more, name)
@@ -172,6 +215,14 @@ class LiveExperts(nn.Module):
         self._change(more)
         self._shelf.touch(new)
         return new
+
+    def _describe(self, texts: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The mean vector of each expert's texts."""
+        if not texts or not all(texts):
+            raise MethodError("an expert without texts", "give at least one text of each")
+        body = body_of(self._model[0])
+        with within({self.switch: changed(self.switch, enabled=False)}):
+            return torch.stack([vectors_of(body, few).mean(0) for few in texts])
 
     def _in_force(self) -> list[str]:
         """Experts that the gate of all threads names."""
@@ -192,7 +243,7 @@ class LiveExperts(nn.Module):
         check_names(old, mixture)
         members, targets = changed_members(model, self.parts, old, mixture, self._dtype)
         groups = self._groups_of(mixture, members)
-        bank = Bank.of(mixture.names, groups)
+        bank = self._banked(mixture, groups)
         self._hook(model, bank, targets)  # before anybody can ask for it
         self.mixture, self.groups, self.bank = mixture, nn.ModuleList(groups), bank
         forget_compiled()

@@ -115,5 +115,5 @@ def refuse_closed(mixture: Mixture) -> None:
     )
     raise MethodError(
         f"the {spec.preset} gate takes no expert in or out while attached: {why}",
-        f"{remedy}; arrow, spectr, hilora, sequence and request take any",
+        f"{remedy}; arrow, spectr, hilora, sequence, request and retrieve take any",
     )
