@@ -272,3 +272,12 @@ def test_compiled_models_compile_again() -> None:
     handle.add(POOL[1:])
     found = compiled(tokens(), use_cache=False).logits
     torch.testing.assert_close(found, model(tokens(), use_cache=False).logits)
+
+
+def test_gates_stay_float32_whatever_gate_is_in_force() -> None:
+    model = llama(num_hidden_layers=1, dtype=torch.bfloat16)
+    handle = load_mixture(model, Mixture(POOL[:1], "arrow"))
+    handle.set_gate(requests=["expert0"])
+    handle.add(POOL[1])
+    assert {group.weight.dtype for group in handle.parts} == {torch.float32}
+    assert handle.switch.default.weights.tolist() == [[1.0, 0.0]]

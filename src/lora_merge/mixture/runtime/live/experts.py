@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_merge.adapters.access.adapter_like import AdaptersLike
 from lora_merge.errors import MethodError
 from lora_merge.mixture.append import append_experts, without_expert
+from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.gates.named_weights import weight_row
 from lora_merge.mixture.gates.text_index import TextIndex
 from lora_merge.mixture.mixture import Mixture
@@ -74,11 +75,12 @@ class LiveExperts(nn.Module):
 
     def _groups_of(self, mixture: Mixture, members: Sequence[Member]) -> list[Group]:
         """Modules that read one tensor together, ready to run."""
-        return self._grouped(members, mixture.num_experts, len(mixture.experts))
+        return self._grouped(members, mixture.num_experts, len(mixture.experts), mixture.spec)
 
-    def _grouped(self, members: Sequence[Member], count: int, total: int) -> list[Group]:
+    def _grouped(
+        self, members: Sequence[Member], count: int, total: int, spec: GateSpec
+    ) -> list[Group]:
         """The same for so many gated experts, of so many in all."""
-        spec = self.switch.default.spec
         return [
             Group(
                 part,
@@ -107,7 +109,9 @@ class LiveExperts(nn.Module):
         numbers = {old: new for new, old in enumerate((*active, *general))}
         members = [m.renumbered(numbers, m.number) for group in groups for m in group.members()]
         acting = [member for member in members if member.experts]
-        return self._grouped(acting, len(active), len(numbers)) if acting else None
+        if not acting:
+            return None
+        return self._grouped(acting, len(active), len(numbers), self.mixture.spec)
 
     def _hook(self, model: nn.Module, bank: Bank, targets: Mapping[str, nn.Module]) -> None:
         """Have the model call these experts; who was hooked before stays so."""
