@@ -41,6 +41,9 @@ def make(folder: Path) -> None:
     for part in ("1/2", "2/2"):
         print(lora_merge.run_shard(folder / "merged" / "lora_merge.yaml", folder / "joined", part))
     print(lora_merge.join(folder / "joined").out)
+    print(lora_merge.pack(ADAPTERS, folder / "library", tags=["kind=text"]))
+    print(lora_merge.check_library(folder / "library") or "all is as packed")
+    print(lora_merge.info(f"{folder / 'library'}:upper"))
     options = lora_merge.LegoOptions(units="normalized")
     print(lora_merge.cluster(ADAPTERS, 16, options=options))
     print(lora_merge.arrive(ADAPTERS, folder / "library", slots=2))

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from lora_merge.api.mixing import fresh_mixture as fresh_mixture
     from lora_merge.api.mixing import import_mixture as import_mixture
     from lora_merge.api.mixing import train as train
+    from lora_merge.api.packing import check_library as check_library
+    from lora_merge.api.packing import pack as pack
     from lora_merge.api.reporting import report as report
     from lora_merge.api.reshaping import convert as convert
     from lora_merge.api.reshaping import extract as extract
@@ -88,12 +90,14 @@ _PUBLIC = {
     "TrainSettings": "lora_merge.mixture.training.settings",
     "append_experts": "lora_merge.api.mixing",
     "arrive": "lora_merge.merge.arrive",
+    "check_library": "lora_merge.api.packing",
     "choose_ranks": "lora_merge.api.looking",
     "cluster": "lora_merge.api.merging",
     "collect_statistics": "lora_merge.adapters.measured.activations",
     "compare": "lora_merge.api.looking",
     "consolidate": "lora_merge.api.texts",
     "convert": "lora_merge.api.reshaping",
+    "pack": "lora_merge.api.packing",
     "plan_convert": "lora_merge.api.reshaping",
     "describe": "lora_merge.api.texts",
     "evaluate": "lora_merge.evaluation.evaluate",
@@ -153,6 +157,7 @@ __all__ = [
     "__version__",
     "append_experts",
     "arrive",
+    "check_library",
     "choose_ranks",
     "cluster",
     "collect_statistics",
@@ -176,6 +181,7 @@ __all__ = [
     "novelty",
     "open_adapter",
     "open_adapters",
+    "pack",
     "plan_convert",
     "plan_extract",
     "plan_fuse",

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from lora_merge.adapters.access.live_peft import put_live, read_live
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.base_weights import BaseModel, CheckpointBase
-from lora_merge.adapters.config import AdapterConfig, check_alphas, parse_config, read_config
+from lora_merge.adapters.config import (
+    AdapterConfig,
+    check_alphas,
+    parse_config,
+    parse_config_text,
+    read_config,
+)
 from lora_merge.adapters.dialects.beside import leftovers
 from lora_merge.adapters.dialects.dialect import Header
 from lora_merge.adapters.dialects.table import understand
@@ -24,6 +30,7 @@ from lora_merge.adapters.formats.file_format import FileFormat
 from lora_merge.adapters.formats.peft import PEFT
 from lora_merge.adapters.formats.table import format_of
 from lora_merge.adapters.forms import ExtraSpec, ModuleSpec, to_matrix
+from lora_merge.adapters.library.tensors import PackedTensors
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.references import Source, resolve
 from lora_merge.adapters.units import BaseWeight, Units
@@ -248,7 +255,11 @@ def open_adapter(
     name = source.ref
     config = fallback if source.config is None else read_config(source.config, name)
     tensors: TensorSource
-    if source.is_pickle:
+    if source.member is not None:
+        packed = source.member.packed.config
+        config = fallback if packed is None else parse_config_text(packed, name)
+        tensors = PackedTensors(source.member, name)
+    elif source.is_pickle:
         tensors = load_pickle(source.weights, name)
     elif source.weights.suffix == ".gguf":
         tensors = GGUFFile(source.weights, name)

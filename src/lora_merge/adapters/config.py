@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lora_merge.adapters.dialects.config_patterns import PatternError, first_match, matcher
 from lora_merge.errors import AdapterError
-from lora_merge.files.documents import read_json, validated
+from lora_merge.files.documents import parse_json, read_json, validated
 
 # The types whose `r` is the rank of every module.
 _LOW_RANK = ("LORA", "ADALORA", "SORA")
@@ -124,8 +124,22 @@ def read_config(path: Path, adapter: str) -> AdapterConfig:
         AdapterError: If the file is no valid config.
     """
     raw = read_json(path, adapter, error=AdapterError)
+    return _parse_object(raw, adapter, str(path))
+
+
+def parse_config_text(text: str, adapter: str) -> AdapterConfig:
+    """Turn the text of an `adapter_config.json` into an `AdapterConfig`.
+
+    Raises:
+        AdapterError: If it is no valid config.
+    """
+    raw = parse_json(text, f"{adapter}: its config", error=AdapterError)
+    return _parse_object(raw, adapter, "its config")
+
+
+def _parse_object(raw: Any, adapter: str, where: str) -> AdapterConfig:
     if not isinstance(raw, dict):
-        raise AdapterError(f"{adapter}: {path} holds no JSON object", "repair it")
+        raise AdapterError(f"{adapter}: {where} holds no JSON object", "repair it")
     return parse_config(raw, adapter)
 
 

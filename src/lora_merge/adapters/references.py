@@ -3,11 +3,14 @@
 import glob
 import hashlib
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from lora_merge.adapters.library.index import INDEX, Member, in_library, is_library, members
+from lora_merge.adapters.library.tensors import whole_file
 from lora_merge.errors import SourceError
 from lora_merge.files.hub import download
 from lora_merge.files.inputs import note_input
@@ -35,6 +38,8 @@ class Source:
         config: `adapter_config.json` beside it, None if there is none.
         revision: Commit hash on the Hub, None for local files.
         sha256: Of the weights, where somebody who can be believed has said it.
+        member: The adapter in a library, None for adapters with files of their own; `weights` is
+            the library's index then.
     """
 
     ref: str
@@ -42,6 +47,7 @@ class Source:
     config: Path | None
     revision: str | None = None
     sha256: str | None = None
+    member: Member | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -51,18 +57,46 @@ class Source:
     @property
     def is_pickle(self) -> bool:
         """Whether the weights would have to be unpickled."""
-        return self.weights.suffix not in _WEIGHTS
+        return self.member is None and self.weights.suffix not in _WEIGHTS
+
+    @property
+    def has_safetensors(self) -> bool:
+        """Whether there is a safetensors file, of its own or in a library."""
+        return self.member is not None or self.weights.suffix == ".safetensors"
+
+    @property
+    def config_text(self) -> str | None:
+        """Its `adapter_config.json`; None if it has none."""
+        if self.member is not None:
+            return self.member.packed.config
+        return None if self.config is None else self.config.read_text(encoding="utf-8")
+
+    def write(self, folder: Path) -> None:
+        """Copy its files, byte by byte, under PEFT's names into a directory."""
+        if self.member is not None:
+            (folder / WEIGHTS_NAME).write_bytes(whole_file(self.member))
+        else:
+            shutil.copyfile(self.weights, folder / WEIGHTS_NAME)
+        if self.config_text is not None:
+            (folder / CONFIG_NAME).write_text(self.config_text, encoding="utf-8")
 
 
 def expand(refs: Sequence[str]) -> list[str]:
-    """Replace every pattern by the paths it matches, in name order; other references stay.
+    """Replace what stands for several adapters by these; other references stay.
+
+    A pattern stands for the paths it matches, in name order, a library for all of its adapters, and
+    `LIBRARY[tag=value]` for those with this tag, in the order in which they were packed.
 
     Raises:
-        SourceError: If a pattern matches nothing.
+        SourceError: If a pattern matches nothing, or no adapter has these tags.
     """
     expanded: list[str] = []
     for ref in refs:
         path = Path(ref).expanduser()
+        packed = members(ref)
+        if packed is not None:
+            expanded.extend(packed)
+            continue
         if path.exists() or not glob.has_magic(ref):
             expanded.append(ref)
             continue
@@ -78,8 +112,8 @@ def resolve(ref: str, *, allow_pickle: bool = False) -> Source:
 
     Args:
         ref: A directory, a `.safetensors` or `.gguf` file, `user/repo`, `user/repo@revision`,
-            `user/repo:subfolder`, `user/repo:file.safetensors`, an `hf://` URI or a Hub URL. What
-            exists on disk wins.
+            `user/repo:subfolder`, `user/repo:file.safetensors`, an `hf://` URI or a Hub URL; or
+            `LIBRARY:name`, an adapter in a library. What exists on disk wins.
         allow_pickle: Accept `adapter_model.bin` where no safetensors file is there.
 
     Raises:
@@ -97,7 +131,13 @@ def resolve(ref: str, *, allow_pickle: bool = False) -> Source:
         ) from error
     if path.is_symlink() and not path.exists():
         raise SourceError(f"{ref}: a link that leads nowhere", "repair the link")
-    return _local(ref, path, allow_pickle) if path.exists() else _hub(ref, allow_pickle)
+    if path.exists():
+        return _local(ref, path, allow_pickle)
+    member = in_library(ref)
+    if member is None:
+        return _hub(ref, allow_pickle)
+    index = member.library.folder / INDEX
+    return Source(ref, index, None, sha256=member.packed.sha256, member=member)
 
 
 def pin(ref: str, revision: str) -> str:
@@ -123,6 +163,10 @@ def derived_data(name: str) -> Path:
 
 def _local(ref: str, path: Path, allow_pickle: bool) -> Source:
     note_input(path)
+    if is_library(path):
+        raise SourceError(
+            f"{ref}: a library of adapters, where one adapter is meant", f"name one: {ref}:NAME"
+        )
     if path.is_dir():
         weights = _weights_in(ref, path, allow_pickle)
     elif path.is_file() and (

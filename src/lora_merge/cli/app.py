@@ -26,6 +26,7 @@ _COMMANDS = {
     "run": "lora_merge.cli.commands.run",
     "join": "lora_merge.cli.commands.join",
     "arrive": "lora_merge.cli.commands.arrive",
+    "pack": "lora_merge.cli.commands.pack",
     "methods": "lora_merge.cli.commands.methods",
     "fuse": "lora_merge.cli.commands.fuse",
     "resize": "lora_merge.cli.commands.resize",
@@ -89,7 +90,7 @@ def cli() -> None:
     """Cluster, merge and look into LoRA adapters, rank by rank.
 
     An ADAPTER is a directory, a .safetensors file, a glob, user/repo[@revision][:subfolder]
-    or an hf:// URI.
+    an hf:// URI, a library (of `pack`), LIBRARY:name or LIBRARY[tag=value].
     """
 
 

@@ -41,11 +41,13 @@ class FileHeader:
         entries: Every tensor by name.
         metadata: Its text metadata.
         data: Where in the file the tensors begin.
+        text: The JSON as it stands there.
     """
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
     data: int
+    text: str
 
 
 def code_of(name: DTypeName | None) -> str | None:
@@ -66,11 +68,8 @@ def read_header(path: Path) -> FileHeader:
             (length,) = struct.unpack("<Q", file.read(8))
             if not 2 <= length <= min(_LARGEST, size - 8):
                 raise ValueError("a length that does not fit")
-            raw = json.loads(file.read(length).decode("utf-8"))
-        metadata = raw.pop("__metadata__", None) or {}
-        entries = {name: _entry(name, one) for name, one in raw.items()}
-        if not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("metadata that is no text")
+            text = file.read(length).decode("utf-8")
+        entries, metadata = parse_header(text)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise SourceError(
             f"{path} is not a readable safetensors file ({error})", "get it again"
@@ -92,7 +91,20 @@ def read_header(path: Path) -> FileHeader:
         raise SourceError(
             f"{path} is {size} bytes long, its header says {8 + length + place}", "get it again"
         )
-    return FileHeader(entries, metadata, 8 + length)
+    return FileHeader(entries, metadata, 8 + length, text)
+
+
+def parse_header(text: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """(tensors, metadata) of a header's JSON; nothing is held against a file.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: If it is none.
+    """
+    raw = json.loads(text)
+    metadata = raw.pop("__metadata__", None) or {}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("metadata that is no text")
+    return {name: _entry(name, one) for name, one in raw.items()}, metadata
 
 
 def _entry(name: str, raw: Any) -> Entry:

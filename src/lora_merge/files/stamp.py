@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lora_merge._version import __version__
@@ -37,6 +37,13 @@ def finish_stamp(folder: Path) -> None:
     """List everything that a directory holds."""
     files = {name: _fingerprint(folder / name) for name in sorted(_files(folder)) if name != STAMP}
     _write(folder, {"files": files})
+
+
+def list_more(folder: Path, names: Iterable[str]) -> None:
+    """List files that were added to a directory, or changed, since it was finished."""
+    listed = _read(folder).get("files")
+    known = dict(listed) if isinstance(listed, dict) else {}
+    _write(folder, {"files": {**known, **{name: _fingerprint(folder / name) for name in names}}})
 
 
 def is_unfinished(folder: Path) -> bool:

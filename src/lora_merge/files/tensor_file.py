@@ -84,14 +84,31 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         """One tensor, as stored, on the CPU."""
-        try:
-            tensor: Tensor = _opened(self.path, self._identity).get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise AdapterError(
-                f"{self.adapter}: cannot read {name} from {self.path}: {error}",
-                "the file changed or is damaged; download it again",
-            ) from error
-        return tensor
+        return read_tensor(self.path, name, self.adapter, self._identity)
+
+
+def read_tensor(
+    path: Path, name: str, adapter: str, identity: tuple[int, ...] | None = None
+) -> Tensor:
+    """One tensor of a safetensors file, as stored, on the CPU; its handle is kept for the next.
+
+    Args:
+        path: The file.
+        name: The tensor.
+        adapter: Whose it is, for messages.
+        identity: What the file must be; None takes it as it is.
+
+    Raises:
+        AdapterError: If it cannot be read, or the file is another.
+    """
+    try:
+        tensor: Tensor = _opened(path, identity or _identity(path)).get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{adapter}: cannot read {name} from {path}: {error}",
+            "the file changed or is damaged; download it again",
+        ) from error
+    return tensor
 
 
 def _opened(path: Path, identity: tuple[int, ...]) -> Any:

@@ -376,7 +376,7 @@ def _output_dtype(alignment: Alignment, dtype: str | None) -> str:
 
 def _item(adapter: Adapter, weight: Any, parameters: Mapping[str, Any]) -> AdapterItem:
     source = adapter.source
-    bare = source is not None and source.config is None
+    bare = source is not None and source.config_text is None
     return AdapterItem(
         adapter=adapter.name,
         weight=weight,

@@ -1,7 +1,6 @@
 """An expert of a mixture: an adapter with a name of its own, and its files."""
 
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.alignment import Alignment, align
 from lora_merge.adapters.identity.expert_layout import all_one_by_one
 from lora_merge.adapters.identity.twins import one_spelling
-from lora_merge.adapters.references import CONFIG_NAME, WEIGHTS_NAME, sha256
+from lora_merge.adapters.references import WEIGHTS_NAME, sha256
 from lora_merge.adapters.writer import AdapterWriter, plan_output
 from lora_merge.errors import MethodError
 
@@ -106,9 +105,8 @@ def slug(reference: str) -> str:
 def write_expert(expert: Expert, folder: Path) -> str:
     """Copy an expert as it is, or write it out if it has no safetensors file of its own."""
     source = expert.adapter.source
-    if source is not None and source.config is not None and not source.is_pickle:
-        shutil.copyfile(source.weights, folder / WEIGHTS_NAME)
-        shutil.copyfile(source.config, folder / CONFIG_NAME)
+    if source is not None and source.config_text is not None and source.has_safetensors:
+        source.write(folder)
     else:
         write_adapter(expert.adapter, folder)
     return sha256(folder / WEIGHTS_NAME)

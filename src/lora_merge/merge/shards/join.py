@@ -58,7 +58,7 @@ def join(
         OutputError: If a shard is missing, damaged, or of another merge than the others, or if
             adapters or libraries have changed since; names it. Nothing is written.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> adapters = [{"adapter": "examples/adapters/*"}]
         >>> recipe = {"merge_method": "svd", "rank": 8, "adapters": adapters}

@@ -110,7 +110,7 @@ def run_shard(
         LoraMergeError: If recipe, adapters and request do not fit, if something of the shard is
             there and neither `force` nor `resume` is given, or if it is of other adapters.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> adapters = [{"adapter": "examples/adapters/*"}]
         >>> recipe = {"merge_method": "ties", "rank": 8, "adapters": adapters}

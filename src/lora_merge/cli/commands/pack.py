@@ -1,0 +1,65 @@
+"""`lora-merge pack`: many adapters in one directory, stored by module."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_merge.cli.shared.options import adapters_argument, force_option, json_option
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  lora-merge pack 'pool/*' -o library --tag task=math
+  lora-merge pack user/new-adapter -o library --append --name new
+  lora-merge merge library -M tsv --rank 16
+  lora-merge info library:new
+  lora-merge compare 'library[task=math]'
+  lora-merge pack library --check
+""",
+    short_help="Pack many adapters into a library.",
+)
+@adapters_argument
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The library to make.")
+@click.option("--append", is_flag=True, help="Add to the library that is there.")
+@click.option("--name", "names", multiple=True, help="Name of an adapter in it; one for each.")
+@click.option("--tag", "tags", multiple=True, metavar="NAME=VALUE", help="Said of all of them.")
+@click.option("--check", is_flag=True, help="Read all of a library: is it what was packed?")
+@force_option("a library")
+@json_option
+def command(
+    adapters: tuple[str, ...], out: Path | None, check: bool, as_json: bool, **arguments: Any
+) -> None:
+    """Pack ADAPTERs into a library: one file per module, whatever their number.
+
+    Every command takes the library (all of its adapters), LIBRARY:name and LIBRARY[tag=value].
+    Weights and configs are kept byte by byte. docs/scale.md has more.
+    """
+    from rich.markup import escape
+
+    from lora_merge.api.packing import check_library, pack
+    from lora_merge.cli.shared.output import Output
+
+    output = Output(as_json)
+    if check:
+        faults = {library: check_library(library) for library in adapters}
+        lines = [f"{name}: {'; '.join(f) or 'all is as packed'}" for name, f in faults.items()]
+        output.data({"schema": 1, "libraries": faults}, *map(escape, lines))
+        if any(faults.values()):
+            raise click.exceptions.Exit(1)
+        return
+    if out is None:
+        raise click.UsageError("-o says which library to make")
+    arguments["names"] = arguments["names"] or None
+    with ExitStack() as showing:
+        steps: list[Any] = []
+
+        def begin(count: int) -> None:
+            steps.append(showing.enter_context(output.progress("packing", count)))
+
+        report = pack(
+            list(adapters), out, **arguments, on_plan=begin, on_adapter=lambda: steps[0]()
+        )
+    output.data(report.to_dict(), escape(str(report.summary())))
