@@ -7,7 +7,8 @@ For every method and rank: merge, choose the scale (and, where the row says so, 
 weights) on the validation split alone, score once on the test split. The number is the mean over
 tasks of accuracy over that of the task's own adapter. On validation accuracy is smoothed, the mean
 of sigmoid(2 x margin) of the logits: it differs less by chance between two scales. The linear
-layers run in bfloat16 (three times as fast).
+layers run in bfloat16 (three times as fast). Methods that need statistics get those of 64
+validation texts per task, without labels.
 
 Rows that the file has already are kept, so that a run can be continued.
 """
@@ -16,8 +17,10 @@ import argparse
 import importlib.util
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,12 @@ from torch import Tensor
 
 import lora_merge
 from lora_merge.adapters.alignment import align, read_stacks
+from lora_merge.merge.methods.registry import find_method
 
 # Scales are START * STEP**k; weights are powers of WEIGHT_STEP.
 START, STEP, WEIGHT_STEP = 0.65, 1.12, 1.15
 BATCH = 128
+TEXTS = 64  # of each task, for statistics
 Rank = int | str
 Weights = tuple[tuple[float, ...], ...]
 
@@ -67,6 +72,7 @@ OUTPUT = {"side": "output", "ridge": 0.01}
 ENTRIES = (
     Entry("lego-refit", auto=True, ranks=(16, 32)),
     Entry("wudi-iso", auto=True),
+    Entry("regmean-iso", auto=True),
     Entry("svd", auto=True, ranks=(16, 32, "full")),
     Entry("tsv", auto=True),
     Entry("ties", auto=True, ranks=(16,)),
@@ -74,6 +80,12 @@ ENTRIES = (
     Entry("lego-refit", {"importance": "none"}, ranks=(16, 32)),
     Entry("lego-refit", {"refit": "up", "importance": "size"}, ranks=(16, 32)),
     Entry("wudi-iso"),
+    Entry("regmean-iso"),
+    Entry("regmean"),
+    Entry("ssr"),
+    Entry("esm"),
+    Entry("dc-merge"),
+    Entry("dc-merge", {"smoothing": "linear"}, ranks=(16, "full")),
     Entry("wudi", OUTPUT, reference={16: 0.9308, "full": 0.9473}),
     Entry("wudi-iso", anchors=1),
     Entry("wudi-iso", anchors=2),
@@ -110,12 +122,13 @@ ENTRIES = (
 )
 
 AFTER = """
-The scale of rows with scale=auto is the rule's (docs/which-method.md), and no data were used. Those
-of lego-refit were chosen with --val 150.
+The scale of rows with scale=auto is the rule's (docs/which-method.md), and no labels were used.
+Those of lego-refit were chosen with --val 150.
 
 cat, svd, mean, fedavg and model-stock are task arithmetic up to a scale (per module for
 model-stock), core-tsv and core-iso are tsv and iso-c. linear-factors, robustmerge and aligned-mean
-need adapters of one rank, slerp takes two, regmean and ssr need data.
+need adapters of one rank, slerp takes two. regmean, regmean-iso, ssr and esm got 64 validation
+texts per task, without labels; regmean-iso sets its scale itself.
 
 The reference column has plain dense implementations, and PEFT 0.21.2 where a method is PEFT's
 (ties_svd, dare_linear_svd, dare_ties_svd and magnitude_prune_svd, the best of their densities),
@@ -195,6 +208,7 @@ class Trial:
             dtype="float32",
             jobs=1,
             scale=scale,
+            statistics=_statistics(self.arena, self.folder, self.entry.method),
             **self.entry.settings,
         )
 
@@ -204,6 +218,28 @@ class Trial:
         found = _margins(self.arena, deltas, scale, "val", self.val)
         shares = [float(torch.sigmoid(2 * m).mean()) / own[t] for t, m in found.items()]
         return sum(shares) / len(shares)
+
+
+@cache
+def _collected(arena: Any, folder: Path) -> str:
+    """A file of what the modules see of each task's texts, its own adapter active."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder / "base", dtype=torch.float32).eval()
+    batches = []
+    for task in arena.tasks:
+        ids, lengths, _ = arena._split(task, "val", TEXTS)
+        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        ids = ids[:, : int(lengths.max())]
+        batches.append([{"input_ids": ids, "attention_mask": mask.long()}])
+    file = Path(tempfile.mkdtemp()) / "statistics.safetensors"
+    adapters = [folder / "adapters" / task for task in arena.tasks]
+    lora_merge.collect_statistics(model, adapters, batches, file, inputs=True)
+    return str(file)
+
+
+def _statistics(arena: Any, folder: Path, method: str) -> str | None:
+    return _collected(arena, folder) if find_method(method).needs else None
 
 
 def _row(trial: Trial, place: Place) -> tuple[str, Place]:
@@ -321,8 +357,7 @@ def _write(path: Path, arena: Any, rows: dict[tuple[str, str], str], val: int) -
         f"`python benchmarks/quality.py ARENA --out benchmarks/results/quality.md --val {val}`:",
         f"LoRA adapters of one base model ({names}; mixed ranks). Scale, and weights where a row",
         f"says so, chosen on {val} validation examples per task; test split scored once. Mean over",
-        "tasks of accuracy over that of the task's own adapter; then the accuracies. No merge sees",
-        "data.",
+        "tasks of accuracy over that of the task's own adapter; then the accuracies.",
         "",
         "|method|rank|mean norm.|reference|scale, weights|" + "|".join(arena.tasks) + "|",
         "|-" * (5 + len(arena.tasks)) + "|",

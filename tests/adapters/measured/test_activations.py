@@ -53,6 +53,34 @@ def test_regmean_is_the_least_squares_solution(off_diagonal) -> None:
     torch.testing.assert_close(merge_one(stack, "regmean", parameters=parameters), wanted)
 
 
+@pytest.mark.parametrize("method", ["regmean", "regmean-iso"])
+def test_a_cut_loses_least_of_what_regmean_minimises(method) -> None:
+    """No X of the rank has a smaller error on the inputs; found by dense steps in their metric."""
+    stack = random_stack((4, 6, 5), 30, 20)
+    inputs = task_inputs(stack)
+    parameters = {"off_diagonal": 1.0, "ridge": 0.3, "beta": 0.0, "restore": False}
+    grams = [x @ x.mT / x.shape[1] for x in inputs.values()]
+    pull = 0.3 * sum(grams).diagonal().mean() * torch.eye(20).double()
+    deltas = [stack.of_adapter(i).delta() for i in range(3)]
+    wanted = sum(d @ (g + pull) for d, g in zip(deltas, grams, strict=True))
+    values, vectors = torch.linalg.eigh(sum(grams) + pull)
+    root = vectors @ values.sqrt().diag() @ vectors.mT
+    x = torch.linalg.solve(root, wanted.mT).mT
+    u, s, vh = torch.linalg.svd(x)
+    cut = torch.linalg.solve(root, ((u[:, :6] * s[:6]) @ vh[:6]).mT).mT
+    found = merge_one(stack, method, rank=6, parameters=parameters)
+    torch.testing.assert_close(found, cut)
+    flat = merge_one(stack, method, rank=6, parameters={**parameters, "beta": 0.25})
+    assert float(flat.norm()) == pytest.approx(float(found.norm()))
+    whole = merge_one(stack, method, rank=6, parameters={**parameters, "restore": True})
+    moved = [float((d @ x).square().mean()) for d, x in zip(deltas, inputs.values(), strict=True)]
+    done = [float((whole @ x).square().mean()) for x in inputs.values()]
+    assert sum(done) == pytest.approx(sum(moved))
+    torch.testing.assert_close(whole / whole.norm(), found / found.norm())
+    before, after = torch.linalg.svdvals(found)[:6], torch.linalg.svdvals(flat)[:6]
+    torch.testing.assert_close(after / after[0], (before / before[0]) ** 0.75)
+
+
 def test_ssr_is_the_best_router_from_all_units() -> None:
     """Among all X = B_c R A_c it predicts each adapter's own z best on that adapter's inputs."""
     stack = random_stack((3, 4), 30, 20)
@@ -145,7 +173,7 @@ def test_padding_is_not_seen(tmp_path: Path) -> None:
         torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("method", ["regmean", "ssr", "esm"])
+@pytest.mark.parametrize("method", ["regmean", "regmean-iso", "ssr", "esm"])
 def test_merging_with_a_file(method, tmp_path: Path) -> None:
     torch.manual_seed(0)
     adapters = [make_adapter(f"adapter-{i}", r=r, seed=i) for i, r in enumerate((4, 2, 3))]

@@ -27,6 +27,7 @@ LOSSLESS: dict[str, dict[str, Any]] = {
     "iso-cts": {"beta": 0.0, "common": 1.0},
     "wudi": {"ridge": 1e-9},
     "ssr": {"ridge": 1e-9},
+    "regmean-iso": {"ridge": 1e-9, "beta": 0.0, "restore": False},
     "wudi-iso": {"ridge": 1e-9, "beta": 0.0},
     "dc-merge": {"smoothing": "none"},
     "lego-refit": {"ridge": 1e-9, "beta": 0.0},

@@ -7,7 +7,7 @@ METHOD_NAMES = (
     *("multislerp", "karcher", "model-stock", "magnitude", "ties", "dare", "dare-ties"),
     *("della", "breadcrumbs", "sce", "knots-ties", "knots-dare-ties", "core-ties"),
     *("core-dare-ties", "tsv", "dc-merge", "iso-c", "iso-cts", "ctm", "wudi", "wudi-iso"),
-    *("regmean", "ssr", "esm", "robustmerge", "aligned-mean", "lego", "lego-refit"),
+    *("regmean", "regmean-iso", "ssr", "esm", "robustmerge", "aligned-mean", "lego", "lego-refit"),
 )
 
 

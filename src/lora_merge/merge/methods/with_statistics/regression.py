@@ -1,15 +1,21 @@
-"""Least squares over collected inputs: RegMean and SSR."""
+"""Least squares over collected inputs: RegMean, our form of it, and SSR."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import fsum
 
 import torch
 from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
+from lora_merge.linalg.factors import thin_svd
 from lora_merge.merge.methods.method import Job, Outcome
+from lora_merge.merge.methods.spectral import RTOL, flatten, share_of_energy
 from lora_merge.options import option
+
+# Beyond this the adapters' outputs cancel, which is no shrinkage that should be undone.
+_MOST_RESTORED = 2.0
 
 
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:
@@ -28,7 +34,20 @@ class RegMeanOptions:
     off_diagonal: float = option(
         0.9, "factor on the off-diagonal entries of the input Grams", low=0, high=1
     )
-    ridge: float = option(1e-6, "ridge relative to the mean diagonal entry", above=0)
+    ridge: float = option(
+        1e-6, "pull towards the plain sum, relative to the mean diagonal entry", above=0
+    )
+    beta: float = option(
+        0.0,
+        "0 leaves the singular values of the result, 1 makes them equal (norm kept, not published)",
+        low=0,
+        high=1,
+    )
+    restore: bool = option(
+        False,
+        "make what the result does to the collected inputs as large as what each adapter does, "
+        "module by module (not published)",
+    )
 
 
 @dataclass(frozen=True)
@@ -41,7 +60,8 @@ class SsrOptions:
 def regmean(stack: RankStack, job: Job, options: RegMeanOptions) -> Outcome:
     """RegMean (Jin et al., ICLR 2023): min_X sum_i E_i |(X - D_i) x|^2 over collected inputs.
 
-    X = sum_i D_i G_i (sum_i G_i)^-1: every B_i stays and A_i becomes A_i G_i S^-1.
+    X = sum_i D_i G_i S^-1 with S = sum_i G_i: every B_i stays and A_i becomes A_i G_i S^-1. Of a
+    rank, the X that loses least is the cut of X S^(1/2), not that of X (reduced-rank regression).
     """
     grams = {i: needed(job, f"x.{i}", "regmean") for i in stack.adapters}
     shrunk = {
@@ -49,17 +69,49 @@ def regmean(stack: RankStack, job: Job, options: RegMeanOptions) -> Outcome:
         for i, g in grams.items()
     }
     metric = sum_of(shrunk.values())
-    ridge = options.ridge * metric.diagonal().mean()
-    down = torch.cat(
-        [
-            stack.down[stack.owner == i].to(g) @ g + ridge * stack.down[stack.owner == i].to(g)
-            for i, g in shrunk.items()
-        ]
-    )
-    metric = metric + ridge * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-    routed = torch.linalg.solve(metric, down.mT).mT.to(stack.down.dtype)
+    ridge = float(options.ridge * metric.diagonal().mean())
+    metric.diagonal().add_(ridge)
+    root = torch.linalg.cholesky(metric)
+    own = {i: stack.down[stack.owner == i].double() for i in stack.adapters}
+    seen = torch.cat([a @ shrunk[i] + ridge * a for i, a in own.items()])
     weighted = stack.weighted(job.weights)
-    return Outcome(RankStack(routed, weighted.up, weighted.scale, weighted.owner))
+    alone = len(stack.adapters) < 2 or not (options.beta or options.restore)
+    if alone and (job.rank is None or job.rank >= stack.num_units):
+        down = torch.cholesky_solve(seen.mT, root).mT.to(stack.down.dtype)
+        return Outcome(replace(weighted, down=down))
+    up = weighted.up.double() * weighted.scale
+    # X L with S = L L^T has the singular values of X S^(1/2).
+    left, values, right = thin_svd(up, torch.linalg.solve_triangular(root, seen.mT, upper=False).mT)
+    kept = values[: job.rank]
+    back = torch.linalg.solve_triangular(root.mT, right[: len(kept)].mT, upper=True).mT
+    result = RankStack.single(left[:, : len(kept)], back, kept)
+    if not alone:
+        moved = fsum(_moved(weighted.of_adapter(i), grams[i]) for i in own)
+        result = _evened(result, options.beta)
+        if options.restore:
+            result = result.scaled(_restoring(moved, _moved(result, sum_of(grams.values()))))
+    dtype = stack.down.dtype
+    final = RankStack(result.down.to(dtype), result.up.to(dtype), result.scale, result.owner)
+    return Outcome(final, energy=share_of_energy(kept, values))
+
+
+def _evened(result: RankStack, beta: float) -> RankStack:
+    """The same directions and norm with a flatter spectrum."""
+    u, s, vh = thin_svd(result.up * result.scale, result.down)
+    values = flatten(s, beta)
+    return RankStack.single(u, vh, values * (s.norm() / values.norm().clamp_min(1e-300)))
+
+
+def _moved(part: RankStack, gram: Tensor) -> float:
+    """Mean square of what a delta does to inputs with this second moment."""
+    down = part.down.double()
+    products = part.gram_up * (down @ gram @ down.mT)
+    return float(part.scale @ products @ part.scale)
+
+
+def _restoring(wanted: float, found: float) -> float:
+    """Factor that makes up for what the regression shrank; what cancels stays cancelled."""
+    return min((wanted / found) ** 0.5, _MOST_RESTORED) if found > RTOL**2 * wanted else 1.0
 
 
 def ssr(stack: RankStack, job: Job, options: SsrOptions) -> Outcome:
