@@ -12,7 +12,18 @@ from lora_merge.cli.commands.merge import command
 from lora_merge.merge.recipe.read import parse_recipe
 
 # How to run, not what to make.
-RUNNING = {"adapters", "out", "force", "device", "jobs", "dry_run", "as_json", "allow_pickle"}
+RUNNING = {
+    "adapters",
+    "out",
+    "force",
+    "device",
+    "jobs",
+    "dry_run",
+    "as_json",
+    "allow_pickle",
+    "resume",
+    "shard",
+}
 RUNNING |= {"print_recipe", "strict"}
 # Option → what to write, and where the recipe says so.
 FLAGS = {
@@ -41,6 +52,7 @@ FLAGS = {
     "extras": (["--extras", "drop"], "extras", "drop"),
     "seed": (["--seed", "7"], "seed", 7),
     "schedule": (["--schedule", "linear"], "adapters", {"weight": 2 / 3}),
+    "base": (["--base", "folder"], "base", "folder"),
     "accept_base_models": (["--accept-base-models"], "accept_base_models", True),
 }
 

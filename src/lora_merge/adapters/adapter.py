@@ -295,9 +295,7 @@ def build_adapter(
             raise AdapterError(f"{name}: {key} is no single number", "save the adapter again")
         return float(tensors.read(key).item())
 
-    header = Header(name, entries, config, tensors.metadata(), scalar, rank)
-    if base is not None:
-        header = replace(header, has_base=True, base_shape=base.shape)
+    header = Header(name, entries, config, tensors.metadata(), scalar, rank, base)
     dialect, claims = understand(header)
     weight = None
     if base is not None:

@@ -1,7 +1,8 @@
 """The base model's weights for recipes that meet them, streamed from the checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from math import prod
 from typing import Protocol
@@ -16,6 +17,7 @@ from lora_merge.files.tensor_file import DTYPES
 
 # Entries of a block of rows: 32 MiB in float32.
 _BLOCK = 1 << 23
+_MULTIMODAL = ("language_model.model", "model.language_model")
 
 
 class BaseModel(Protocol):
@@ -29,6 +31,19 @@ class BaseModel(Protocol):
         """A module's weight as a (d_out, d_in) matrix."""
         ...
 
+    def near(self, module: str) -> tuple[str, ...]:
+        """Modules of the base that a name it does not have may have meant."""
+        ...
+
+    def experts(self, stem: str) -> int | None:
+        """How many experts stand below a path ("model.layers.0.mlp.experts")."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """The type of model, as its config says."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class CheckpointBase:
@@ -36,9 +51,11 @@ class CheckpointBase:
 
     Attributes:
         checkpoint: The model's directory.
+        renamed: What becomes of an adapter's name before it is looked for.
     """
 
     checkpoint: Checkpoint
+    renamed: Callable[[str], str] = str
 
     def shape(self, module: str) -> tuple[int, ...] | None:
         """Shape of a module's weight as stored; None where the checkpoint has none."""
@@ -68,9 +85,39 @@ class CheckpointBase:
             )
         return StreamedWeight(self.checkpoint, name, transposed)
 
+    def near(self, module: str) -> tuple[str, ...]:
+        """Modules of the base that a name it does not have may have meant."""
+        names = [n.removesuffix(".weight") for n in self.checkpoint.tensors]
+        leaf = module.rpartition(".")[2]
+        alike = [name for name in names if name.rpartition(".")[2] == leaf]
+        return tuple(get_close_matches(self.renamed(module), alike or names, n=2, cutoff=0.5))
+
+    def experts(self, stem: str) -> int | None:
+        """How many experts stand below a path; None where there are none."""
+        stem = self.renamed(stem)
+        stems = {f"{one}.": 1 for name in _spellings(stem) for one in _old_and_new(name)}
+        below = [
+            (name.removeprefix(one).split("."), place.shape)
+            for name, place in self.checkpoint.tensors.items()
+            for one in stems
+            if name.startswith(one)
+        ]
+        stacked = {shape[0] for _, shape in below if len(shape) == 3}
+        if stacked:
+            return max(stacked)
+        apart = {int(parts[0]) for parts, _ in below if parts[0].isdigit()}
+        return max(apart) + 1 if apart else None
+
+    @property
+    def kind(self) -> str:
+        """The type of model, as its config says."""
+        return str(self.checkpoint.config.get("model_type", ""))
+
     def _find(self, module: str) -> str | None:
         """A weight's name by a module's path, or by kohya's flattened form of it."""
-        found = self.checkpoint.find(module)
+        module = self.renamed(module)
+        tried = (self.checkpoint.find(name) for name in _spellings(module))
+        found = next((name for name in tried if name is not None), None)
         if found is not None or "." in module:
             return found
         ends = [f for f in self._flattened if module.endswith("_" + f) or module == f]
@@ -81,6 +128,20 @@ class CheckpointBase:
     def _flattened(self) -> dict[str, str]:
         weights = [n for n in self.checkpoint.tensors if n.endswith(".weight")]
         return {name.removesuffix(".weight").replace(".", "_"): name for name in weights}
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """A name, and what it is in a multimodal model since, or before, transformers 4.52."""
+    yield name
+    for old, new in (_MULTIMODAL, _MULTIMODAL[::-1]):
+        if name.startswith(old + "."):
+            yield new + name.removeprefix(old)
+
+
+def _old_and_new(stem: str) -> tuple[str, ...]:
+    """Where experts stand, in transformers 5 and in Mixtral's own files."""
+    old, new = "block_sparse_moe.experts", "mlp.experts"
+    return stem, stem.replace(new, old), stem.replace(old, new)
 
 
 @dataclass(frozen=True, eq=False)

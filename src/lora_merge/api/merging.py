@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal
 
 from lora_merge.adapters.access.adapter_like import AdaptersLike
@@ -34,6 +35,7 @@ def cluster(
     extras: Literal["average", "first", "drop", "error"] = "average",
     seed: int = 0,
     accept_base_models: bool = False,
+    base: str | Path | None = None,
     jobs: int | None = None,
     device: str = "auto",
 ) -> MadeAdapter[MergeReport]:
@@ -51,6 +53,7 @@ def cluster(
         extras: What becomes of tensors that are not low-rank factors.
         seed: Seed of all randomness.
         accept_base_models: Cluster adapters of different base models.
+        base: The base model's directory, as for `merge`.
         jobs: Worker threads.
         device: Where to compute.
 
@@ -80,6 +83,7 @@ def cluster(
         extras=extras,
         seed=seed,
         accept_base_models=accept_base_models,
+        base=base,
         jobs=jobs,
         device=device,
     )

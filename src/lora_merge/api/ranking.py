@@ -57,7 +57,7 @@ def chosen(
     if options.objective == "relative":
         energies = {n: float(v.square().sum()) for n, v in spectra.by_module.items()}
         weights = {n: 1 / energy if energy > 0 else 1.0 for n, energy in energies.items()}
-    elif options.base is not None:
+    elif options.objective == "base-relative" and options.base is not None:
         if adapter is None:
             raise MethodError("a base needs the adapter, not its spectra", "give the adapter")
         weights = base_weights(adapter, open_checkpoint(Path(options.base)))

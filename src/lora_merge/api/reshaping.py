@@ -177,7 +177,7 @@ def plan_fuse(given: takes_of.PlanFuse) -> fusing.FusePlan:
 
 
 def _plan_fuse(given: takes_of.PlanFuse) -> fusing.FusePlan:
-    adapter = open_adapter(given.adapter, **given.opening)
+    adapter = open_adapter(given.adapter, base=given.base, **given.opening)
     return fusing.plan_fuse(adapter, Path(given.base), weight=given.weight)
 
 
@@ -216,7 +216,7 @@ def plan_convert(given: takes_of.PlanConvert) -> ConversionPlan:
 
 def _plan_convert(given: takes_of.PlanConvert) -> ConversionPlan:
     rank = given.rank if given.energy is None else _WHOLE
-    adapter = open_adapter(given.adapter, base=given.base, rank=rank, **given.opening)
+    adapter = open_adapter(given.adapter, rank=rank, **given.opening)
     base = None if given.base is None else open_checkpoint(Path(given.base))
     return plan_conversion(adapter, given, base=base)
 

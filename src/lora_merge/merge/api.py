@@ -7,7 +7,6 @@ from typing import Any, Literal
 from lora_merge.adapters.access.adapter_like import AdaptersLike
 from lora_merge.adapters.access.coerce import open_adapters
 from lora_merge.adapters.config import RankLayout
-from lora_merge.adapters.identity.rename import rename_all
 from lora_merge.adapters.in_memory import MadeAdapter
 from lora_merge.arguments import checked
 from lora_merge.errors import MethodError
@@ -71,6 +70,7 @@ def merge(
     accept_base_models: bool = False,
     base_model: str | None = None,
     rename: tuple[str, ...] = (),
+    base: str | Path | None = None,
 ) -> MadeAdapter[MergeReport]:
     """Merge adapters into one.
 
@@ -104,6 +104,8 @@ def merge(
         accept_base_models: Merge adapters of different base models.
         base_model: The base model that one of the adapters must have, if given.
         rename: Changes of module names, FROM=TO, done on every adapter that has such names.
+        base: The base model's directory: names are checked against it, and forms that depend on
+            its weights are read.
 
     Returns:
         The merged adapter with its `report`; `save_pretrained` and `push_to_hub` write it with
@@ -119,7 +121,7 @@ def merge(
         >>> merged.report.total().rank
         (8, 8)
     """
-    opened = rename_all(open_adapters(adapters), rename)
+    opened = open_adapters(adapters, rename=rename, base=base)
     values = [1.0] * len(opened) if weights is None else list(weights)
     own = [{}] * len(opened) if own_parameters is None else list(own_parameters)
     for what, given in (("weights", values), ("mappings in own_parameters", own)):
@@ -152,6 +154,7 @@ def merge(
         accept_base_models=accept_base_models,
         base_model=base_model,
         rename=tuple(rename),
+        base=None if base is None else str(base),
     )
     plan = with_scale(plan_merge(recipe, opened), device=device)
     return run_in_memory(plan, strict=strict, jobs=jobs, device=device)

@@ -44,8 +44,8 @@ class RankOptions:
             raise ArgumentError("min_rank is above max_rank", "correct one of them")
         if self.bottleneck is not None and self.fisher is not None:
             raise ArgumentError("bottleneck and fisher are two statistics files", "give one")
-        if (self.objective == "base-relative") != (self.base is not None):
-            raise ArgumentError("objective base-relative and base belong together", "give both")
+        if self.objective == "base-relative" and self.base is None:
+            raise ArgumentError("objective base-relative needs the base model", "give its base")
 
     @property
     def smallest(self) -> int:

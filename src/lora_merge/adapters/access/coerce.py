@@ -1,7 +1,7 @@
 """Whatever a caller has, as opened adapters: every public function takes them through here."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -12,7 +12,7 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.adapter import open_adapter as open_files
 from lora_merge.adapters.base_weights import CheckpointBase
 from lora_merge.adapters.config import AdapterConfig
-from lora_merge.adapters.identity.rename import rename_all
+from lora_merge.adapters.identity.rename import parse_renames, rename_all
 from lora_merge.adapters.references import expand, resolve
 from lora_merge.arguments import takes
 from lora_merge.errors import SourceError
@@ -39,7 +39,7 @@ def open_adapters(given: OpenAdapters) -> list[Adapter]:
     fallback = None
     if given.alpha is not None:
         fallback = AdapterConfig(r=None, lora_alpha=given.alpha, use_rslora=given.rslora)
-    model = None if given.base is None else CheckpointBase(open_checkpoint(Path(given.base)))
+    model = None if given.base is None else base_for(given.base, given.rename)
     adapters = given.adapters
     opened: list[Adapter] = []
     for one in [adapters] if isinstance(adapters, _SINGLE) else _listed(adapters):
@@ -81,7 +81,7 @@ def open_adapter(given: OpenAdapter) -> Adapter:
           modules     14, rank 8
           parameters  18,944, F16
     """
-    opened = open_adapters(given.adapter, base=given.base, rank=given.rank, **given.opening)
+    opened = open_adapters(given.adapter, rank=given.rank, **given.opening)
     if len(opened) != 1:
         names = ", ".join(one.name for one in opened[:4]) or "none"
         raise SourceError(
@@ -89,6 +89,18 @@ def open_adapter(given: OpenAdapter) -> Adapter:
             "name one; open_adapters opens several",
         )
     return opened[0]
+
+
+def base_for(folder: str | os.PathLike[str], rename: Sequence[str] = ()) -> CheckpointBase:
+    """A base model, in which adapters' modules are looked for under their new names."""
+    changes = parse_renames(rename)
+
+    def renamed(name: str) -> str:
+        for change in changes:
+            name = change.of(name)
+        return name
+
+    return CheckpointBase(open_checkpoint(Path(folder)), renamed)
 
 
 _SINGLE = (Adapter, str, os.PathLike, nn.Module)

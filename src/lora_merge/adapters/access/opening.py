@@ -35,25 +35,36 @@ class OpenOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseOptions(OpenOptions):
+    """The base model, too."""
+
+    base: str | os.PathLike[str] | None = option(
+        None, "base model's directory: checks names, tells what depends on its weights"
+    )
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """The options of `open_adapters`, by name."""
+        return {**super().opening, "base": self.base}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutOptions(BaseOptions):
     """What else forms of full rank need."""
 
-    base: str | os.PathLike[str] | None = argument(
-        None, "the base model's directory, for forms whose delta depends on its weights"
-    )
     rank: int | None = argument(
         None, "accept deltas of full rank, cut at this rank where a form can be cut as it is read"
     )
 
 
 @dataclass(frozen=True)
-class OpenAdapter(BaseOptions):
+class OpenAdapter(CutOptions):
     """Arguments of `open_adapter`."""
 
     adapter: Annotated["AdaptersLike", Needed("what stands for it, as `open_adapters` takes it")]
 
 
 @dataclass(frozen=True)
-class OpenAdapters(BaseOptions):
+class OpenAdapters(CutOptions):
     """Arguments of `open_adapters`."""
 
     adapters: Annotated[

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from lora_merge.adapters.base_weights import BaseModel
 from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.forms import ExtraSpec, ModuleSpec
 from lora_merge.errors import AdapterError
@@ -21,8 +22,7 @@ class Header:
         metadata: The safetensors header's `__metadata__`.
         scalar: Value of a tensor with one entry.
         rank: The rank at which deltas of full rank are cut; None refuses them.
-        has_base: Whether base weights are at hand.
-        base_shape: Shape of a module's base weight as it is stored, None where it is not known.
+        base: The base model, where it is at hand.
     """
 
     adapter: str
@@ -31,8 +31,11 @@ class Header:
     metadata: Mapping[str, str]
     scalar: Callable[[str], float]
     rank: int | None = None
-    has_base: bool = False
-    base_shape: Callable[[str], tuple[int, ...] | None] = lambda module: None
+    base: BaseModel | None = None
+
+    def base_shape(self, module: str) -> tuple[int, ...] | None:
+        """Shape of a module's base weight as it is stored, None where it is not known."""
+        return None if self.base is None else self.base.shape(module)
 
     def said(self) -> AdapterConfig:
         """The config.

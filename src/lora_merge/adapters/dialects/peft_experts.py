@@ -14,6 +14,7 @@ from functools import partial
 
 from torch import Tensor
 
+from lora_merge.adapters.base_weights import BaseModel
 from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.dialects.peft_targets import is_targeted
 from lora_merge.adapters.forms import ModuleSpec
@@ -26,6 +27,8 @@ _VERSION = re.compile(r"(\d+)\.(\d+)")
 # The first PEFT that looks at how a model stores its experts.
 _ORIENTED = (0, 19)
 _READS_HIDDEN = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj)$")
+# Models that store an expert as (in, out), by `model_type`.
+_INPUTS_FIRST = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 _INNER = ("gate_up_proj", "gate_proj", "up_proj")
 
 
@@ -112,7 +115,7 @@ def turned(a: Tensor, b: Tensor, *, experts: int) -> Units:
 
 
 def turn_experts(
-    specs: Sequence[ModuleSpec], config: AdapterConfig, adapter: str
+    specs: Sequence[ModuleSpec], config: AdapterConfig, adapter: str, base: BaseModel | None = None
 ) -> list[ModuleSpec]:
     """The modules of a file with every expert's delta as (out, in).
 
@@ -127,19 +130,25 @@ def turn_experts(
             d_in=spec.d_out,
             recipe=replace(spec.recipe, units=partial(turned, experts=spec.num_experts)),
         )
-        if spec.form == "experts" and _is_turned(spec, shapes, config, adapter)
+        if spec.form == "experts" and _is_turned(spec, shapes, config, adapter, base)
         else spec
         for spec in specs
     ]
 
 
 def _is_turned(
-    spec: ModuleSpec, shapes: Mapping[str, tuple[int, int]], config: AdapterConfig, adapter: str
+    spec: ModuleSpec,
+    shapes: Mapping[str, tuple[int, int]],
+    config: AdapterConfig,
+    adapter: str,
+    base: BaseModel | None,
 ) -> bool:
     """Whether a file holds the factors of an expert's transposed delta."""
     version = _VERSION.match(str(config.raw.get("peft_version") or ""))
     if version and (int(version[1]), int(version[2])) >= _ORIENTED:
         return False
+    if version and base is not None and base.kind:
+        return base.kind not in _INPUTS_FIRST
     verdict = _by_widths(spec, shapes)
     if verdict is None:
         said = f"by PEFT {version[0]}" if version else "by a PEFT that the config does not name"
@@ -147,7 +156,7 @@ def _is_turned(
             f"{adapter}: {spec.name} ({spec.d_out} x {spec.d_in}) was saved {said}, and versions "
             "before 0.19 stored the experts of some models transposed; the shapes do not tell",
             "if PEFT 0.19 or later trained it, say so in adapter_config.json: "
-            '"peft_version": "0.19.0"; otherwise leave it out',
+            '"peft_version": "0.19.0"; if an earlier one did, "0.18.0", and name the base: --base',
         )
     return verdict
 

@@ -42,7 +42,7 @@ def _claim(header: Header) -> Claims:
     specs = [
         module_spec(m, keys, config, entries, name, wrapped.get(m)) for m, keys in factors.items()
     ]
-    modules = {spec.name: spec for spec in turn_experts(specs, config, name)}
+    modules = {spec.name: spec for spec in turn_experts(specs, config, name, header.base)}
     ignored = dict(table.ignored)
     notes = []
     if emptied:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from lora_merge.adapters.access.opening import OpenOptions
+from lora_merge.adapters.access.opening import BaseOptions, OpenOptions
 from lora_merge.api.arguments.writing import Folder, Telling
 from lora_merge.options import Needed, argument, option
 
@@ -38,14 +38,14 @@ class BaseNames:
 
 
 @dataclass(frozen=True)
-class Info(Telling, OpenOptions):
+class Info(Telling, BaseOptions):
     """Arguments of `info`."""
 
     adapter: Annotated["AdaptersLike", Needed(ADAPTER)]
 
 
 @dataclass(frozen=True)
-class Spectra(Telling, OpenOptions, ModuleOptions):
+class Spectra(Telling, BaseOptions, ModuleOptions):
     """Arguments of `spectra`."""
 
     adapter: Annotated["AdaptersLike", Needed(ADAPTER)]
@@ -69,7 +69,7 @@ class BesideBase(Telling, OpenOptions, ModuleOptions):
 
 
 @dataclass(frozen=True)
-class Compare(Telling, OpenOptions, BaseNames, ModuleOptions):
+class Compare(Telling, BaseOptions, BaseNames, ModuleOptions):
     """Arguments of `compare`."""
 
     adapters: Annotated["AdaptersLike", Needed(ADAPTERS)]
@@ -79,7 +79,7 @@ class Compare(Telling, OpenOptions, BaseNames, ModuleOptions):
 
 
 @dataclass(frozen=True)
-class Report(Telling, OpenOptions, BaseNames, ModuleOptions):
+class Report(Telling, BaseOptions, BaseNames, ModuleOptions):
     """Arguments of `report`."""
 
     adapters: Annotated["AdaptersLike", Needed(ADAPTERS)]

@@ -3,10 +3,10 @@
 Of several bases the last one's keywords come first.
 """
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from lora_merge.adapters.access.opening import OpenOptions
+from lora_merge.adapters.access.opening import BaseOptions, OpenOptions
 from lora_merge.api.arguments.writing import OUT, Folder, Running, Telling
 from lora_merge.options import Needed, argument, option
 from lora_merge.ranks.options import RankOptions
@@ -31,7 +31,7 @@ _RULE = (
 
 
 @dataclass(frozen=True)
-class ChooseRanks(OpenOptions, RankOptions):
+class ChooseRanks(BaseOptions, RankOptions):
     """Arguments of `choose_ranks`."""
 
     adapter: Annotated["AdaptersLike | AdapterSpectra", Needed(f"{_ADAPTER}, or its spectra")]
@@ -39,7 +39,7 @@ class ChooseRanks(OpenOptions, RankOptions):
 
 
 @dataclass(frozen=True)
-class PlanResize(Telling, OpenOptions, ResizeOptions):
+class PlanResize(Telling, BaseOptions, ResizeOptions):
     """Arguments of `plan_resize`."""
 
     adapter: Annotated["AdaptersLike", Needed(_ADAPTER)]
@@ -60,14 +60,10 @@ class Resize(Running, PlanResize):
 
 
 @dataclass(frozen=True)
-class PlanConvert(OpenOptions, ConvertOptions):
+class PlanConvert(BaseOptions, ConvertOptions):
     """Arguments of `plan_convert`."""
 
     adapter: Annotated["AdaptersLike", Needed(_ADAPTER)]
-    _: KW_ONLY
-    base: Folder | None = option(
-        None, "base model's directory, for forms and names that depend on it"
-    )
 
 
 @dataclass(frozen=True)

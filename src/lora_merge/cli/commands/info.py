@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_merge.adapters.access.opening import OpenOptions
+from lora_merge.adapters.access.opening import BaseOptions
 from lora_merge.cli.shared.fields import options_of
 from lora_merge.cli.shared.options import adapters_argument, json_option
 
@@ -18,7 +18,7 @@ _READERS = ("peft", "vllm", "sglang", "llama.cpp", "mlx", "diffusers", "comfyui"
 @click.command(short_help="What an adapter is: modules, ranks, norms, oddities.")
 @adapters_argument
 @click.option("--target", type=click.Choice(_READERS), help="What this reader would do with it.")
-@options_of(OpenOptions)
+@options_of(BaseOptions)
 @json_option
 def command(adapters: tuple[str, ...], target: str | None, as_json: bool, **opening: Any) -> None:
     """Show what ADAPTERs are: format, base model, modules, ranks, norms, and what is odd."""

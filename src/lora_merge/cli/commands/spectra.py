@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_merge.adapters.access.opening import OpenOptions
+from lora_merge.adapters.access.opening import BaseOptions
 from lora_merge.analysis.metrics import METRICS
 from lora_merge.cli.shared.fields import options_of
 from lora_merge.cli.shared.options import adapters_argument, json_option, width_option
@@ -47,11 +47,6 @@ Examples:
     "--sort", type=click.Choice(["name", *_METRICS]), help="List modules one by one, in this order."
 )
 @click.option("--top", type=click.IntRange(min=1), help="List only so many modules, or values.")
-@click.option(
-    "--base",
-    type=click.Path(path_type=Path, exists=True),
-    help="Base model's directory: relative norms, amplification.",
-)
 @click.option("--intruders", is_flag=True, help="With --base: count intruder dimensions.")
 @width_option
 @click.option("--csv", type=click.Path(path_type=Path), help="Write module, i, s_i, energy to i.")
@@ -62,7 +57,10 @@ Examples:
     type=click.Path(path_type=Path),
     help="Write the page of `lora-merge report`, without pairs.",
 )
-@options_of(OpenOptions)
+@options_of(
+    BaseOptions,
+    about={"base": "base model's directory: relative norms, amplification, and a check of names"},
+)
 @json_option
 def command(
     adapters: tuple[str, ...],
@@ -70,7 +68,6 @@ def command(
     metric: str,
     sort: str | None,
     top: int | None,
-    base: Path | None,
     intruders: bool,
     width: int | None,
     csv: Path | None,
@@ -84,6 +81,7 @@ def command(
 
     Values are those of scaling * B @ A, exact, computed from the factors.
     """
+    base: Path | None = opening["base"]
     if intruders and base is None:
         raise click.UsageError("--intruders needs --base")
     import lora_merge

@@ -58,7 +58,7 @@ merging_options = together(
         help="Weight of an adapter; repeat it, in the adapters' order. May be negative.",
     ),
     open_options,
-    options_of(Recipe, only=("seed", "dtype", "ranks", "extras", "accept_base_models")),
+    options_of(Recipe, only=("seed", "dtype", "ranks", "extras", "accept_base_models", "base")),
     run_options,
 )
 

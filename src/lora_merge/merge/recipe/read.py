@@ -6,7 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from lora_merge.adapters.access.coerce import base_for
 from lora_merge.adapters.adapter import Adapter, open_adapter
+from lora_merge.adapters.base_weights import BaseModel
 from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.identity.rename import rename_all
 from lora_merge.adapters.references import expand, pin, resolve
@@ -87,10 +89,12 @@ def open_recipe(recipe: Recipe, *, allow_pickle: bool = False) -> list[Adapter]:
         AdapterError: If one is no LoRA adapter.
         RecipeError: If one is not that from which the recipe was made.
     """
-    return rename_all([_open(item, allow_pickle) for item in recipe.adapters], recipe.rename)
+    base = None if recipe.base is None else base_for(recipe.base, recipe.rename)
+    opened = [_open(item, allow_pickle, base) for item in recipe.adapters]
+    return rename_all(opened, recipe.rename)
 
 
-def _open(item: AdapterItem, allow_pickle: bool) -> Adapter:
+def _open(item: AdapterItem, allow_pickle: bool, base: BaseModel | None) -> Adapter:
     fallback = None
     if item.alpha is not None:
         fallback = AdapterConfig(r=None, lora_alpha=item.alpha, use_rslora=item.rslora)
@@ -102,7 +106,7 @@ def _open(item: AdapterItem, allow_pickle: bool) -> Adapter:
             f"{item.adapter}: its weights are not those the recipe was made from",
             "get the original file, or remove sha256 from the recipe",
         )
-    return open_adapter(source, fallback=fallback)
+    return open_adapter(source, fallback=fallback, base=base)
 
 
 def _explain(fault: Any, where: str) -> tuple[str, str]:

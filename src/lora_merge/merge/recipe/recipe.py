@@ -110,6 +110,7 @@ class Recipe(Semantics):
         accept_base_models: Merge adapters of different base models.
         base_model: The base model that one of the adapters must have, if given.
         rename: Changes of module names, FROM=TO, done on every adapter that has such names.
+        base: The base model's directory, for checks of names and forms that depend on its weights.
         version: Of this format.
     """
 
@@ -132,6 +133,9 @@ class Recipe(Semantics):
     accept_base_models: bool = option(False, "accept adapters that name different base models")
     base_model: str | None = None
     rename: tuple[str, ...] = ()
+    base: str | None = option(
+        None, "base model's directory: checks names, tells what depends on its weights"
+    )
     version: Literal[1] = 1
 
     def to_yaml(self) -> str:

@@ -111,7 +111,7 @@ class Settings:
         if shape is None:
             group.refuse(
                 "the width of this module is not stored",
-                "name the base model, whose headers tell it: lora-merge convert --base DIR",
+                "name the base model, whose headers tell it: --base DIR",
             )
         if len(shape) != 2:
             group.refuse(f"the base weight has shape {list(shape)}", "leave this module out")
