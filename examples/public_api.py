@@ -34,13 +34,15 @@ def make(folder: Path) -> None:
     """Many adapters in, one out; one adapter at other ranks."""
     print(len(lora_merge.methods()), "methods")
     print(len(lora_merge.report(ADAPTERS, folder / "report.html").warnings), "warnings")
+    print(lora_merge.plan_merge(ADAPTERS, method="ties", rank=8))
     merged = lora_merge.merge(ADAPTERS, method="ties", rank=8, parameters={"density": 0.4})
     print(merged.report)
     merged.save_pretrained(folder / "merged")
-    print(lora_merge.run_recipe(folder / "merged" / "lora_merge.yaml", folder / "again").out)
+    print(lora_merge.plan_recipe(folder / "merged" / "lora_merge.yaml"))
+    print(lora_merge.run_recipe(folder / "merged" / "lora_merge.yaml", folder / "again").report)
     for part in ("1/2", "2/2"):
         print(lora_merge.run_shard(folder / "merged" / "lora_merge.yaml", folder / "joined", part))
-    print(lora_merge.join(folder / "joined").out)
+    print(lora_merge.join(folder / "joined").report)
     print(lora_merge.pack(ADAPTERS, folder / "library", tags=["kind=text"]))
     print(lora_merge.check_library(folder / "library") or "all is as packed")
     print(lora_merge.info(f"{folder / 'library'}:upper"))
@@ -92,6 +94,7 @@ def measure(folder: Path, model: torch.nn.Module) -> None:
     statistics = lora_merge.collect_statistics(
         model, ADAPTERS, [texts] * 3, folder / "statistics.safetensors"
     )
+    print(lora_merge.plan_merge(ADAPTERS, method="ties", rank=8))
     merged = lora_merge.merge(ADAPTERS, method="ssr", statistics=str(statistics.path))
     print(merged)
     start = {"merge_method": "svd", "adapters": [ADAPTERS], "rank": 8}

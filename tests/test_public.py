@@ -2,14 +2,15 @@
 
 import ast
 import doctest
+import importlib
 import inspect
 import json
 import pickle
+import pkgutil
 import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import lora_merge
 from builders import make_adapter
 from lora_merge.errors import AlignmentError, LoraMergeError, MethodError
 from lora_merge.merge.recipe.recipe import Recipe
+from lora_merge.planning import Plan
 from lora_merge.printing import Printed, Report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +79,7 @@ def test_a_wrong_keyword_names_function_and_word(name: str) -> None:
 def test_the_signature_is_the_real_one() -> None:
     signature = inspect.signature(lora_merge.merge)
     assert signature == inspect.signature(function("merge"))
+    assert lora_merge.merge.__doc__ == function("merge").__doc__
     assert {"adapters", "method", "weights", "parameters"} <= set(signature.parameters)
     for name in FUNCTIONS:
         kinds = {p.kind for p in inspect.signature(getattr(lora_merge, name)).parameters.values()}
@@ -120,10 +123,6 @@ def test_the_page_of_the_api_lists_every_name() -> None:
     page = (ROOT / "docs" / "api.md").read_text()
     for name in lora_merge.__all__:
         assert f"`{name}`" in page, name
-    for name in lora_merge._DEPRECATED:
-        assert f"`{name}`" in page, name
-        with pytest.warns(DeprecationWarning, match=r"use lora_merge\."):
-            assert getattr(lora_merge, name) is not None
 
 
 def test_the_type_checker_knows_every_name() -> None:
@@ -178,29 +177,77 @@ def test_errors_say_the_remedy_once_and_survive_a_pickle() -> None:
         assert (str(again), again.remedy) == (str(one), one.remedy)
 
 
-def reports(tmp: Path) -> Iterator[Printed]:
-    here = [str(path) for path in sorted((ROOT / "examples" / "adapters").iterdir())]
-    yield lora_merge.open_adapter(here[0])
-    yield lora_merge.info(here[0])
-    yield lora_merge.spectra(here[0])
-    yield lora_merge.compare(here)
-    yield lora_merge.choose_ranks(here[0])
-    yield lora_merge.Mixture(here)
+def classes_of_results() -> set[type]:
+    """Every class that prints as a summary, wherever it is in the house."""
+    for found in pkgutil.walk_packages(lora_merge.__path__, "lora_merge."):
+        if "_triton" not in found.name and found.name != "lora_merge.__main__":
+            importlib.import_module(found.name)
+    kinds, found = {Report, Plan}, {Printed}
+    while new := {sub for kind in found for sub in kind.__subclasses__()} - found:
+        found |= new
+    return found - kinds - {Printed}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[Printed]:
+    """One of every class of results, from the bundled adapters and their tiny base."""
+    tmp, examples = tmp_path_factory.mktemp("results"), ROOT / "examples"
+    here = [str(path) for path in sorted((examples / "adapters").iterdir())]
+    base, rows = str(examples / "base"), str(examples / "data" / "test.jsonl")
+    one, start = here[0], {"merge_method": "svd", "adapters": here, "rank": 8}
+    mixture = lora_merge.Mixture(here)
+    spectra, comparison = lora_merge.spectra(one), lora_merge.compare(here)
     merged = lora_merge.merge(here, rank=8)
-    yield from (merged, merged.report)
-    resized = lora_merge.resize(here[0], 4, tmp / "small")
-    yield from (resized, resized.report)
+    fused = lora_merge.fuse(one, base, tmp / "tuned")
+    seen = lora_merge.usage(mixture, base, rows)
+    known = lora_merge.describe(mixture, base, rows)
+    return [
+        *(lora_merge.open_adapter(one), lora_merge.info(one), spectra, comparison),
+        *(lora_merge.judge(comparison), lora_merge.choose_ranks(one), mixture, merged),
+        *(lora_merge.report(here, tmp / "page.html"), merged.report, fused, seen),
+        lora_merge.spectra_beside_base(one, base),
+        *(lora_merge.plan_merge(here, rank=8), lora_merge.plan_resize(one, 4)),
+        *(lora_merge.resize(one, 4).report, lora_merge.plan_convert(one)),
+        *(lora_merge.convert(one).report, lora_merge.plan_fuse(one, base)),
+        lora_merge.plan_extract(base, tmp / "tuned", 8),
+        lora_merge.extract(base, tmp / "tuned", 8).report,
+        lora_merge.run_shard(start, tmp / "parts", "1/2"),
+        lora_merge.arrive(here, tmp / "library", slots=2),
+        lora_merge.consolidate(mixture, seen, experts=2),
+        lora_merge.novelty(known, base, rows),
+        lora_merge.export(mixture, tmp / "static", "static"),
+        lora_merge.evaluate(one, base=base, data=rows, metric="loss", cache=False),
+        lora_merge.search({**start, "scale": 0.5}, base=base, data=rows, metric="loss", trials=2),
+    ]
 
 
-def test_results_print_as_a_few_lines(tmp_path: Path) -> None:
-    for result in reports(tmp_path):
+def test_every_class_of_results_is_tested_here(results: list[Printed]) -> None:
+    assert classes_of_results() == {type(result) for result in results}
+
+
+def test_results_print_as_a_few_lines(results: list[Printed]) -> None:
+    for result in results:
         lines = repr(result).splitlines()
         assert 2 <= len(lines) <= 20 and max(map(len, lines)) < 250, repr(result)
         assert result._repr_html_().startswith("<table>")
+
+
+def test_reports_are_documents_and_tables(results: list[Printed]) -> None:
+    for result in results:
         if isinstance(result, Report):
             json.dumps(result.to_dict(), allow_nan=False)
             rows = result.rows()
-            assert rows and all(row.keys() == rows[0].keys() for row in rows)
+            assert all(row.keys() == rows[0].keys() for row in rows), type(result)
+            json.dumps(rows)  # plain values
+
+
+def test_reports_are_frames(results: list[Printed]) -> None:
+    pandas = pytest.importorskip("pandas")
+    for result in results:
+        if isinstance(result, Report):
+            frame = result.to_frame()
+            assert isinstance(frame, pandas.DataFrame)
+            assert len(frame) == len(result.rows())
 
 
 def test_html_is_escaped() -> None:
@@ -215,14 +262,6 @@ def test_a_frame_needs_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(LoraMergeError, match="pip install pandas"):
         report.to_frame()
-
-
-def test_a_frame_has_a_row_per_module() -> None:
-    pandas = pytest.importorskip("pandas")
-    adapter = make_adapter()
-    frame = lora_merge.spectra(adapter).to_frame()
-    assert isinstance(frame, pandas.DataFrame)
-    assert list(frame["name"]) == list(adapter.modules)
 
 
 def test_the_version_is_said_once() -> None:

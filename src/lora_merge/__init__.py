@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     from lora_merge.api.texts import novelty as novelty
     from lora_merge.api.texts import usage as usage
     from lora_merge.api.tuning import tune as tune
-    from lora_merge.arguments import ArgumentError as ArgumentError
     from lora_merge.errors import AdapterError as AdapterError
     from lora_merge.errors import AlignmentError as AlignmentError
+    from lora_merge.errors import ArgumentError as ArgumentError
     from lora_merge.errors import LoraMergeError as LoraMergeError
     from lora_merge.errors import LoraMergeWarning as LoraMergeWarning
     from lora_merge.errors import MethodError as MethodError
@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from lora_merge.evaluation.evaluate import evaluate as evaluate
     from lora_merge.evaluation.search import search as search
     from lora_merge.merge.api import merge as merge
+    from lora_merge.merge.api import plan_merge as plan_merge
+    from lora_merge.merge.api import plan_recipe as plan_recipe
     from lora_merge.merge.api import run_recipe as run_recipe
     from lora_merge.merge.arrive import arrive as arrive
     from lora_merge.merge.methods.lego_options import LegoOptions as LegoOptions
@@ -76,7 +78,7 @@ _PUBLIC = {
     "AdapterLike": "lora_merge.adapters.access.adapter_like",
     "AdaptersLike": "lora_merge.adapters.access.adapter_like",
     "AlignmentError": "lora_merge.errors",
-    "ArgumentError": "lora_merge.arguments",
+    "ArgumentError": "lora_merge.errors",
     "Example": "lora_merge.mixture.training.data",
     "LegoOptions": "lora_merge.merge.methods.lego_options",
     "LoraMergeError": "lora_merge.errors",
@@ -120,6 +122,8 @@ _PUBLIC = {
     "report": "lora_merge.api.reporting",
     "resize": "lora_merge.api.reshaping",
     "plan_resize": "lora_merge.api.reshaping",
+    "plan_merge": "lora_merge.merge.api",
+    "plan_recipe": "lora_merge.merge.api",
     "run_recipe": "lora_merge.merge.api",
     "run_shard": "lora_merge.merge.shards.shard",
     "search": "lora_merge.evaluation.search",
@@ -130,12 +134,6 @@ _PUBLIC = {
     "usage": "lora_merge.api.texts",
 }
 _MODULES = ("merge",)  # callable modules
-# Old name → (its module, what to use, the version it goes with); see docs/api.md.
-_DEPRECATED = {
-    "adapter_spectra": ("lora_merge.adapters.measured.spectra", "spectra", "0.3"),
-    "train_gate": ("lora_merge.mixture.training.train", "train", "0.3"),
-}
-
 __all__ = [
     "Adapter",
     "AdapterError",
@@ -185,6 +183,8 @@ __all__ = [
     "plan_convert",
     "plan_extract",
     "plan_fuse",
+    "plan_merge",
+    "plan_recipe",
     "plan_resize",
     "report",
     "resize",
@@ -204,22 +204,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_PUBLIC[name]), name)
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
-    if name in _DEPRECATED:
-        return _deprecated(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-def _deprecated(name: str) -> Any:
-    import warnings
-
-    module, better, until = _DEPRECATED[name]
-    warnings.warn(
-        f"lora_merge.{name} goes with {until}: use lora_merge.{better}",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return getattr(import_module(module), name)

@@ -7,16 +7,12 @@ from difflib import get_close_matches
 from functools import wraps
 from typing import Annotated, Any, ForwardRef, ParamSpec, TypeVar, get_args, get_origin
 
-from lora_merge.errors import LoraMergeError
+from lora_merge.errors import ArgumentError
 from lora_merge.options import about_of, check_options, in_order
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-
-
-class ArgumentError(LoraMergeError, TypeError):
-    """A function was called with an argument that it does not have, or that others exclude."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -39,7 +35,7 @@ def checked(
         ... def resize(adapter: str, *, max_rank: int = 8) -> None: ...
         >>> resize("math", maxrank=4)
         Traceback (most recent call last):
-        lora_merge.arguments.ArgumentError: resize() has no argument 'maxrank'
+        lora_merge.errors.ArgumentError: resize() has no argument 'maxrank'
           try: did you mean 'max_rank'?
     """
 
@@ -82,7 +78,7 @@ def takes(
         4
         >>> cut(rank=0)
         Traceback (most recent call last):
-        lora_merge.errors.MethodError: cut(): rank is 0
+        lora_merge.errors.MethodError: cut: rank is 0
           try: it must be at least 1
     """
 
@@ -98,7 +94,7 @@ def takes(
             except TypeError as error:
                 raise ArgumentError(f"{name}(): {error}", "see its documentation") from None
             given = kind(*arguments, **keywords)
-            check_options(given, f"{name}()")
+            check_options(given, name)
             return function(given)
 
         returned = inspect.signature(function).return_annotation

@@ -93,3 +93,7 @@ class LoraMergeWarning(UserWarning):
 
 class NotFiniteError(OutputError):
     """A result holds NaN or infinity, and no file may."""
+
+
+class ArgumentError(LoraMergeError, TypeError):
+    """A function was called with an argument that it does not have, or that others exclude."""

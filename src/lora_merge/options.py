@@ -150,8 +150,9 @@ def check_options(values: Any, owner: str) -> None:
         MethodError: On a value of the wrong kind or out of range.
     """
     for spec in fields(values):
-        if is_shown(spec) and is_plain(spec.type):
-            _check(owner, spec.name, spec.type, spec.metadata, getattr(values, spec.name))
+        kind = get_args(spec.type)[0] if get_origin(spec.type) is Annotated else spec.type
+        if is_shown(spec) and is_plain(kind):
+            _check(owner, spec.name, kind, spec.metadata, getattr(values, spec.name))
 
 
 def describe_options(kind: type[Any], presets: Mapping[str, Any] | None = None) -> list[Parameter]:
@@ -193,8 +194,10 @@ def _check(owner: str, name: str, kind: Any, limits: Mapping[str, Any], value: A
     kind = bare_type(kind)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            choices = ", ".join(get_args(kind))
-            raise MethodError(f"{owner}: {name} is {value!r}", f"choose from: {choices}")
+            near = get_close_matches(str(value), get_args(kind), n=1)
+            choices = f"choose from: {', '.join(get_args(kind))}"
+            said = f"did you mean {near[0]!r}?" if near else choices
+            raise MethodError(f"{owner}: {name} is {value!r}", said)
         return
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise MethodError(f"{owner}: {name} is {value!r}, not {kind.__name__}", "correct it")

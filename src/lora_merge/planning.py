@@ -1,14 +1,19 @@
 """Work that is decided before it is done: one pattern for everything that makes an adapter."""
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+from lora_merge.options import argument, option
 from lora_merge.printing import Report
 
 T = TypeVar("T", covariant=True)
 # Called after each step with what is done and how many steps that has.
 Progress = Callable[[str, int], None]
+Folder = str | os.PathLike[str]
+OUT = ("-o", "--out")
 
 
 class Plan(Report, Generic[T]):
@@ -19,9 +24,14 @@ class Plan(Report, Generic[T]):
         """What a user should know before the work starts."""
         return ()
 
+    @property
+    def peak_bytes(self) -> int:
+        """Working memory of one worker, where it is known; 0 elsewhere."""
+        return 0
+
     def run(
         self,
-        out: Path | None = None,
+        out: Folder | None = None,
         *,
         force: bool = False,
         jobs: int | None = None,
@@ -40,9 +50,53 @@ class Plan(Report, Generic[T]):
         Raises:
             OutputError: If the directory cannot be written; nothing is left behind.
         """
+        return self._run(How(None if out is None else Path(out), force, jobs, device, progress))
+
+    def _run(self, how: "How") -> T:
+        """What `run` does."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class How:
+    """The arguments of `Plan.run`."""
+
+    out: Path | None
+    force: bool
+    jobs: int | None
+    device: str
+    progress: Progress | None
+
+    @property
+    def place(self) -> str | None:
+        """The directory, as reports say it."""
+        return None if self.out is None else str(self.out)
+
+    def step(self, what: str, total: int) -> Callable[[], None]:
+        """What to call after each of `total` steps."""
+        return counted(self.progress, what, total)
 
 
 def counted(progress: Progress | None, what: str, total: int) -> Callable[[], None]:
     """What to call after each of `total` steps."""
     return lambda: progress(what, total) if progress is not None else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Telling:
+    """How a function tells what it does."""
+
+    progress: Progress | None = argument(
+        None, "called after each step with what is done and how many steps that has"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(Telling):
+    """How a plan is run."""
+
+    force: bool = option(False, "replace an output that lora-merge wrote")
+    jobs: int | None = argument(None, "worker threads; default: the CPUs")
+    on_plan: Callable[[Plan[Any]], None] | None = argument(
+        None, "called with the plan, before anything is computed"
+    )

@@ -18,7 +18,7 @@ from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.merge.plan import plan_merge
 from lora_merge.merge.recipe.recipe import AdapterItem, Recipe
-from lora_merge.merge.run import run_plan
+from lora_merge.merge.run import PlannedMerge
 
 
 class Experts(nn.Module):
@@ -183,7 +183,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def write(adapters: list[Adapter], out: Path, rank: int, layout: Any = "uniform") -> Path:
     items = tuple(AdapterItem(adapter.name) for adapter in adapters)
     recipe = Recipe("lego", items, rank, {"reweight_output": "sum"}, ranks=layout)
-    run_plan(plan_merge(recipe, adapters), out)
+    PlannedMerge(plan_merge(recipe, adapters)).run(out)
     return out
 
 

@@ -68,7 +68,11 @@ def test_gate_says_what_it_made(inside: Path, capsys, tmp_path: Path) -> None:
         (["usage", "{mix}", "--base", "none", "--data", "rows.jsonl"], 1, "base model none: "),
         (["usage", "{mix}", "--base", "math", "--data", "rows.jsonl"], 1, "base model math: "),
         (["export", "{mix}", "--to", "xlora", "--base", "none"], 1, "base model none: "),
-        (["usage", "{mix}", "--base", "base", "--data", "none.jsonl"], 2, "none.jsonl"),
+        (
+            ["usage", "{mix}", "--base", "base", "--data", "none.jsonl"],
+            1,
+            "none.jsonl: no such file",
+        ),
         (
             ["usage", "{mix}", "--base", "base", "--data", "rows.jsonl", "--device", "meta"],
             1,

@@ -19,7 +19,7 @@ from lora_merge.evaluation.search import search
 from lora_merge.evaluation.search_space import OVER, SearchSpace
 from lora_merge.merge.plan import plan_merge
 from lora_merge.merge.recipe.read import as_recipe
-from lora_merge.merge.run import run_in_memory
+from lora_merge.merge.run import PlannedMerge
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BASE, DATA = EXAMPLES / "base", EXAMPLES / "data" / "test.jsonl"
@@ -103,7 +103,7 @@ def test_what_may_vary_is_what_the_recipe_says(tmp_path) -> None:
     def merged(over: list[str], **values) -> Adapter:
         space = SearchSpace.of(start, adapters, over)
         made = space.recipe_of(FixedTrial(values))
-        return run_in_memory(plan_merge(made, adapters))
+        return PlannedMerge(plan_merge(made, adapters)).run()
 
     def plain(weights, **settings) -> Adapter:
         settings = {"scale": 1.0, **settings}

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.kernels.gated_stack import reference
-from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.kernels.gated_stack.layout import Layout
 from lora_merge.kernels.gated_stack.operation import gated_expand, routed_shrink
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_merge.kernels.gated_stack.gate import Rule
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.kernels.gated_stack.layout import Layout
 
 pytestmark = pytest.mark.skipif(

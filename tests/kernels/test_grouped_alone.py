@@ -7,9 +7,9 @@ import torch
 
 from kernels.stacks import make_stack, owners
 from lora_merge.errors import LoraMergeWarning, MethodError
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.kernels.gated_stack import dispatch, tune_cases
 from lora_merge.kernels.gated_stack import tune as tuning
-from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.kernels.gated_stack.gpu import grouped
 from lora_merge.kernels.gated_stack.layout import Layout, Places, Units
 from lora_merge.kernels.gated_stack.operation import chosen, gated_expand

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from kernels.stacks import assert_near, make_stack
 from lora_merge.errors import MethodError
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.kernels.gated_stack import reference
-from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.kernels.gated_stack.operation import (
     gated_expand,
     gated_shrink,

@@ -54,7 +54,7 @@ def test_a_run_aligns_and_hashes_once(tmp_path: Path, counted: dict[str, int]) -
 def test_run_recipe_is_the_command(tmp_path: Path) -> None:
     folders = [save_adapter(tmp_path / n, seed=i) for i, n in enumerate("ab")]
     recipe = {"merge_method": "ties", "adapters": [str(folders[0].parent / "[ab]")], "rank": 3}
-    report = lora_merge.run_recipe(recipe, tmp_path / "python")
+    report = lora_merge.run_recipe(recipe, tmp_path / "python").report
     assert report.total().rank == (3, 3)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert run(["run", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "command")]) == 0

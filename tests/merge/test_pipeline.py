@@ -281,7 +281,7 @@ def test_the_report_measures_the_distance_from_the_exact_sum(
     folders: list[Path], tmp_path: Path
 ) -> None:
     recipe = recipe_of(folders, rank=4, parameters={"balance": True})
-    report = run_recipe(recipe, tmp_path / "out")
+    report = run_recipe(recipe, tmp_path / "out").report
     parts = [deltas(folder) for folder in folders]
     merged = deltas(tmp_path / "out")
     for module in report.modules:

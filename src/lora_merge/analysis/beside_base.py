@@ -24,6 +24,7 @@ from lora_merge.files.tensor_file import LARGEST_ENTRY, refuse_non_finite
 from lora_merge.linalg.factors import frobenius
 from lora_merge.linalg.range_finder import leading_svd
 from lora_merge.machine.parallel import in_order
+from lora_merge.printing import Report, Summary
 
 _TOP = 10
 _SIMILAR = 0.5
@@ -58,8 +59,8 @@ class BaseRelation:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class BaseReport:
+@dataclass(frozen=True, repr=False)
+class BaseReport(Report):
     """All modules of an adapter beside a base model.
 
     Attributes:
@@ -69,6 +70,18 @@ class BaseReport:
 
     relations: tuple[BaseRelation, ...]
     missing: tuple[str, ...]
+
+    def summary(self) -> Summary:
+        """The largest changes relative to the base's weights."""
+        largest = sorted(self.relations, key=lambda one: -one.relative)[:5]
+        facts = [(one.module, f"{100 * one.relative:.2g} % of its weight") for one in largest]
+        if self.missing:
+            facts.append(("missing", f"{len(self.missing)} weights that the base does not have"))
+        return Summary(f"{len(self.relations)} modules beside the base", tuple(facts))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per module."""
+        return [relation.to_dict() for relation in self.relations]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

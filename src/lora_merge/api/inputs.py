@@ -5,27 +5,24 @@ file of JSON lines, or rows that were read from one.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.references import expand
-from lora_merge.api.arguments.writing import Folder, Running
+from lora_merge.api.arguments.texts import Texts
+from lora_merge.api.mixture_like import Base, Data, MixtureLike
 from lora_merge.errors import MethodError
 from lora_merge.files.targets import check_target
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.training.base_model import load_base
-from lora_merge.mixture.training.data import Example, read_examples
-from lora_merge.planning import Plan
+from lora_merge.mixture.training.data import DataError, Dataset, Example, read_examples
+from lora_merge.planning import Folder, Plan, Running
 
 T = TypeVar("T")
-
-Base: TypeAlias = Folder | nn.Module
-Data: TypeAlias = Folder | Sequence[Example]
-MixtureLike: TypeAlias = Mixture | Folder
 
 
 def check_out(out: Folder | None, *inputs: Any, force: bool) -> None:
@@ -75,8 +72,24 @@ def loaded_base(base: Base, tokenizer: Any, device: str) -> tuple[Any, Any]:
     return model, tokenizer or reader
 
 
+def check_data(data: Data) -> None:
+    """Refuse a file of rows that is not there, before a model is loaded to read it.
+
+    Raises:
+        DataError: If there is none.
+    """
+    if isinstance(data, str | os.PathLike) and not Path(data).is_file():
+        raise DataError(f"{os.fspath(data)}: no such file", "give a UTF-8 JSON-lines file")
+
+
 def read_rows(
-    data: Data, tokenizer: Any, mixture: Mixture, max_length: int, strict: bool = False
+    data: Data,
+    tokenizer: Any,
+    mixture: Mixture,
+    max_length: int,
+    *,
+    strict: bool = False,
+    on_data: Callable[[Dataset], None] | None = None,
 ) -> Sequence[Example]:
     """The rows that can be used.
 
@@ -84,10 +97,22 @@ def read_rows(
         MethodError: If texts are to be read without a tokenizer.
     """
     if not isinstance(data, str | os.PathLike):
-        return data
-    if tokenizer is None:
+        found = Dataset(tuple(data), ())
+    elif tokenizer is None:
         raise MethodError("a loaded model cannot read texts", "give its tokenizer, too")
-    found = read_examples(
-        Path(data), tokenizer, experts=mixture.names, max_length=max_length, strict=strict
-    )
+    else:
+        found = read_examples(
+            Path(data), tokenizer, experts=mixture.names, max_length=max_length, strict=strict
+        )
+    if on_data is not None:
+        on_data(found)
     return found.examples
+
+
+def opened_texts(given: Texts) -> tuple[Mixture, nn.Module, Sequence[Example]]:
+    """A mixture, its loaded base model, and the rows for them."""
+    check_data(given.data)
+    mixture = opened_mixture(given.mixture)
+    model, reader = loaded_base(given.base, given.tokenizer, given.device)
+    rows = read_rows(given.data, reader, mixture, given.max_length, on_data=given.on_data)
+    return mixture, model, rows

@@ -1,18 +1,21 @@
 """Mixtures: grow and import them, train them, and write them for others."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from lora_merge.adapters.access.adapter_like import AdaptersLike
 from lora_merge.adapters.access.coerce import open_adapters
-from lora_merge.api.inputs import Base, Data, MixtureLike, loaded_base, opened_mixture, read_rows
-from lora_merge.arguments import checked, nearest
-from lora_merge.errors import MethodError
+from lora_merge.api.arguments import mixing as takes_of
+from lora_merge.api.arguments.mixing import Kind
+from lora_merge.api.arguments.texts import Train
+from lora_merge.api.inputs import check_data, check_out, loaded_base, opened_mixture, read_rows
+from lora_merge.api.mixture_like import Data
+from lora_merge.arguments import takes
+from lora_merge.errors import ArgumentError
 from lora_merge.mixture import append
 from lora_merge.mixture.formats.meteora import import_checkpoint
 from lora_merge.mixture.formats.plain import export_experts, export_static
@@ -21,42 +24,49 @@ from lora_merge.mixture.fresh import fresh_adapters
 from lora_merge.mixture.insight.usage import Usage
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.training.base_model import layer_order, linear_modules
+from lora_merge.mixture.training.data import Example
+from lora_merge.mixture.training.processes import is_launched, join, shard
 from lora_merge.mixture.training.settings import TrainSettings
 from lora_merge.mixture.training.train import train_gate
+from lora_merge.planning import counted
+from lora_merge.printing import Report, Summary
 
-Kind = Literal["experts", "static", "xlora"]
 
-
-@dataclass(frozen=True)
-class Exported:
+@dataclass(frozen=True, repr=False)
+class Exported(Report):
     """What an export wrote.
 
     Attributes:
+        out: The directory.
+        kind: What is in it.
         folders: The adapter folders.
         error: Relative Frobenius error of the cut to a rank; 0 where nothing was cut.
     """
 
+    out: Path
+    kind: Kind
     folders: tuple[Path, ...]
     error: float = 0.0
 
+    def summary(self) -> Summary:
+        """What lies where, and the error."""
+        facts = [("folder", str(folder)) for folder in self.folders[:16]]
+        if self.error:
+            facts.append(("cut", f"{100 * self.error:.2g} % of the norm"))
+        return Summary(f"Exported as {self.kind}", tuple(facts))
 
-@checked()
-def append_experts(
-    mixture: MixtureLike,
-    adapters: AdaptersLike,
-    *,
-    names: Sequence[str] | None = None,
-    seed: int = 0,
-    accept_base_models: bool = False,
-) -> Mixture:
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per folder."""
+        return [{"folder": str(folder)} for folder in self.folders]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"schema": 1, "out": str(self.out), "kind": self.kind, "error": self.error}
+
+
+@takes(takes_of.AppendExperts)
+def append_experts(given: takes_of.AppendExperts) -> Mixture:
     """A mixture with more experts; rows of the old ones keep every bit.
-
-    Args:
-        mixture: What there is.
-        adapters: New experts, as `open_adapters` takes them.
-        names: Their names.
-        seed: Of the rows of modules that no expert touched before.
-        accept_base_models: Accept experts that name different base models.
 
     Raises:
         AlignmentError: If they do not fit the old ones.
@@ -68,11 +78,11 @@ def append_experts(
         ['upper', 'double', 'reverse']
     """
     return append.append_experts(
-        opened_mixture(mixture),
-        open_adapters(adapters),
-        names=names,
-        seed=seed,
-        accept_base_models=accept_base_models,
+        opened_mixture(given.mixture),
+        open_adapters(given.adapters),
+        names=given.names,
+        seed=given.seed,
+        accept_base_models=given.accept_base_models,
     )
 
 
@@ -104,7 +114,7 @@ def fresh_mixture(
         MethodError: If the gate cannot be what was asked for.
         SourceError: If there is no such base.
 
-    Example:
+    Examples:
         >>> import lora_merge
         >>> start = lora_merge.fresh_mixture("examples/base", 8, top_k=2)
         >>> start.names, start.spec.preset
@@ -117,25 +127,9 @@ def fresh_mixture(
     )
 
 
-@checked()
-def import_mixture(
-    checkpoint: str | os.PathLike[str],
-    experts: AdaptersLike = (),
-    *,
-    base: str | None = None,
-    top_k: int | None = None,
-    temperature: float | None = None,
-    allow_pickle: bool = False,
-) -> Mixture:
+@takes(takes_of.ImportMixture)
+def import_mixture(given: takes_of.ImportMixture) -> Mixture:
     """Read a mixture that another tool saved: an X-LoRA directory or a MeteoRA file.
-
-    Args:
-        checkpoint: Directory (X-LoRA) or file (MeteoRA).
-        experts: References to its adapters in its order, where they are elsewhere.
-        base: Base model, for X-LoRA's order of layers.
-        top_k: MeteoRA's, which no checkpoint records.
-        temperature: The same.
-        allow_pickle: Read X-LoRA's classifier from a `.pt` file.
 
     Raises:
         AdapterError: If it is neither.
@@ -146,49 +140,23 @@ def import_mixture(
         Traceback (most recent call last):
         lora_merge.errors.AdapterError: examples/adapters/upper/nothing.safetensors: no such file...
     """
-    opened = open_adapters(experts)
+    opened = open_adapters(given.experts)
     places = [a.source.ref if a.source else a.name for a in opened]
     return import_checkpoint(
-        Path(checkpoint),
+        Path(given.checkpoint),
         experts=places,
-        base=base,
-        top_k=top_k,
-        temperature=temperature,
-        allow_pickle=allow_pickle,
+        base=given.base,
+        top_k=given.top_k,
+        temperature=given.temperature,
+        allow_pickle=given.allow_pickle,
     )
 
 
-@checked()
-def train(
-    mixture: MixtureLike,
-    base: Base,
-    data: Data,
-    settings: TrainSettings | None = None,
-    *,
-    tokenizer: Any = None,
-    evaluation: Data = (),
-    max_length: int = 1024,
-    strict: bool = False,
-    device: str = "auto",
-    work: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    on_step: Callable[[Mapping[str, Any]], None] = lambda _: None,
-) -> Mixture:
+@takes(Train)
+def train(given: Train) -> Mixture:
     """Train a mixture's gate; with the settings also its experts, or which ranks they keep.
 
-    Args:
-        mixture: Where to start; it stays as it is.
-        base: Base model: directory, Hub id or a loaded model.
-        data: Training rows.
-        settings: How to train.
-        tokenizer: Of a loaded model.
-        evaluation: Rows whose loss is reported.
-        max_length: Longer rows are cut.
-        strict: Refuse the data if any row is bad; else bad rows are left out.
-        device: Where a base model is loaded.
-        work: Directory for the checkpoint; default: none is kept.
-        resume: Go on from the checkpoint in `work`, to the weights of an unbroken run.
-        on_step: Called with every step's metrics.
+    Processes that torchrun or accelerate started train together: each calls this and gets the same.
 
     Returns:
         The trained mixture.
@@ -205,43 +173,43 @@ def train(
         >>> done.spec.trained
         True
     """
-    start = opened_mixture(mixture)
-    model, reader = loaded_base(base, tokenizer, device)
+    if given.shard and not is_launched():
+        raise ArgumentError("shard spreads the base over processes", "start several")
+    check_data(given.data)
+    check_data(given.evaluation)
+    start = opened_mixture(given.mixture)
+    device = str(join(cpu=given.device == "cpu")) if is_launched() else given.device
+    model, reader = loaded_base(given.base, given.tokenizer, "cpu" if given.shard else device)
+    if given.shard:
+        shard(model, torch.device(device))
+    settings = given.settings or TrainSettings()
+    step = counted(given.progress, "training", settings.steps)
+
+    def read(data: Data) -> Sequence[Example]:
+        return read_rows(
+            data, reader, start, given.max_length, strict=given.strict, on_data=given.on_data
+        )
+
+    def on_step(metrics: Mapping[str, Any]) -> None:
+        step()
+        if given.on_step is not None:
+            given.on_step(metrics)
+
     return train_gate(
         model,
         start,
-        read_rows(data, reader, start, max_length, strict),
+        read(given.data),
         settings,
-        evaluation=read_rows(evaluation, reader, start, max_length, strict),
-        work=None if work is None else Path(work),
-        resume=resume,
+        evaluation=read(given.evaluation) if given.evaluation else (),
+        work=None if given.work is None else Path(given.work),
+        resume=given.resume,
         on_step=on_step,
     )
 
 
-@checked()
-def export(
-    mixture: MixtureLike,
-    out: str | os.PathLike[str],
-    to: Kind,
-    *,
-    weights: Sequence[float] | Usage | None = None,
-    rank: int | None = None,
-    base: str | None = None,
-    force: bool = False,
-) -> Exported:
+@takes(takes_of.Export)
+def export(given: takes_of.Export) -> Exported:
     """Write a mixture for tools that know no gates.
-
-    Args:
-        mixture: The mixture.
-        out: The directory to make.
-        to: "experts": one LoRA folder per expert; "static": one LoRA, the gate held still;
-            "xlora": PEFT's X-LoRA layout, as PEFT 0.19 and earlier read it.
-        weights: For "static": one per expert, or the usage whose mean weights they are; default:
-            1 / N each.
-        rank: For "static": largest rank; default: all, which is exact.
-        base: For "xlora": base model, whose class tells the order of layers.
-        force: Replace an adapter directory that is there.
 
     Raises:
         MethodError: If arguments do not go together, or the mixture has no such form.
@@ -253,20 +221,19 @@ def export(
         >>> lora_merge.export(mixture, "static", "static", weights=[1, 0, 0]).error
         0.0
     """
-    kinds = ("experts", "static", "xlora")
-    if to not in kinds:
-        raise MethodError(f"to is {to!r}", nearest(to, kinds))
-    if to != "static" and (weights is not None or rank is not None):
-        raise MethodError("weights and rank belong to 'static'", "leave them out")
-    if (base is not None) != (to == "xlora"):
-        raise MethodError("'xlora' needs base, and nothing else does", "give it there alone")
-    opened, folder = opened_mixture(mixture), Path(out)
-    if to == "experts":
-        return Exported(tuple(export_experts(opened, folder, force=force)))
-    if base is not None:
-        export_xlora(opened, folder, layer_order(base, opened.modules), force=force)
-        return Exported((folder,))
+    if given.to != "static" and (given.weights is not None or given.rank is not None):
+        raise ArgumentError("weights and rank belong to static", "leave them out")
+    if (given.base is not None) != (given.to == "xlora"):
+        raise ArgumentError("xlora needs base, and nothing else does", "give it there alone")
+    check_out(given.out, given.mixture, given.base, force=given.force)
+    mixture, out = opened_mixture(given.mixture), Path(given.out)
+    if given.to == "experts":
+        return Exported(out, "experts", tuple(export_experts(mixture, out, force=given.force)))
+    if given.base is not None:
+        export_xlora(mixture, out, layer_order(given.base, mixture.modules), force=given.force)
+        return Exported(out, "xlora", (out,))
+    seen = given.weights
     table: Sequence[float] | Mapping[str, Tensor] | None
-    table = weights.mean_weights() if isinstance(weights, Usage) else weights
-    error = export_static(opened, folder, weights=table, rank=rank, force=force)
-    return Exported((folder,), error)
+    table = seen.mean_weights() if isinstance(seen, Usage) else seen
+    error = export_static(mixture, out, weights=table, rank=given.rank, force=given.force)
+    return Exported(out, "static", (out,), error)

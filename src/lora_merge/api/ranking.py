@@ -6,8 +6,7 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.measured.spectra import AdapterSpectra, require_finite
 from lora_merge.analysis.beside_base import base_weights
 from lora_merge.analysis.weighted_spectra import read_moments, weigh_spectra
-from lora_merge.arguments import ArgumentError
-from lora_merge.errors import MethodError
+from lora_merge.errors import ArgumentError, MethodError
 from lora_merge.files.checkpoint import open_checkpoint
 from lora_merge.ranks.choose import RankPlan, choose_ranks
 from lora_merge.ranks.options import RankOptions

@@ -13,8 +13,8 @@ from lora_merge.adapters.measured.spectra import AdapterSpectra, adapter_spectra
 from lora_merge.api.arguments import reshaping as takes_of
 from lora_merge.api.inputs import check_out, run
 from lora_merge.api.ranking import check_rule, chosen, read_rule, weighed
-from lora_merge.arguments import ArgumentError, takes
-from lora_merge.errors import MethodError
+from lora_merge.arguments import takes
+from lora_merge.errors import ArgumentError, MethodError
 from lora_merge.files.checkpoint import open_checkpoint
 from lora_merge.files.header import code_of
 from lora_merge.planning import counted
@@ -33,7 +33,7 @@ def plan_resize(given: takes_of.PlanResize) -> resizing.ResizePlan:
     """Decide the ranks of `resize`, and what would be written; reads the adapter once.
 
     Returns:
-        The plan: `ranks` has every module's rank and what that keeps, `run_plan` runs it.
+        The plan: `ranks` has every module's rank and what that keeps, `run` makes it.
 
     Raises:
         MethodError: If the rule cannot be met.

@@ -1,10 +1,9 @@
 """A mixture on texts: which expert speaks where, fewer experts by that, is one missing."""
 
-from collections.abc import Sequence
-from typing import Any
-
-from lora_merge.api.inputs import Base, Data, MixtureLike, loaded_base, opened_mixture, read_rows
-from lora_merge.arguments import checked
+from lora_merge.api.arguments import texts as takes_of
+from lora_merge.api.inputs import opened_mixture, opened_texts
+from lora_merge.api.mixture_like import MixtureLike
+from lora_merge.arguments import checked, takes
 from lora_merge.mixture.insight import consolidate as consolidating
 from lora_merge.mixture.insight import novelty as novelties
 from lora_merge.mixture.insight.usage import Usage
@@ -13,27 +12,11 @@ from lora_merge.mixture.runtime.attach import load_mixture
 from lora_merge.mixture.training.base_model import watch_rows
 
 
-@checked()
-def usage(
-    mixture: MixtureLike,
-    base: Base,
-    data: Data,
-    *,
-    tokenizer: Any = None,
-    max_length: int = 512,
-    batch_size: int = 8,
-    device: str = "auto",
-) -> Usage:
+@takes(takes_of.Usage)
+def usage(given: takes_of.Usage) -> Usage:
     """Which expert speaks where, on texts: runs the mixture over them and counts.
 
-    Args:
-        mixture: The mixture.
-        base: Base model: directory, Hub id or a loaded model, which is left as it was.
-        data: Texts.
-        tokenizer: Of a loaded model.
-        max_length: Longer rows are cut.
-        batch_size: Rows of one pass.
-        device: Where a base model is loaded.
+    A loaded model is left as it was.
 
     Examples:
         >>> import lora_merge
@@ -42,12 +25,15 @@ def usage(
         >>> seen.experts
         ('double', 'reverse', 'upper')
     """
-    opened = opened_mixture(mixture)
-    model, reader = loaded_base(base, tokenizer, device)
-    rows = read_rows(data, reader, opened, max_length)
-    handle = load_mixture(model, opened, name="usage")
+    mixture, model, rows = opened_texts(given)
+    handle = load_mixture(model, mixture, name="usage")
     try:
-        return watch_rows(model, handle, rows, batch_size)
+        seen = watch_rows(model, handle, rows, given.batch_size)
+        labels = {row.expert for row in rows if row.expert >= 0} if given.by_label else ()
+        for label in sorted(labels):
+            members = [row for row in rows if row.expert == label]
+            seen.labels[mixture.names[label]] = watch_rows(model, handle, members, given.batch_size)
+        return seen
     finally:
         handle.detach()
 
@@ -83,31 +69,11 @@ def consolidate(
     return consolidating.consolidate(opened_mixture(mixture), usage, experts=experts, rank=rank)
 
 
-@checked()
-def describe(
-    mixture: MixtureLike,
-    base: Base,
-    data: Data,
-    *,
-    modules: Sequence[str] | None = None,
-    rank: int = 8,
-    tokenizer: Any = None,
-    max_length: int = 512,
-    batch_size: int = 8,
-    device: str = "auto",
-) -> Mixture:
+@takes(takes_of.Describe)
+def describe(given: takes_of.Describe) -> Mixture:
     """Learn what each expert's texts look like (after SEMA, arXiv 2403.18886), for `novelty`.
 
-    Args:
-        mixture: The mixture; it stays as it is.
-        base: Base model: directory, Hub id or a loaded model.
-        data: Rows that name their expert.
-        modules: Whose inputs; default: those already described, or one per layer.
-        rank: Width of the autoencoder.
-        tokenizer: Of a loaded model.
-        max_length: Longer rows are cut.
-        batch_size: Rows of one pass.
-        device: Where a base model is loaded.
+    The rows name their expert.
 
     Returns:
         The mixture with descriptors.
@@ -122,39 +88,24 @@ def describe(
         >>> known.descriptors.experts
         ('double', 'reverse', 'upper')
     """
-    opened = opened_mixture(mixture)
-    model, reader = loaded_base(base, tokenizer, device)
-    rows = read_rows(data, reader, opened, max_length)
-    described = Mixture.of(opened.spec, opened.experts, opened.gate)
+    mixture, model, rows = opened_texts(given)
+    described = Mixture.of(mixture.spec, mixture.experts, mixture.gate)
     described.descriptors = novelties.describe(
-        model, opened, rows, modules=modules, rank=rank, batch_size=batch_size
+        model,
+        mixture,
+        rows,
+        modules=given.modules,
+        rank=given.rank,
+        batch_size=given.batch_size,
     )
     return described
 
 
-@checked()
-def novelty(
-    mixture: MixtureLike,
-    base: Base,
-    data: Data,
-    *,
-    threshold: float = 1.5,
-    tokenizer: Any = None,
-    max_length: int = 512,
-    batch_size: int = 8,
-    device: str = "auto",
-) -> novelties.Novelty:
+@takes(takes_of.Novelty)
+def novelty(given: takes_of.Novelty) -> novelties.Novelty:
     """Whether texts need an expert that a mixture does not have (after SEMA, arXiv 2403.18886).
 
-    Args:
-        mixture: A mixture from `describe`.
-        base: Base model: directory, Hub id or a loaded model.
-        data: Texts of one kind.
-        threshold: Deviations above an expert's own texts that are strange.
-        tokenizer: Of a loaded model.
-        max_length: Longer rows are cut.
-        batch_size: Rows of one pass.
-        device: Where a base model is loaded.
+    The mixture is one from `describe`, the texts are of one kind.
 
     Raises:
         MethodError: If the mixture has no descriptors.
@@ -166,7 +117,7 @@ def novelty(
         >>> lora_merge.novelty(known, "examples/base", "examples/data/test.jsonl").experts
         ('double', 'reverse', 'upper')
     """
-    opened = opened_mixture(mixture)
-    model, reader = loaded_base(base, tokenizer, device)
-    rows = read_rows(data, reader, opened, max_length)
-    return novelties.novelty(model, opened, rows, threshold=threshold, batch_size=batch_size)
+    mixture, model, rows = opened_texts(given)
+    return novelties.novelty(
+        model, mixture, rows, threshold=given.threshold, batch_size=given.batch_size
+    )

@@ -11,43 +11,42 @@ from typing import Any
 import click
 
 from lora_merge._version import __version__
-from lora_merge.arguments import ArgumentError
 from lora_merge.cli.shared import verbosity
 from lora_merge.cli.shared.command import Command
 from lora_merge.cli.shared.escape import for_terminal
-from lora_merge.errors import LoraMergeError, remedy_of
+from lora_merge.errors import ArgumentError, LoraMergeError, remedy_of
 from lora_merge.files.inputs import noting_inputs
 
-# Name → module with a click command `command`. Modules are imported when their command is needed,
-# and none of them imports torch at its top.
+# Command → what it does. Each is a module of its name in `commands` with a click command `command`,
+# imported when it is needed; none of them imports torch at its top.
 _COMMANDS = {
-    "cluster": "lora_merge.cli.commands.cluster",
-    "merge": "lora_merge.cli.commands.merge",
-    "run": "lora_merge.cli.commands.run",
-    "join": "lora_merge.cli.commands.join",
-    "arrive": "lora_merge.cli.commands.arrive",
-    "pack": "lora_merge.cli.commands.pack",
-    "methods": "lora_merge.cli.commands.methods",
-    "fuse": "lora_merge.cli.commands.fuse",
-    "resize": "lora_merge.cli.commands.resize",
-    "extract": "lora_merge.cli.commands.extract",
-    "convert": "lora_merge.cli.commands.convert",
-    "info": "lora_merge.cli.commands.info",
-    "spectra": "lora_merge.cli.commands.spectra",
-    "compare": "lora_merge.cli.commands.compare",
-    "report": "lora_merge.cli.commands.report",
-    "evaluate": "lora_merge.cli.commands.evaluate",
-    "search": "lora_merge.cli.commands.search",
-    "gate": "lora_merge.cli.commands.gate",
-    "train": "lora_merge.cli.commands.train",
-    "usage": "lora_merge.cli.commands.usage",
-    "consolidate": "lora_merge.cli.commands.consolidate",
-    "describe": "lora_merge.cli.commands.describe",
-    "novelty": "lora_merge.cli.commands.novelty",
-    "export": "lora_merge.cli.commands.export",
-    "tune": "lora_merge.cli.commands.tune",
-    "doctor": "lora_merge.cli.commands.doctor",
-    "completion": "lora_merge.cli.commands.completion",
+    "cluster": "Cluster rank-wise units into one adapter (LoRA-LEGO).",
+    "merge": "Merge adapters by any method.",
+    "run": "Run a recipe (lora_merge.yaml).",
+    "join": "Put the shards of a merge together.",
+    "arrive": "Keep adapters that arrive one by one in K slots.",
+    "pack": "Pack many adapters into a library.",
+    "methods": "The merge methods, or one of them in full.",
+    "fuse": "Write base model + adapter as one model.",
+    "resize": "Lower an adapter's ranks, by energy, budget or another rule.",
+    "extract": "A LoRA from a model and its fine-tuned version.",
+    "convert": "An adapter of any form in the format of another tool.",
+    "info": "What an adapter is: modules, ranks, norms, oddities.",
+    "spectra": "Singular spectra: what rank is worth keeping, and where.",
+    "compare": "All pairs: cosine, overlap, interference; who can be averaged.",
+    "report": "One interactive page: spectra, heat maps, pairs, warnings.",
+    "evaluate": "Score adapters, merges and mixtures on rows.",
+    "search": "Find the recipe whose merge scores best on rows.",
+    "gate": "Put adapters behind a gate: one mixture directory.",
+    "train": "Train a mixture's gate, prune its ranks or train its experts.",
+    "usage": "Show which expert speaks where, on your text.",
+    "consolidate": "Merge a mixture's experts by how they are used.",
+    "describe": "Learn what each expert's texts look like.",
+    "novelty": "Say whether texts need a new expert.",
+    "export": "Write a mixture for tools that know no gates.",
+    "tune": "Measure which kernels are fastest on this machine.",
+    "doctor": "Versions, devices, caches, optional parts: for bug reports.",
+    "completion": "Completion for bash, zsh or fish.",
 }
 # click's name of the variable by which a shell asks; `completion` writes the shell's side of it.
 COMPLETE = "_LORA_MERGE_COMPLETE"
@@ -60,7 +59,13 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        return Command.of(import_module(_COMMANDS[cmd_name]).command)
+        module = import_module(f"lora_merge.cli.commands.{cmd_name}")
+        return Command.of(module.command, _COMMANDS[cmd_name])
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table, without importing the commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -1,6 +1,7 @@
 """A loaded base model and rows, on which many things are scored one after the other."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from lora_merge.adapters.access.coerce import open_adapters
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.evaluation.applied import applied
 from lora_merge.evaluation.metrics import Metric, RowScores, find_metric
+from lora_merge.evaluation.options import BenchOptions
 from lora_merge.evaluation.rows import Rows, has_labels, read_rows
 from lora_merge.mixture.formats.directory import is_mixture
 from lora_merge.mixture.mixture import Mixture
@@ -19,7 +21,6 @@ from lora_merge.mixture.runtime.attach import load_mixture
 from lora_merge.mixture.training.base_model import load_base
 
 ALL = "all"
-Judge = Callable[[list[dict[str, str]]], float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,24 +65,16 @@ class Bench:
         return by_task(self.rows, found)
 
 
-def open_bench(
-    base: str | Path,
-    data: str | Path,
-    *,
-    metric: str | Judge = "auto",
-    max_length: int = 1024,
-    batch_size: int = 16,
-    device: str = "auto",
-) -> Bench:
-    """Load a base model and rows; arguments as for `evaluate`.
+def open_bench(given: BenchOptions) -> Bench:
+    """Load a base model and rows.
 
     Raises:
         LoraMergeError: If the rows cannot be scored by the metric, or the model cannot be loaded.
     """
-    path = Path(data)
-    model, tokenizer = load_base(str(base), device, head=has_labels(path))
-    rows = read_rows(path, tokenizer, max_length=max_length)
-    return Bench(model, tokenizer, rows, find_metric(metric, rows), batch_size)
+    path = Path(given.data)
+    model, tokenizer = load_base(os.fspath(given.base), given.device, head=has_labels(path))
+    rows = read_rows(path, tokenizer, max_length=given.max_length)
+    return Bench(model, tokenizer, rows, find_metric(given.metric, rows), given.batch_size)
 
 
 def open_subjects(given: Any) -> list[Subject]:
@@ -101,10 +94,7 @@ def open_subjects(given: Any) -> list[Subject]:
             found.append(Subject(str(item), "mixture", mixture, files))
         else:
             for adapter in open_adapters(item):
-                source = adapter.source
-                places = (source.weights, source.config) if source else ()
-                files = tuple(path for path in places if path is not None)
-                found.append(Subject(adapter.name, "adapter", adapter, files))
+                found.append(Subject(adapter.name, "adapter", adapter, tuple(adapter.files)))
     return found
 
 

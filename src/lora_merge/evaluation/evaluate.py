@@ -1,13 +1,17 @@
 """Score adapters, merges and mixtures on rows, side by side."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_merge.arguments import checked
-from lora_merge.evaluation.bench import Judge, Subject, open_bench, open_subjects
+from lora_merge.arguments import takes
+from lora_merge.evaluation.bench import ALL, Subject, open_bench, open_subjects
+from lora_merge.evaluation.options import Evaluate
 from lora_merge.evaluation.score_cache import cached, keep
+from lora_merge.planning import counted
+from lora_merge.printing import Report, Summary
 
 
 @dataclass(frozen=True)
@@ -29,55 +33,54 @@ class Score:
     normalised: float | None = None
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Report):
     """What was measured.
 
     Attributes:
         metric: Its name.
         higher: Whether more is better.
-        rows: How many.
+        num_rows: How many rows.
         tasks: Names of the tasks in the rows.
         lines: The base first, then what was asked for, in that order.
     """
 
     metric: str
     higher: bool
-    rows: int
+    num_rows: int
     tasks: tuple[str, ...]
     lines: tuple[Score, ...]
 
+    def summary(self) -> Summary:
+        """Every line's score over all rows."""
+        facts = [(line.name, f"{line.scores[ALL]:.4g}") for line in self.lines[:16]]
+        if len(self.lines) > len(facts):
+            facts.append(("and", f"{len(self.lines) - len(facts)} lines more"))
+        better = "more" if self.higher else "less"
+        return Summary(f"{self.metric} on {self.num_rows} rows ({better} is better)", tuple(facts))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per line, a column per task."""
+        return [
+            {"name": one.name, "kind": one.kind, **one.scores, "normalised": one.normalised}
+            for one in self.lines
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"schema": 1, **asdict(self)}
+        return {
+            "schema": 1,
+            "metric": self.metric,
+            "higher": self.higher,
+            "rows": self.num_rows,
+            "tasks": list(self.tasks),
+            "lines": [asdict(line) for line in self.lines],
+        }
 
 
-@checked()
-def evaluate(
-    subjects: Any,
-    *,
-    base: str | Path,
-    data: str | Path,
-    metric: str | Judge = "auto",
-    max_length: int = 1024,
-    batch_size: int = 16,
-    device: str = "auto",
-    cache: bool = True,
-    on_subject: Callable[[], None] | None = None,
-) -> Evaluation:
+@takes(Evaluate)
+def evaluate(given: Evaluate) -> Evaluation:
     """Score the base model, adapters, merges and mixtures on rows.
-
-    Args:
-        subjects: Adapters (what `open_adapters` takes) and mixtures (directories or `Mixture`).
-        base: The base model: a directory or a Hub id.
-        data: JSON lines, see `read_rows`; a row's `task` (or `expert`) names its column.
-        metric: "loss", "accuracy", "exact-match", "auto", "command:PROGRAM" or a function; see
-            `find_metric`.
-        max_length: Rows with more tokens are refused.
-        batch_size: Texts in one pass.
-        device: "auto", "cpu", "cuda", ...
-        cache: Take scores of the same files, rows and metric from an earlier call.
-        on_subject: Called after each subject.
 
     Returns:
         The table; its first line is the base model.
@@ -92,21 +95,19 @@ def evaluate(
         >>> [round(line.scores["upper"], 2) for line in found.lines]
         [0.0, 0.0, 0.0, 1.0]
     """
-    opened = open_subjects(subjects)
-    bench = open_bench(
-        base, data, metric=metric, max_length=max_length, batch_size=batch_size, device=device
-    )
+    opened = open_subjects(given.subjects)
+    bench, base = open_bench(given), os.fspath(given.base)
+    step = counted(given.progress, "evaluating", len(opened) + 1)
     lines = []
     for subject in (Subject("base", "base"), *opened):
-        known = cache and isinstance(metric, str)
-        scores = cached(bench, str(base), subject) if known else None
+        known = given.cache and isinstance(given.metric, str)
+        scores = cached(bench, base, subject) if known else None
         if scores is None:
             scores = bench.score(subject.what)
             if known:
-                keep(bench, str(base), subject, scores)
+                keep(bench, base, subject, scores)
         lines.append(Score(subject.name, subject.kind, scores))
-        if on_subject is not None:
-            on_subject()
+        step()
     higher, tasks = bench.metric.higher, tuple(bench.rows.tasks)
     lines = normalised(lines, tasks, higher=higher)
     return Evaluation(bench.metric.name, higher, len(bench.rows.rows), tasks, tuple(lines))

@@ -1,15 +1,17 @@
 """Search a recipe's scale, weights, method and masks for the best score on rows (Optuna)."""
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters.adapter import Adapter
-from lora_merge.arguments import checked
+from lora_merge.arguments import takes
 from lora_merge.errors import LoraMergeError
-from lora_merge.evaluation.bench import ALL, Bench, Judge, open_bench
+from lora_merge.evaluation.bench import ALL, Bench, open_bench
+from lora_merge.evaluation.options import Search
 from lora_merge.evaluation.search_space import SearchSpace
 from lora_merge.files.atomic import atomic_file
 from lora_merge.merge.api import run_recipe
@@ -17,12 +19,13 @@ from lora_merge.merge.auto.scale import with_scale
 from lora_merge.merge.plan import plan_merge
 from lora_merge.merge.recipe.read import as_recipe, open_recipe
 from lora_merge.merge.recipe.recipe import Recipe
-from lora_merge.merge.run import run_in_memory
+from lora_merge.merge.run import PlannedMerge
+from lora_merge.planning import counted
+from lora_merge.printing import Report, Summary
 
 if TYPE_CHECKING:
     from optuna.study import Study
 
-Sampler = Literal["tpe", "cmaes", "random"]
 _FAILED = "failed"
 
 
@@ -43,8 +46,8 @@ class Trial:
     failed: str = ""
 
 
-@dataclass(frozen=True)
-class SearchResult:
+@dataclass(frozen=True, repr=False)
+class SearchResult(Report):
     """What a search found.
 
     Attributes:
@@ -68,6 +71,27 @@ class SearchResult:
     held_out: dict[str, dict[str, float]]
     mattered: dict[str, float]
 
+    def summary(self) -> Summary:
+        """The winner's values, and how it does on rows that no trial saw."""
+        held = [(f"held out, {name}", f"{one[ALL]:.4g}") for name, one in self.held_out.items()]
+        values = [(name, _short(value)) for name, value in list(self.best.values.items())[:8]]
+        title = f"Search: {len(self.trials)} trials, {self.metric}, trial {self.best.number} won"
+        return Summary(title, (*held, *values))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per trial; values and scores that a trial does not have are None."""
+        names = list(dict.fromkeys(n for trial in self.trials for n in trial.values))
+        tasks = list(dict.fromkeys(n for trial in self.trials for n in trial.scores))
+        return [
+            {
+                "number": trial.number,
+                **{name: trial.values.get(name) for name in names},
+                **{f"score {task}": trial.scores.get(task) for task in tasks},
+                "failed": trial.failed,
+            }
+            for trial in self.trials
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         import yaml
@@ -85,53 +109,13 @@ class SearchResult:
         }
 
 
-@checked()
-def search(
-    recipe: Recipe | dict[str, Any] | str | Path,
-    *,
-    base: str | Path,
-    data: str | Path,
-    trials: int = 50,
-    over: Sequence[str] = ("scale", "weights"),
-    methods: Sequence[str] = (),
-    metric: str | Judge = "auto",
-    pareto: bool = False,
-    held_out: float = 0.3,
-    sampler: Sampler = "tpe",
-    seed: int = 0,
-    study: str | Path | None = None,
-    worker: int = 0,
-    max_length: int = 1024,
-    batch_size: int = 16,
-    device: str = "auto",
-    on_trial: Callable[[Trial], None] | None = None,
-) -> SearchResult:
+@takes(Search)
+def search(given: Search) -> SearchResult:
     """Find the recipe whose merge scores best.
 
     The model is loaded once; every trial is merged, put into it and taken out again in memory. The
     first trial is the recipe as it came. A study in a file goes on where it ended, and gives what
     one that was not interrupted gives; several processes may share it (`worker`).
-
-    Args:
-        recipe: Where to start, as for `run_recipe`.
-        base: The base model: a directory or a Hub id.
-        data: JSON lines, see `evaluate`.
-        trials: How many trials the study shall have in all.
-        over: What may vary, of `search_space.OVER`.
-        methods: The methods to choose from, if `over` names "method".
-        metric: As for `evaluate`.
-        pareto: One objective per task instead of their mean; the winner is that of the front with
-            the best mean.
-        held_out: Share of the rows that no trial sees.
-        sampler: Optuna's.
-        seed: Of the sampler and the split.
-        study: SQLite file to keep the study in; default: in memory.
-        worker: Another number for each process that shares a study, so that they try different
-            things.
-        max_length: Rows with more tokens are refused.
-        batch_size: Texts in one pass.
-        device: "auto", "cpu", "cuda", ...
-        on_trial: Called after each trial.
 
     Raises:
         LoraMergeError: If recipe, rows and model do not fit together, a study in the file is of
@@ -147,38 +131,44 @@ def search(
         >>> len(found.trials), found.best.scores["all"] <= found.trials[0].scores["all"]
         (3, True)
     """
-    start = as_recipe(recipe)
+    start = as_recipe(given.recipe)
     adapters = open_recipe(start)
     plan = plan_merge(start, adapters)  # refused before a model is loaded
-    if "scale" in over:
+    if "scale" in given.over:
         start = replace(start, scale=with_scale(plan).semantics.scale)
-    space = SearchSpace.of(start, adapters, over, methods)
-    bench = open_bench(
-        base, data, metric=metric, max_length=max_length, batch_size=batch_size, device=device
-    )
-    choose, report = bench.rows.split(held_out, seed)
+    space = SearchSpace.of(start, adapters, given.over, given.methods)
+    bench = open_bench(given)
+    choose, report = bench.rows.split(given.held_out, given.seed)
     chosen, reported = replace(bench, rows=choose), replace(bench, rows=report)
     tasks = choose.tasks or [ALL]
     wanted = {
         "recipe": start.to_yaml(),
-        "over": list(over),
-        "methods": list(methods),
+        "over": list(given.over),
+        "methods": list(given.methods),
         "rows": choose.sha256,
         "metric": bench.metric.name,
-        "pareto": pareto,
-        "held_out": held_out,
-        "sampler": sampler,
-        "seed": seed,
+        "pareto": given.pareto,
+        "held_out": given.held_out,
+        "sampler": given.sampler,
+        "seed": given.seed,
     }
-    opened = _open_study(study, wanted, len(tasks) if pareto else 1, bench.metric.higher)
+    opened = _open_study(
+        given.study, wanted, len(tasks) if given.pareto else 1, bench.metric.higher
+    )
     if not _ended(opened) and not _waiting(opened):
         opened.enqueue_trial(space.start())
-    while (done := len(_ended(opened))) < trials:
-        opened.sampler = _sampler(sampler, seed + done + 1_000_003 * worker)
-        trial = _try(opened, space, adapters, chosen, tasks, pareto)
-        if on_trial is not None:
-            on_trial(trial)
+    step = counted(given.progress, "searching", given.trials)
+    while (done := len(_ended(opened))) < given.trials:
+        opened.sampler = _sampler(given.sampler, given.seed + done + 1_000_003 * given.worker)
+        trial = _try(opened, space, adapters, chosen, tasks, given.pareto)
+        step()
+        if given.on_trial is not None:
+            given.on_trial(trial)
     return _result(opened, space, adapters, chosen, reported, tasks)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def save_winner(result: SearchResult, out: Path, *, force: bool = False) -> None:
@@ -193,7 +183,7 @@ def save_report(result: SearchResult, path: Path) -> None:
 
 
 def _open_study(
-    path: str | Path | None, wanted: dict[str, Any], count: int, higher: bool
+    path: str | os.PathLike[str] | None, wanted: dict[str, Any], count: int, higher: bool
 ) -> "Study":
     """The study in a file, made if it is not there; refused if it is of something else."""
     optuna = _optuna()
@@ -293,7 +283,7 @@ def _scores(
     recipe: Recipe, adapters: Sequence[Adapter], bench: Bench, tasks: Sequence[str]
 ) -> dict[str, float]:
     """Score of a recipe's merge by task; `all` is the mean over the tasks, whatever their rows."""
-    merged = run_in_memory(with_scale(plan_merge(recipe, adapters)))
+    merged = PlannedMerge(with_scale(plan_merge(recipe, adapters))).run()
     return _mean_over_tasks(bench.score(merged), tasks)
 
 

@@ -1,12 +1,13 @@
 """The header of a safetensors file, believed only where it fits the file."""
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from lora_merge.errors import SourceError
 
@@ -16,6 +17,7 @@ CODES: dict[str, str] = {"float64": "F64", "float32": "F32", "float16": "F16", "
 
 _LARGEST = 100_000_000  # bytes of a header, safetensors' own limit
 _MOST_DIMENSIONS = 16
+_ALIGNMENT = 8
 _BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
     "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
@@ -55,6 +57,26 @@ def code_of(name: DTypeName | None) -> str | None:
     return None if name is None else CODES[name]
 
 
+def header_text(file: BinaryIO) -> bytes:
+    """The JSON of an open file's header, as it stands there; behind it the data begin.
+
+    Raises:
+        ValueError: If its length does not fit the file.
+        struct.error: If the file is shorter than a length.
+    """
+    (length,) = struct.unpack("<Q", file.read(8))
+    if not 2 <= length <= min(_LARGEST, os.fstat(file.fileno()).st_size - 8):
+        raise ValueError("a length that does not fit")
+    return file.read(length)
+
+
+def header_bytes(table: Mapping[str, object]) -> bytes:
+    """A file's head: length and JSON, padded so that tensors behind it are aligned."""
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
 def read_header(path: Path) -> FileHeader:
     """Read a header and hold it against the file.
 
@@ -65,10 +87,8 @@ def read_header(path: Path) -> FileHeader:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            (length,) = struct.unpack("<Q", file.read(8))
-            if not 2 <= length <= min(_LARGEST, size - 8):
-                raise ValueError("a length that does not fit")
-            text = file.read(length).decode("utf-8")
+            raw = header_text(file)
+        text = raw.decode("utf-8")
         entries, metadata = parse_header(text)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise SourceError(
@@ -87,11 +107,11 @@ def read_header(path: Path) -> FileHeader:
                 "get it again",
             )
         place = entry.end
-    if 8 + length + place != size:
+    if 8 + len(raw) + place != size:
         raise SourceError(
-            f"{path} is {size} bytes long, its header says {8 + length + place}", "get it again"
+            f"{path} is {size} bytes long, its header says {8 + len(raw) + place}", "get it again"
         )
-    return FileHeader(entries, metadata, 8 + length, text)
+    return FileHeader(entries, metadata, 8 + len(raw), text)
 
 
 def parse_header(text: str) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -1,5 +1,6 @@
 """Publish a directory on the Hub."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +80,16 @@ def download(ref: str, repo: str, revision: str | None, patterns: Sequence[str])
             "check the spelling; for a private repository set HF_TOKEN",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        # Before huggingface-hub 2.1, a commit that is cached is asked for all the same.
+        with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
+            return Path(
+                snapshot_download(
+                    repo,
+                    revision=revision,
+                    allow_patterns=list(patterns),
+                    local_files_only=True,
+                )
+            )
         raise SourceError(
             f"{ref}: not on disk, not in the Hub cache, and the Hub cannot be asked",
             "check the path, the network and HF_HUB_OFFLINE",

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import struct
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from lora_merge.errors import OutputError
 from lora_merge.files.checkpoint import TensorPlace, read_places
+from lora_merge.files.header import header_bytes, header_text
 from lora_merge.files.tensor_file import DTYPES
 from lora_merge.files.tensor_stream import tensor_bytes, write_at
 
@@ -88,8 +88,8 @@ def _copy_with_header(
     dropped: frozenset[str],
 ) -> None:
     with source.open("rb") as old, target.open("wb") as file:
-        (length,) = struct.unpack("<Q", old.read(8))
-        header = json.loads(old.read(length))
+        header = json.loads(header_text(old))
+        data = old.tell()
         table = {"__metadata__": header.pop("__metadata__")} if "__metadata__" in header else {}
         kept = [(*entry["data_offsets"], name) for name, entry in header.items()]
         kept = sorted(part for part in kept if part[2] not in dropped)
@@ -101,11 +101,10 @@ def _copy_with_header(
         for name, (code, shape) in new.items():
             start, end = end, end + prod(shape) * DTYPES[code].itemsize
             table[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(table, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(struct.pack("<Q", len(text)) + text)
+        head = header_bytes(table)
+        file.write(head)
         for first, last, _ in kept:
-            old.seek(8 + length + first)
+            old.seek(data + first)
             for start in range(first, last, _COPY_BYTES):
                 file.write(old.read(min(_COPY_BYTES, last - start)))
-        file.truncate(8 + len(text) + end)
+        file.truncate(len(head) + end)

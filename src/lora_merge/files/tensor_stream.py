@@ -1,8 +1,6 @@
 """Write a safetensors file tensor by tensor, in any order, in the memory of one tensor."""
 
-import json
 import os
-import struct
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -13,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lora_merge.errors import NotFiniteError, OutputError
+from lora_merge.files.header import header_bytes
 from lora_merge.files.tensor_file import DTYPES
 
-_ALIGNMENT = 8
 _STORED = {**DTYPES, "I64": torch.int64}
 _CODES = {dtype: code for code, dtype in _STORED.items()}
 
@@ -33,11 +31,9 @@ def header_of(
         table[name] = {"dtype": code, "shape": list(shape), "data_offsets": [position, end]}
         offsets[name] = position
         position = end
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    start = 8 + len(text)
-    absolute = {name: start + offset for name, offset in offsets.items()}
-    return struct.pack("<Q", len(text)) + text, absolute, start + position
+    head = header_bytes(table)
+    absolute = {name: len(head) + offset for name, offset in offsets.items()}
+    return head, absolute, len(head) + position
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -17,6 +17,12 @@ class _CallableModule(ModuleType):
         return merge(*arguments, **keywords)
 
     @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        from lora_merge.merge.api import merge
+
+        return merge.__doc__ or ""
+
+    @property
     def __signature__(self) -> inspect.Signature:
         from lora_merge.merge.api import merge
 

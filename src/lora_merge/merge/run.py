@@ -1,22 +1,28 @@
 """Run a plan: into a directory, whole or not at all, or in memory."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lora_merge._version import __version__
+from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.in_memory import MadeAdapter, MemoryWriter
-from lora_merge.adapters.writer import AdapterWriter
+from lora_merge.adapters.writer import AdapterWriter, Writer
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.pages.cards import model_card
+from lora_merge.machine.parallel import default_jobs
 from lora_merge.merge.clusters import clusters_text
 from lora_merge.merge.executor import execute, settle
 from lora_merge.merge.plan import MergePlan
-from lora_merge.merge.recipe.recipe import RECIPE_NAME
+from lora_merge.merge.recipe.recipe import RECIPE_NAME, Recipe
 from lora_merge.merge.report import MergeReport, ModuleReport
+from lora_merge.planning import How, Plan
+from lora_merge.printing import Summary
+from lora_merge.printing import notes as noted
 
 # Below this share of energy kept, the result is not what the method made.
 _LITTLE_ENERGY = 0.5
@@ -25,76 +31,140 @@ _LITTLE_ENERGY = 0.5
 _SHRUNK = 0.1
 
 
-def run_plan(
-    plan: MergePlan,
-    out: Path,
-    *,
-    force: bool = False,
-    strict: bool = False,
-    jobs: int | None = None,
-    device: str = "auto",
-    on_module: Callable[[ModuleReport], None] | None = None,
-) -> MergeReport:
-    """Merge into a directory that appears when everything is done.
+@dataclass(frozen=True, eq=False, repr=False)
+class PlannedMerge(Plan[MadeAdapter[MergeReport]]):
+    """A merge, ready to run.
 
-    Args:
-        plan: What to do; with its `spool`, what is there already.
-        out: The directory to make.
-        force: Replace an adapter directory that is there.
+    Attributes:
+        merge: Everything that was decided; with its `spool`, what is there already.
         strict: Treat it as an error if the cut to a rank lost most of the result.
-        jobs: Worker threads.
-        device: Where to compute.
-        on_module: Called with each module's report.
-
-    Raises:
-        OutputError: If the directory cannot be written; nothing is left behind.
-        AdapterError: If an input turns out damaged; nothing is left behind.
     """
-    sources = [a.source for a in plan.alignment.adapters if a.source]
-    inputs = [path for s in sources for path in (s.weights, s.config) if path]
-    inputs += [plan.statistics.path] if plan.statistics else []
-    needed = plan.output.num_bytes
-    with atomic_directory(out, force=force, inputs=inputs, needed=needed) as folder:
-        with ThreadPoolExecutor(1) as beside:
-            resolved = beside.submit(plan.resolved_recipe)  # hashes the inputs meanwhile
-            waiting = folder / ".spool"
-            if plan.measured and plan.spool is None:
-                waiting.mkdir()
-                plan = settle(plan, waiting, jobs=jobs, device=device)
-            with AdapterWriter(folder, plan.output) as writer:
-                modules = execute(plan, writer, jobs=jobs, device=device, on_module=on_module)
-            if waiting.exists():
-                waiting.rmdir()
-            text = f"# made by lora-merge {__version__}\n" + resolved.result().to_yaml()
-        report = _finish_report(plan, modules, str(out), strict=strict)
-        (folder / RECIPE_NAME).write_text(text + _members(plan, modules), encoding="utf-8")
-        (folder / "README.md").write_text(_card(plan, text), encoding="utf-8")
-    return report
+
+    merge: MergePlan
+    strict: bool = False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know before the work starts."""
+        return self.merge.notes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Working memory of one worker."""
+        return self.merge.peak_bytes(1)
+
+    def summary(self) -> Summary:
+        """Method, adapters, modules and size."""
+        plan = self.merge
+        modules = f"{len(plan.alignment.modules)}, {_ranks_text(plan)}"
+        facts = [
+            ("adapters", f"{len(plan.alignment.adapters)}"),
+            ("modules", modules if not plan.measured else f"{modules} at most"),
+            ("size", f"{plan.output.num_bytes:,} bytes, {plan.output.dtype}"),
+            ("scale", f"{plan.semantics.factor:g}"),
+        ]
+        return Summary(f"Plan of a merge by {plan.method.name}", (*facts, *noted(self.notes)))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per module."""
+        return [
+            {
+                "name": m.name,
+                "adapters": list(m.specs),
+                "units": m.num_units,
+                "rank": self.merge.ranks[m.name],
+                "shape": [m.first.d_out, m.first.d_in],
+            }
+            for m in self.merge.alignment.modules
+        ]
+
+    def to_dict(self, jobs: int | None = None) -> dict[str, Any]:
+        """As JSON values; the memory is that of so many jobs (default: the CPUs)."""
+        plan = self.merge
+        parts = zip(plan.alignment.adapters, plan.weights, plan.own, strict=True)
+        return {
+            "schema": 1,
+            "method": plan.method.name,
+            "rank_rule": str(plan.rule),
+            "base_model": plan.alignment.base_model,
+            "adapters": [
+                {
+                    "adapter": a.name,
+                    "weight": w.to_data(),
+                    "parameters": {name: value.to_data() for name, value in own.items()},
+                    "ranks": sorted(a.ranks()),
+                    "modules": len(a.modules),
+                }
+                for a, w, own in parts
+            ],
+            "modules": self.rows(),
+            "output_bytes": plan.output.num_bytes,
+            "peak_bytes": plan.peak_bytes(jobs or default_jobs()),
+            "dtype": plan.output.dtype,
+            "notes": list(plan.notes),
+            "scale": plan.semantics.factor,
+            "scale_reason": plan.scale_reason,
+        }
+
+    def _run(self, how: How) -> MadeAdapter[MergeReport]:
+        """The merged adapter, which knows its card and its recipe.
+
+        Raises:
+            AdapterError: If an input turns out damaged; nothing is left behind.
+            MethodError: If `strict`, and less than half of the energy was kept.
+        """
+        if how.out is None:
+            return self._in_memory(how)
+        report = self._into(how.out, how)
+        return MadeAdapter.of(Adapter.from_pretrained(how.out), report)
+
+    def _into(self, out: Path, how: How) -> MergeReport:
+        plan = self.merge
+        inputs = [path for adapter in plan.alignment.adapters for path in adapter.files]
+        inputs += [plan.statistics.path] if plan.statistics else []
+        needed = plan.output.num_bytes
+        with atomic_directory(out, force=how.force, inputs=inputs, needed=needed) as folder:
+            with ThreadPoolExecutor(1) as beside:
+                resolved = beside.submit(plan.resolved_recipe)  # hashes the inputs meanwhile
+                plan = _settled(plan, folder / ".spool", how)
+                with AdapterWriter(folder, plan.output) as writer:
+                    modules = _filled(plan, writer, how)
+                if (folder / ".spool").exists():
+                    (folder / ".spool").rmdir()
+                recipe = resolved.result()
+            report = _finish_report(plan, modules, str(out), strict=self.strict)
+            for name, text in _texts(plan, modules, recipe).items():
+                (folder / name).write_text(text, encoding="utf-8")
+        return report
+
+    def _in_memory(self, how: How) -> MadeAdapter[MergeReport]:
+        with tempfile.TemporaryDirectory() as folder:
+            plan = _settled(self.merge, Path(folder) / "spool", how)
+            writer = MemoryWriter(plan.output)
+            modules = _filled(plan, writer, how)
+        report = _finish_report(plan, modules, None, strict=self.strict)
+        texts = _texts(plan, modules, plan.resolved_recipe())
+        return MadeAdapter.of(writer.adapter("merged"), report, texts=texts, notes=report.notes)
 
 
-def run_in_memory(
-    plan: MergePlan, *, strict: bool = False, jobs: int | None = None, device: str = "auto"
-) -> MadeAdapter[MergeReport]:
-    """Merge into an adapter in memory, which knows its card and its recipe.
+def _settled(plan: MergePlan, spool: Path, how: How) -> MergePlan:
+    """The plan with its ranks; where they depend on the results, these wait in a spool."""
+    if not plan.measured or plan.spool is not None:
+        return plan
+    spool.mkdir()
+    return settle(plan, spool, jobs=how.jobs, device=how.device)
 
-    Args:
-        plan: What to do.
-        strict: Treat it as an error if the cut to a rank lost most of the result.
-        jobs: Worker threads.
-        device: Where to compute.
 
-    Raises:
-        AdapterError: If an input turns out damaged.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        if plan.measured:
-            plan = settle(plan, Path(folder), jobs=jobs, device=device)
-        writer = MemoryWriter(plan.output)
-        modules = execute(plan, writer, jobs=jobs, device=device)
-    report = _finish_report(plan, modules, None, strict=strict)
-    text = f"# made by lora-merge {__version__}\n" + plan.resolved_recipe().to_yaml()
-    texts = {RECIPE_NAME: text + _members(plan, modules), "README.md": _card(plan, text)}
-    return MadeAdapter.of(writer.adapter("merged"), report, texts=texts, notes=report.notes)
+def _filled(plan: MergePlan, writer: Writer, how: How) -> list[ModuleReport]:
+    """Every module merged and written."""
+    step = how.step("merging", len(plan.alignment.modules))
+    return execute(plan, writer, jobs=how.jobs, device=how.device, on_module=lambda _: step())
+
+
+def _texts(plan: MergePlan, modules: Sequence[ModuleReport], recipe: Recipe) -> dict[str, str]:
+    """What lies beside the weights: the recipe, with the members of units, and the card."""
+    text = f"# made by lora-merge {__version__}\n" + recipe.to_yaml()
+    return {RECIPE_NAME: text + _members(plan, modules), "README.md": _card(plan, text)}
 
 
 def _members(plan: MergePlan, modules: Sequence[ModuleReport]) -> str:

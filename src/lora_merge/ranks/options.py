@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_merge.arguments import ArgumentError
+from lora_merge.errors import ArgumentError
 from lora_merge.options import option
 
 Objective = Literal["absolute", "relative", "base-relative"]

@@ -29,7 +29,7 @@ from lora_merge.files.tensor_file import commonest_dtype, refuse_non_finite
 from lora_merge.linalg.core_svd import CoreSVD, core_svd
 from lora_merge.linalg.factors import pivot_sign
 from lora_merge.machine.parallel import in_order
-from lora_merge.planning import Plan, Progress, counted
+from lora_merge.planning import How, Plan
 from lora_merge.printing import Report, Summary
 from lora_merge.printing import notes as noted
 from lora_merge.reshape.diffusers_names import through_diffusers
@@ -176,39 +176,31 @@ class ConversionPlan(Plan[MadeAdapter[ConvertReport]]):
         """As its report."""
         return self.report().to_dict()
 
-    def run(
-        self,
-        out: Path | None = None,
-        *,
-        force: bool = False,
-        jobs: int | None = None,
-        device: str = "auto",
-        progress: Progress | None = None,
-    ) -> MadeAdapter[ConvertReport]:
-        """The adapter in its new form; arguments as `Plan.run` has them."""
-        if out is not None:
-            check_target(out, force=force, inputs=self.adapter.files)
-        plan = self if self.energy is None else _with_energy(self, jobs)
-        step = counted(progress, "converting", len(plan.ranks))
+    def _run(self, how: How) -> MadeAdapter[ConvertReport]:
+        """The adapter in its new form."""
+        if how.out is not None:
+            check_target(how.out, force=how.force, inputs=self.adapter.files)
+        plan = self if self.energy is None else _with_energy(self, how.jobs)
+        step = how.step("converting", len(plan.ranks))
 
         def fill(writer: Writer) -> ConvertReport:
             done = []
             for result in in_order(
-                partial(_convert_module, plan, writer), list(plan.ranks), jobs=jobs
+                partial(_convert_module, plan, writer), list(plan.ranks), jobs=how.jobs
             ):
                 done.append(result)
                 step()
             for name in plan.adapter.extras:
                 writer.add_extra(name, plan.adapter.read_extra(name))
-            return plan.report(tuple(done), out)
+            return plan.report(tuple(done), how.out)
 
         return make(
             plan.output,
             fill,
             lambda report: {"README.md": _card(plan, report)},
-            out=out,
+            out=how.out,
             name=plan.adapter.name,
-            force=force,
+            force=how.force,
             inputs=plan.adapter.files,
         )
 

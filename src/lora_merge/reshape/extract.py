@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from lora_merge.files.tensor_file import LARGEST_ENTRY, TensorDict, commonest_dt
 from lora_merge.linalg.factors import frobenius
 from lora_merge.linalg.range_finder import leading_svd
 from lora_merge.machine.parallel import in_order
-from lora_merge.planning import Plan, Progress, counted
+from lora_merge.planning import How, Plan
 from lora_merge.printing import Report, Summary
 from lora_merge.ranks.choose import RankPlan, choose_ranks
 from lora_merge.ranks.rule import RankRule
@@ -147,43 +146,34 @@ class ExtractPlan(Plan[MadeAdapter[ExtractReport]]):
         """JSON-ready."""
         return {"schema": 1, "rule": str(self.rule), "tensors": self.rows()}
 
-    def run(
-        self,
-        out: Path | None = None,
-        *,
-        force: bool = False,
-        jobs: int | None = None,
-        device: str = "auto",
-        progress: Progress | None = None,
-    ) -> MadeAdapter[ExtractReport]:
-        """The LoRA of the differences; arguments as `Plan.run` has them.
+    def _run(self, how: How) -> MadeAdapter[ExtractReport]:
+        """The LoRA of the differences.
 
         Raises:
             MethodError: If no weight has changed.
             OutputError: If the directory cannot be written.
         """
         inputs = [*self.base.paths, *self.tuned.paths]
-        if out is not None:
-            check_target(out, force=force, inputs=inputs)
-        parts, coverage = self._compared(jobs, counted(progress, "extracting", len(self.names)))
+        if how.out is not None:
+            check_target(how.out, force=how.force, inputs=inputs)
+        parts, coverage = self._compared(how.jobs, how.step("extracting", len(self.names)))
         ranks, capped = _choose(parts, self.rule, self.options.denoise)
         output = self._output(parts, ranks)
-        said = None if out is None else str(out)
 
         def fill(writer: Writer) -> ExtractReport:
             for name, part in parts.items():
                 root = part.values[: ranks.ranks[name]].sqrt().float()
                 up, down = part.u[:, : len(root)] * root, root[:, None] * part.vh[: len(root)]
                 writer.add(name, [RankStack.single(up, down)])
-            return ExtractReport(ranks, coverage, capped, said, output.num_bytes)
+            return ExtractReport(ranks, coverage, capped, how.place, output.num_bytes)
 
         return make(
             output,
             fill,
             lambda _: {"README.md": _card(ranks, output)},
-            out=out,
+            out=how.out,
             name="extracted",
-            force=force,
+            force=how.force,
             inputs=inputs,
         )
 

@@ -30,7 +30,7 @@ from lora_merge.files.pages.cards import code, fused_card, markdown
 from lora_merge.files.shards import ShardEditor, copy_shard
 from lora_merge.files.tensor_file import DTYPES, refuse_non_finite
 from lora_merge.files.tensor_stream import cast_to
-from lora_merge.planning import Plan, Progress, counted
+from lora_merge.planning import How, Plan
 from lora_merge.printing import Report, Summary
 from lora_merge.printing import notes as noted
 from lora_merge.reshape.fuse_targets import Match, Target, match_adapter
@@ -130,29 +130,21 @@ class FusePlan(Plan[FuseReport]):
         """JSON-ready."""
         return {"schema": 1, "notes": list(self.notes), "modules": self.rows()}
 
-    def run(
-        self,
-        out: Path | None = None,
-        *,
-        force: bool = False,
-        jobs: int | None = None,
-        device: str = "auto",
-        progress: Progress | None = None,
-    ) -> FuseReport:
-        """Write the model; arguments as `Plan.run` has them.
+    def _run(self, how: How) -> FuseReport:
+        """Write the model.
 
         Raises:
             AdapterError: If base + delta is beyond the base's dtype.
             OutputError: If the directory cannot be written; nothing is left behind.
         """
-        if out is None:
+        if how.out is None:
             raise OutputError("a model is made in a directory, not in memory", "give one")
         base, match = self.base, self.match
         new_bytes = sum(prod(shape) * DTYPES[code].itemsize for code, shape in match.new.values())
         inputs = [base.folder, *base.paths, *self.adapter.files]
         needed = base.num_bytes + new_bytes
-        step = counted(progress, "fusing", len(match.targets))
-        with atomic_directory(out, force=force, inputs=inputs, needed=needed) as folder:
+        step = how.step("fusing", len(match.targets))
+        with atomic_directory(how.out, force=how.force, inputs=inputs, needed=needed) as folder:
             for name in base.other_files():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(base.folder / name, folder / name)
@@ -166,7 +158,7 @@ class FusePlan(Plan[FuseReport]):
             (folder / "README.md").write_text(card, "utf-8")
             num_bytes = sum((folder / shard).stat().st_size for shard in base.shards)
         return FuseReport(
-            out=str(out),
+            out=str(how.out),
             modules=len(match.targets),
             replaced=tuple(sorted(n for n in match.whole.values() if n in base.tensors)),
             added=tuple(sorted(set(match.new) - set(match.untied) - match.resized)),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_merge.adapters.config import RankLayout
-from lora_merge.arguments import ArgumentError
+from lora_merge.errors import ArgumentError
 from lora_merge.files.header import DTypeName
 from lora_merge.options import option
 from lora_merge.ranks.options import RankOptions

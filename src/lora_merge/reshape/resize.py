@@ -7,7 +7,6 @@ chooses; the second multiplies the stored factors by r x k matrices and writes.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from lora_merge.files.pages.cards import code, short_card
 from lora_merge.files.tensor_file import DTYPES, commonest_dtype
 from lora_merge.linalg.factors import gram, pivot_sign
 from lora_merge.machine.parallel import in_order
-from lora_merge.planning import Plan, Progress, counted
+from lora_merge.planning import How, Plan
 from lora_merge.printing import Report, Summary
 from lora_merge.ranks.choose import RankPlan
 from lora_merge.reshape.stored_units import keeps_stored_units, split_units
@@ -149,30 +148,21 @@ class ResizePlan(Plan[MadeAdapter[ResizeReport]]):
         """JSON-ready."""
         return {"schema": 1, "plan": self.ranks.to_dict(), "bytes": self.output.num_bytes}
 
-    def run(
-        self,
-        out: Path | None = None,
-        *,
-        force: bool = False,
-        jobs: int | None = None,
-        device: str = "auto",
-        progress: Progress | None = None,
-    ) -> MadeAdapter[ResizeReport]:
-        """The adapter with new ranks; arguments as `Plan.run` has them."""
-        step = counted(progress, "writing", len(self.ranks.ranks))
+    def _run(self, how: How) -> MadeAdapter[ResizeReport]:
+        """The adapter with new ranks."""
+        step = how.step("writing", len(self.ranks.ranks))
 
         def fill(writer: Writer) -> ResizeReport:
-            done = _fill(writer, self, jobs, step)
-            said = None if out is None else str(out)
-            return ResizeReport(self.ranks, done, said, self.output)
+            done = _fill(writer, self, how.jobs, step)
+            return ResizeReport(self.ranks, done, how.place, self.output)
 
         return make(
             self.output,
             fill,
             lambda _: {"README.md": _card(self.adapter, self.ranks)},
-            out=out,
+            out=how.out,
             name=self.adapter.name,
-            force=force,
+            force=how.force,
             inputs=self.adapter.files,
         )
 

@@ -5,8 +5,8 @@ import torch
 
 from kernels.stacks import Stack, assert_near, make_stack
 from lora_merge.errors import LoraMergeWarning, MethodError
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.kernels.gated_stack import reference
-from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.kernels.gated_stack.gpu import fused, library
 from lora_merge.kernels.gated_stack.layout import Units
 from lora_merge.kernels.gated_stack.operation import gated_expand, gated_shrink, routed_shrink

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.stacks import assert_near, owners
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.kernels.gated_stack import reference
-from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.kernels.gated_stack.gpu import _launch, fused
 from lora_merge.kernels.gated_stack.layout import Ungated
 

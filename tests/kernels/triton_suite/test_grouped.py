@@ -9,8 +9,8 @@ import torch
 from builders import save_adapter
 from kernels.stacks import Stack, assert_near, make_stack, owners
 from lora_merge.errors import LoraMergeWarning
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.kernels.gated_stack import dispatch, reference
-from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.kernels.gated_stack.gpu import _launch, _launch_grouped, grouped
 from lora_merge.kernels.gated_stack.layout import Layout, Units
 from lora_merge.kernels.gated_stack.operation import gated_expand, routed_shrink

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kernels.stacks import assert_near, owners
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.kernels.gated_stack import reference
-from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.kernels.gated_stack.gpu import _launch
 from lora_merge.kernels.gated_stack.layout import Layout
 

@@ -226,12 +226,12 @@ import json, os, signal, sys
 import lora_merge
 recipe, out, kill = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 done = 0
-def on_module(_):
+def on_step(what, total):
     global done
     done += 1
     if done == kill:
         os.kill(os.getpid(), signal.SIGKILL)
-lora_merge.run_recipe(recipe, out, resume=True, jobs=1, on_module=on_module)
+lora_merge.run_recipe(recipe, out, resume=True, jobs=1, progress=on_step)
 """
 
 
@@ -251,7 +251,9 @@ def test_a_killed_run_goes_on_from_what_is_done(tmp_path: Path) -> None:
     changed = dict(recipe, rank="energy:0.5")
     with pytest.raises(LoraMergeError, match=r"rank is energy:0\.5, and was energy:0\.9"):
         lora_merge.run_recipe(changed, out, resume=True)
-    lora_merge.run_recipe(recipe, out, resume=True, jobs=1, on_module=done.append)
+    lora_merge.run_recipe(
+        recipe, out, resume=True, jobs=1, progress=lambda *step: done.append(step)
+    )
     assert len(done) == 6 - len(parts)  # the rest alone
     assert files(out) == files(tmp_path / "whole")
     assert not Path(f"{out}.shards").exists()
@@ -261,11 +263,11 @@ def test_a_run_whose_inputs_changed_is_not_gone_on_with(tmp_path: Path) -> None:
     refs = adapters(tmp_path)
     recipe, out = recipe_of(refs, rank=3), tmp_path / "out"
 
-    def interrupt(name: str) -> None:
+    def interrupt(what: str, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        shard(recipe, out, "1/1", on_module=interrupt)
+        shard(recipe, out, "1/1", progress=interrupt)
     save_adapter(tmp_path / "a1", seed=7)
     with pytest.raises(LoraMergeError, match="a1 has changed"):
         lora_merge.run_recipe(recipe, out, resume=True)

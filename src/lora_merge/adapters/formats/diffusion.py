@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 from lora_merge.adapters.formats.file_format import FileFormat, Written
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.errors import AdapterError
+from lora_merge.files.header import header_bytes, header_text
 
 # Where the older of sd-scripts' two hashes begins and ends in a file.
 _LEGACY = (0x100000, 0x110000)
@@ -59,17 +59,15 @@ def write_hashes(path: Path) -> None:
     in sd-scripts, as AUTOMATIC1111's UI computes them).
     """
     with path.open("r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        text = file.read(length)
+        text = header_text(file)
+        data = file.tell()
         model = hashlib.file_digest(file, "sha256").hexdigest()
         header = json.loads(text)
         header["__metadata__"] = {
             k: v for k, v in header["__metadata__"].items() if k not in _HASHES
         }
-        short = json.dumps(header, separators=(",", ":")).encode()
-        short += b" " * (-len(short) % 8)
-        bare = struct.pack("<Q", len(short)) + short
-        file.seek(8 + length + max(0, _LEGACY[0] - len(bare)))
+        bare = header_bytes(header)
+        file.seek(data + max(0, _LEGACY[0] - len(bare)))
         window = (bare[_LEGACY[0] :] + file.read(_LEGACY[1]))[: _LEGACY[1] - _LEGACY[0]]
         legacy = hashlib.sha256(window).hexdigest()[: _HASHES["sshs_legacy_hash"]]
         for name, value in (("sshs_model_hash", model), ("sshs_legacy_hash", legacy)):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from shlex import quote
 from typing import Any
 
@@ -17,6 +17,7 @@ from lora_merge.analysis.families import cluster_adapters, tree_of
 from lora_merge.analysis.metrics import LOG_METRICS, METRIC_LABELS, METRICS
 from lora_merge.analysis.verdicts import MEANING, Kind, Verdict, judge
 from lora_merge.files.tensor_file import DTYPES
+from lora_merge.printing import Report, Summary
 from lora_merge.ranks.measures import measure
 
 # Numbers of the maps of single pairs: module by module up to here, beyond it over all modules only.
@@ -42,8 +43,8 @@ class Warning:
     command: bool = False
 
 
-@dataclass(frozen=True)
-class ReportDocument:
+@dataclass(frozen=True, repr=False)
+class ReportDocument(Report):
     """All of the page.
 
     Attributes:
@@ -60,7 +61,21 @@ class ReportDocument:
     advice: tuple[Advice, ...]
     verdicts: tuple[Verdict, ...]
     warnings: tuple[Warning, ...]
-    data: dict[str, Any] = field(repr=False)
+    data: dict[str, Any]
+
+    def summary(self) -> Summary:
+        """The adapters, and what is wrong."""
+        facts = [("adapters", ", ".join(self.names[:8]) + (", ..." if self.names[8:] else ""))]
+        facts += [("warning", warning.text) for warning in self.warnings[:8]]
+        return Summary(f"Page about {len(self.names)} adapters", tuple(facts))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per warning."""
+        return [asdict(warning) for warning in self.warnings]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: what the figures are drawn from, and the warnings."""
+        return {"schema": 1, "warnings": self.rows(), **self.data}
 
 
 def report_document(

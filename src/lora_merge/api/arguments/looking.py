@@ -5,8 +5,8 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from lora_merge.adapters.access.opening import BaseOptions, OpenOptions
-from lora_merge.api.arguments.writing import Folder, Telling
 from lora_merge.options import Needed, argument, option
+from lora_merge.planning import Folder, Telling
 
 if TYPE_CHECKING:
     from lora_merge.adapters.access.adapter_like import AdaptersLike

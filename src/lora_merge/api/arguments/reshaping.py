@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from lora_merge.adapters.access.opening import BaseOptions, OpenOptions
-from lora_merge.api.arguments.writing import OUT, Folder, Running, Telling
 from lora_merge.options import Needed, argument, option
+from lora_merge.planning import OUT, Folder, Running, Telling
 from lora_merge.ranks.options import RankOptions
 from lora_merge.ranks.rule import RankRule
 from lora_merge.reshape.options import (

@@ -14,7 +14,6 @@ Examples:
   lora-merge arrive poems --into library --slots 2
   lora-merge gate 'library/slot-*' -o mixture
 """,
-    short_help="Keep adapters that arrive one by one in K slots.",
 )
 @adapters_argument
 @click.option(

@@ -53,7 +53,6 @@ Examples:
   lora-merge cluster math code chat --rank 16 --explain
   lora-merge cluster math code chat --rank 16 --as-published --balance -o out
 """,
-    short_help="Cluster rank-wise units into one adapter (LoRA-LEGO).",
 )
 @adapters_argument
 @click.option("--rank", type=click.IntRange(min=1), required=True, help="Rank of the result (k).")

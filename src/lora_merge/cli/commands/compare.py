@@ -19,7 +19,6 @@ Examples:
   lora-merge compare 'runs/*' --html runs.html --svg runs.svg
   lora-merge compare 'runs/*' --cluster 4 --algorithm spectral --json
 """,
-    short_help="All pairs: cosine, overlap, interference; who can be averaged.",
 )
 @adapters_argument
 @click.option("--cluster", metavar="K|auto", help="Group the adapters before merging.")

@@ -12,7 +12,6 @@ Install it:
   echo 'eval "$(lora-merge completion zsh)"' >> ~/.zshrc
   lora-merge completion fish > ~/.config/fish/completions/lora-merge.fish
 """,
-    short_help="Completion for bash, zsh or fish.",
 )
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def command(shell: str) -> None:

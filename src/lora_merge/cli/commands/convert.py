@@ -22,7 +22,6 @@ Examples:
   lora-merge convert oft -o lora --base llama --energy 0.99
   lora-merge convert flux.safetensors -o out --to diffusers --pipeline Flux
 """,
-    short_help="An adapter of any form in the format of another tool.",
 )
 @click.argument("adapter")
 @options_of(Convert, about=OUT)

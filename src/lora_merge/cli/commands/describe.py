@@ -1,11 +1,14 @@
 """`lora-merge describe`: what each expert's texts look like inside the base model."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from lora_merge.api.arguments.texts import Describe
+from lora_merge.cli.shared.fields import options_of
 from lora_merge.cli.shared.options import force_option, json_option
-from lora_merge.cli.shared.texts import batch_options, load_texts, text_options
+from lora_merge.cli.shared.texts import Rows, mixture_argument
 
 
 @click.command(
@@ -14,48 +17,30 @@ Examples:
   lora-merge describe mix --base ./llama --data labelled.jsonl -o described
   lora-merge novelty described --base ./llama --data new.jsonl
 """,
-    short_help="Learn what each expert's texts look like.",
 )
-@text_options
-@click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True)
+@mixture_argument
+@options_of(Describe)
 @click.option("--module", "modules", multiple=True, help="Where.  [default: once per layer]")
-@batch_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="To make.")
 @force_option("a mixture directory")
 @json_option
 def command(
-    mixture: Path,
-    base: str,
-    data: Path,
-    rank: int,
-    modules: tuple[str, ...],
-    max_length: int,
-    batch_size: int,
-    device: str,
-    out: Path,
-    force: bool,
-    as_json: bool,
+    mixture: Path, modules: tuple[str, ...], out: Path, force: bool, as_json: bool, **given: Any
 ) -> None:
     """Write MIXTURE again with a descriptor of each expert that has rows in DATA.
 
     `lora-merge novelty` then tells whether other texts need an expert that is not there yet.
     """
+    import lora_merge
     from lora_merge.cli.shared.open import check_out
     from lora_merge.cli.shared.output import Output
-    from lora_merge.mixture.insight.novelty import describe
 
     output = Output(as_json)
-    check_out(out, mixture, base, data, force=force)
-    opened, model, rows = load_texts(
-        output, mixture, base=base, data=data, max_length=max_length, device=device
-    )
-    known = describe(
-        model, opened, rows.examples, modules=modules or None, rank=rank, batch_size=batch_size
-    )
-    opened.descriptors = known
-    opened.save_pretrained(out, force=force)
-    result = {
-        "schema": 1, "out": str(out), "experts": list(known.experts), "modules": known.modules
-    }  # fmt: skip
-    line = f"wrote {out}: {', '.join(known.experts)} described at {len(known.modules)} modules"
-    output.data(result, line)
+    check_out(out, mixture, given["base"], given["data"], force=force)
+    described = lora_merge.describe(mixture, **given, modules=modules or None, on_data=Rows(output))
+    described.save_pretrained(out, force=force)
+    known = described.descriptors
+    experts = list(known.experts) if known else []
+    places = known.modules if known else []
+    result = {"schema": 1, "out": str(out), "experts": experts, "modules": places}
+    output.data(result, f"wrote {out}: {', '.join(experts)} described at {len(places)} modules")

@@ -23,7 +23,7 @@ _OPTIONAL = {
 }
 
 
-@click.command(short_help="Versions, devices, caches, optional parts: for bug reports.")
+@click.command
 @json_option
 def command(as_json: bool) -> None:
     """Say what is installed and what works here, ready to paste into a bug report.

@@ -1,12 +1,12 @@
 """`lora-merge evaluate`: how good adapters, merges and mixtures are, on your rows."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_merge.cli.shared.fields import options_of
 from lora_merge.cli.shared.options import json_option
-from lora_merge.cli.shared.texts import ROWS, batch_options
+from lora_merge.evaluation.options import Evaluate
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -30,48 +30,19 @@ is called like a task, "of own" compares with it: 100 % is as good as each
 task's own adapter. A program is given JSON lines {prompt, response, output}
 and prints a number; more is better.
 """,
-    short_help="Score adapters, merges and mixtures on rows.",
 )
 @click.argument("subjects", nargs=-1, required=True, metavar="ADAPTER|MIXTURE...")
-@click.option("--base", required=True, help="Base model: a directory or a Hub id.")
-@click.option("--data", type=ROWS, required=True, help="JSON lines.")
-@click.option(
-    "--metric",
-    default="auto",
-    show_default=True,
-    help="loss, accuracy, exact-match, or command:PROGRAM.",
-)
-@batch_options
-@click.option("--no-cache", is_flag=True, help="Measure again what was measured before.")
+@options_of(Evaluate)
 @json_option
-def command(
-    subjects: tuple[str, ...],
-    base: str,
-    data: Path,
-    metric: str,
-    max_length: int,
-    batch_size: int,
-    device: str,
-    no_cache: bool,
-    as_json: bool,
-) -> None:
+def command(subjects: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Score the base model, adapters and mixtures on the rows of DATA, side by side."""
+    import lora_merge
+    from lora_merge.cli.shared.api import shown_progress
     from lora_merge.cli.shared.output import Output
-    from lora_merge.evaluation.evaluate import evaluate
 
     output = Output(as_json)
-    with output.progress("evaluating", len(subjects) + 1) as advance:
-        found = evaluate(
-            list(subjects),
-            base=base,
-            data=data,
-            metric=metric,
-            max_length=max_length,
-            batch_size=batch_size,
-            device=device,
-            cache=not no_cache,
-            on_subject=advance,
-        )
+    with shown_progress(output) as progress:
+        found = lora_merge.evaluate(list(subjects), **given, progress=progress)
     output.data(found.to_dict(), *evaluation_view(found))
 
 
@@ -89,4 +60,4 @@ def evaluation_view(found: "Evaluation") -> "list[RenderableType]":
         shown = [percent(cell) if is_share else f"{cell:.4g}" for cell in cells]
         grid.add_row(line.name, *shown, *([percent(line.normalised)] if rated else []))
     better = "more" if found.higher else "less"
-    return [grid, f"{found.rows} rows; {better} is better"]
+    return [grid, f"{found.num_rows} rows; {better} is better"]

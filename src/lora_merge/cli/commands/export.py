@@ -1,10 +1,14 @@
 """`lora-merge export`: a mixture for tools that know no gates."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from lora_merge.cli.shared.options import force_option, json_option
+from lora_merge.api.arguments.mixing import Export
+from lora_merge.cli.shared.fields import options_of
+from lora_merge.cli.shared.options import json_option
+from lora_merge.cli.shared.texts import mixture_argument
 
 
 @click.command(
@@ -14,26 +18,12 @@ Examples:
   lora-merge export mix --to static -w 0.5 -w 0.3 -w 0.2 --rank 16 -o merged
   lora-merge export mix --to xlora --base ./llama -o for-peft
 """,
-    short_help="Write a mixture for tools that know no gates.",
 )
-@click.argument("mixture", type=click.Path(path_type=Path))
-@click.option("--to", "kind", type=click.Choice(["experts", "static", "xlora"]), required=True)
+@mixture_argument
+@options_of(Export)
 @click.option("-w", "--weight", "weights", type=float, multiple=True, help="static: per expert.")
-@click.option("--rank", type=click.IntRange(min=1), help="static: largest rank.  [default: all]")
-@click.option("--base", help="xlora: base model, whose class tells the order of layers.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="To make.")
-@force_option("a directory")
 @json_option
-def command(
-    mixture: Path,
-    kind: str,
-    weights: tuple[float, ...],
-    rank: int | None,
-    base: str | None,
-    out: Path,
-    force: bool,
-    as_json: bool,
-) -> None:
+def command(mixture: Path, weights: tuple[float, ...], as_json: bool, **given: Any) -> None:
     """Write MIXTURE as plain adapters.
 
     \b
@@ -41,28 +31,13 @@ def command(
     static   one LoRA, the gate held still at the weights (default 1/N each)
     xlora    PEFT's X-LoRA layout, as PEFT 0.19 and earlier read it
     """  # noqa: D301 -- click's mark is the character itself
-    from lora_merge.cli.shared.open import check_out
+    import lora_merge
     from lora_merge.cli.shared.output import Output, percent
-    from lora_merge.mixture.formats.plain import export_experts, export_static
-    from lora_merge.mixture.formats.xlora import export_xlora
-    from lora_merge.mixture.mixture import Mixture
-    from lora_merge.mixture.training.base_model import layer_order
 
-    output = Output(as_json)
-    if kind != "static" and (weights or rank):
-        raise click.UsageError("--weight and --rank belong to --to static")
-    if (base is not None) != (kind == "xlora"):
-        raise click.UsageError("--to xlora needs --base, and nothing else does")
-    check_out(out, mixture, base, force=force)
-    opened = Mixture.from_pretrained(mixture)
-    error = 0.0
-    lines = [f"{out}: {kind}"]
-    if kind == "experts":
-        folders = export_experts(opened, out, force=force)
-        lines = [str(folder) for folder in folders]
-    elif kind == "static":
-        error = export_static(opened, out, weights=weights or None, rank=rank, force=force)
-        lines = [f"{out}: one adapter, {percent(error)} off the mixture held still"]
-    elif base is not None:
-        export_xlora(opened, out, layer_order(base, opened.modules), force=force)
-    output.data({"schema": 1, "out": str(out), "kind": kind, "error": error}, *lines)
+    done = lora_merge.export(mixture, **given, weights=weights or None)
+    lines = [f"{done.out}: {done.kind}"]
+    if done.kind == "experts":
+        lines = [str(folder) for folder in done.folders]
+    elif done.kind == "static":
+        lines = [f"{done.out}: one adapter, {percent(done.error)} off the mixture held still"]
+    Output(as_json).data(done.to_dict(), *lines)

@@ -19,7 +19,6 @@ Examples:
   lora-merge extract --base llama --tuned llama-chat -o adapter
   lora-merge extract --base a --tuned b -o out --rank 32 --include '*_proj'
 """,
-    short_help="A LoRA from a model and its fine-tuned version.",
 )
 @options_of(Extract, only=("base", "tuned", "out"), about=OUT)
 @rule_options

@@ -20,7 +20,6 @@ Examples:
   lora-merge fuse merged --base Llama-3-8B -o Llama-3-8B-merged
   lora-merge fuse user/adapter --base ./base -w 0.5 -o out --json
 """,
-    short_help="Write base model + adapter as one model.",
 )
 @click.argument("adapter")
 @options_of(Fuse)

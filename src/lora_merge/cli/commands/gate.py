@@ -5,54 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_merge.cli.shared.fields import options_of
 from lora_merge.cli.shared.options import (
     bases_option,
     force_option,
     json_option,
     pickle_option,
-    together,
 )
+from lora_merge.mixture.gates.gate import PRESETS, GateSpec
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from lora_merge.mixture.mixture import Mixture
-
-_PRESETS = (
-    "constant", "request", "xlora", "recall", "meteora", "smora", "arrow", "spectr", "hilora",
-    "phatgoose", "sequence", "retrieve",
-)  # fmt: skip
-
-_gate_options = together(
-    click.option("--top-k", type=click.IntRange(min=1), help="Experts (or ranks) kept per token."),
-    click.option("--temperature", type=float, help="Divides the scores."),
-    click.option(
-        "--value",
-        type=click.Choice(["softmax", "softmax_all", "softmax_twice", "sigmoid", "raw", "binary"]),
-        help="How kept scores become weights.",
-    ),
-    click.option(
-        "--granularity",
-        type=click.Choice(["model", "module"]),
-        help="xlora: one set of weights for the model, or one per module.",
-    ),
-    click.option("--scale", type=float, help="Multiplies every weight."),
-    click.option("-w", "--weight", "weights", type=float, multiple=True, help="constant: weights."),
-    click.option("--null-expert", is_flag=True, help="Let the gate abstain: the base model."),
-    click.option("--null-score", type=float, help="Score of abstaining, where none is learned."),
-    click.option("--sequence", is_flag=True, help="Decide once per sequence, at prefill."),
-    click.option(
-        "--memory",
-        type=click.FloatRange(0, 1, max_open=True),
-        help="Share of the previous token's scores that counts at the next.",
-    ),
-    click.option("--depth", type=click.IntRange(min=1), help="xlora: layers of the classifier."),
-    click.option("--width", type=click.IntRange(min=1), help="xlora: its hidden width."),
-)
-_SETTINGS = (
-    "top_k", "temperature", "value", "granularity", "scale", "null_score", "memory", "depth",
-    "width",
-)  # fmt: skip
 
 
 @click.command(
@@ -64,18 +29,17 @@ Examples:
   lora-merge gate --from xlora-checkpoint --base ./llama -o mix
   lora-merge gate --fresh 64 --preset smora --top-k 8 --base ./llama -o new
 """,
-    short_help="Put adapters behind a gate: one mixture directory.",
 )
 @click.argument("adapters", nargs=-1, metavar="ADAPTER...")
 @click.option(
     "--preset",
-    type=click.Choice(_PRESETS),
+    type=click.Choice(list(PRESETS)),
     metavar="PRESET",
     default="arrow",
     show_default=True,
     help="The gate, one of those above.",
 )
-@_gate_options
+@options_of(GateSpec, unset=True)
 @click.option("--name", "names", multiple=True, help="Name of an expert; repeat it, in order.")
 @click.option(
     "--general", multiple=True, help="Adapter to subtract from every expert (arrow); repeatable."
@@ -180,10 +144,7 @@ def command(
             accept_base_models=accept_base_models,
         )
     else:
-        chosen = {k: settings[k] for k in _SETTINGS if settings[k] is not None}
-        chosen |= {k: True for k in ("null_expert", "sequence") if settings[k]}
-        if settings["weights"]:
-            chosen["weights"] = settings["weights"]
+        chosen = {k: v for k, v in settings.items() if v not in (None, False, ())}
         drawn: dict[str, Any] = {"seed": seed, "hidden_size": hidden_size}
         if fresh is not None and base is not None:
             mixture = fresh_mixture(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _READERS = ("peft", "vllm", "sglang", "llama.cpp", "mlx", "diffusers", "comfyui")
 
 
-@click.command(short_help="What an adapter is: modules, ranks, norms, oddities.")
+@click.command
 @adapters_argument
 @click.option("--target", type=click.Choice(_READERS), help="What this reader would do with it.")
 @options_of(BaseOptions)

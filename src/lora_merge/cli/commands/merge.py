@@ -78,7 +78,6 @@ Examples:
   lora-merge merge a b c -M wudi -p side=output --scale 0.65 -o out
   lora-merge merge 'run/checkpoint-*' --schedule ema:0.9
 """,
-    short_help="Merge adapters by any method.",
 )
 @adapters_argument
 @_method_options

@@ -23,7 +23,7 @@ AUTO = {
 }
 
 
-@click.command(short_help="The merge methods, or one of them in full.")
+@click.command
 @click.argument("name", required=False, shell_complete=complete_method)
 @json_option
 def command(name: str | None, as_json: bool) -> None:

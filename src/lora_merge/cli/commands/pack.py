@@ -19,7 +19,6 @@ Examples:
   lora-merge compare 'library[task=math]'
   lora-merge pack library --check
 """,
-    short_help="Pack many adapters into a library.",
 )
 @adapters_argument
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The library to make.")

@@ -15,7 +15,6 @@ Examples:
   lora-merge report math code chat -o report.html
   lora-merge report 'runs/*' -o runs.html --module '*.q_proj'
 """,
-    short_help="One interactive page: spectra, heat maps, pairs, warnings.",
 )
 @adapters_argument
 @options_of(Report)

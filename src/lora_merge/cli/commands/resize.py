@@ -17,7 +17,6 @@ Examples:
   lora-merge resize ADAPTER -o small --budget x0.5 --dry-run
   lora-merge resize ADAPTER -o small --rank 8 --dtype bfloat16
 """,
-    short_help="Lower an adapter's ranks, by energy, budget or another rule.",
 )
 @click.argument("adapter")
 @options_of(Resize, only=("out",), about=OUT)

@@ -5,13 +5,11 @@ from typing import Any
 
 import click
 
-from lora_merge.cli.shared.options import pickle_option, run_options
-from lora_merge.cli.shared.recipe_options import run_merge
+from lora_merge.cli.shared.recipe_options import run_merge, run_options
 
 
-@click.command(short_help="Run a recipe (lora_merge.yaml).")
+@click.command
 @click.argument("recipe", type=click.Path(path_type=Path))
-@pickle_option
 @run_options
 def command(recipe: Path, **arguments: Any) -> None:
     """Run a RECIPE: the lora_merge.yaml beside a merged adapter makes the same bytes again.

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_merge.cli.shared.fields import options_of
 from lora_merge.cli.shared.options import force_option, json_option
-from lora_merge.cli.shared.texts import ROWS, batch_options
+from lora_merge.evaluation.options import Search
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,39 +36,15 @@ OUT.search/study.db is an Optuna study: a search that was interrupted goes on
 with the same command, several processes may share it (--worker 1, 2, ...), and
 optuna-dashboard shows it. OUT.search/report.json has every trial.
 """,
-    short_help="Find the recipe whose merge scores best on rows.",
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="RECIPE|ADAPTER...")
-@click.option("--base", required=True, help="Base model: a directory or a Hub id.")
-@click.option("--data", type=ROWS, required=True, help="JSON lines, as for evaluate.")
 @click.option("-M", "--method", default="svd", show_default=True, help="Method to start from.")
 @click.option("--rank", help="Rank of the result, or a rank rule.")
 @click.option(
     "--over", callback=_words, default="scale,weights", show_default=True, help="What may vary."
 )
 @click.option("--methods", callback=_words, help="Methods to choose from, with --over method.")
-@click.option("--trials", type=click.IntRange(min=1), default=50, show_default=True)
-@click.option("--metric", default="auto", show_default=True, help="As for evaluate.")
-@click.option("--pareto", is_flag=True, help="One objective per task, not their mean.")
-@click.option(
-    "--held-out",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.3,
-    show_default=True,
-    help="Share of the rows that no trial sees.",
-)
-@click.option(
-    "--sampler", type=click.Choice(["tpe", "cmaes", "random"]), default="tpe", show_default=True
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of sampler and split.")
-@click.option(
-    "--worker",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Another number for each process that shares a study.",
-)
-@batch_options
+@options_of(Search)
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="Directory to make."
 )
@@ -77,19 +54,20 @@ def command(
     adapters: tuple[str, ...],
     method: str,
     rank: str | None,
-    trials: int,
     out: Path,
     force: bool,
     as_json: bool,
-    **settings: Any,
+    **given: Any,
 ) -> None:
     """Try recipes around RECIPE, or around a merge of ADAPTERs, and write the best one's adapter.
 
     The report compares base, start and winner on rows that no trial has seen.
     """
+    import lora_merge
+    from lora_merge.cli.shared.api import shown_progress
+    from lora_merge.cli.shared.open import check_out
     from lora_merge.cli.shared.output import Output
-    from lora_merge.evaluation.search import save_report, save_winner, search
-    from lora_merge.files.targets import check_target
+    from lora_merge.evaluation.search import save_report, save_winner
 
     output = Output(as_json)
     recipe: Any = Path(adapters[0])
@@ -97,16 +75,10 @@ def command(
         number = int(rank) if rank and rank.isdigit() else rank
         recipe = {"merge_method": method, "adapters": list(adapters), "rank": number}
         recipe["scale"] = "auto"
-    check_target(out, force=force)
+    check_out(out, *adapters, given["base"], given["data"], force=force)
     folder = out.parent / f"{out.name}.search"
-    with output.progress("searching", trials) as advance:
-        result = search(
-            recipe,
-            trials=trials,
-            study=folder / "study.db",
-            on_trial=lambda _: advance(),
-            **settings,
-        )
+    with shown_progress(output) as progress:
+        result = lora_merge.search(recipe, study=folder / "study.db", **given, progress=progress)
     save_winner(result, out, force=force)
     save_report(result, folder / "report.json")
     output.data(result.to_dict(), *search_view(result))

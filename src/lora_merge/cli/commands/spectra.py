@@ -26,7 +26,6 @@ Examples:
   lora-merge spectra ADAPTER --sort stable --top 10
   lora-merge spectra 'runs/*' --json > spectra.json
 """,
-    short_help="Singular spectra: what rank is worth keeping, and where.",
 )
 @adapters_argument
 @click.option(

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_merge.cli.shared.fields import options_of
+from lora_merge.api.arguments.texts import Train
+from lora_merge.cli.shared.fields import names_of, options_of
 from lora_merge.cli.shared.options import force_option, json_option
-from lora_merge.cli.shared.texts import ROWS, text_options
+from lora_merge.cli.shared.texts import Rows, mixture_argument
 from lora_merge.mixture.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -27,33 +28,22 @@ Rows are {"text": ...} or {"prompt": ..., "response": ...}, with an optional
 "expert", or {"parts": [{"text": ..., "expert": ...}, ...]} for texts that
 change their task.
 """,
-    short_help="Train a mixture's gate, prune its ranks or train its experts.",
 )
-@text_options
-@click.option("--eval", "evaluation", type=ROWS, help="JSON lines.")
-@click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True)
-@click.option("--strict", is_flag=True, help="Refuse the data if any row is bad.")
+@mixture_argument
+@options_of(Train, only=("base", "data"))
+@click.option("--eval", "evaluation", type=click.Path(path_type=Path), help="JSON lines.")
 @options_of(TrainSettings)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
-@click.option("--shard", "sharded", is_flag=True, help="Spread the base over processes (FSDP).")
-@click.option("--resume", is_flag=True, help="Go on from OUT.training, exactly.")
+@options_of(Train, without=("base", "data"), about={"resume": "go on from OUT.training, exactly"})
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="To make.")
 @force_option("a mixture directory")
 @json_option
 def command(
     mixture: Path,
-    base: str,
-    data: Path,
     evaluation: Path | None,
-    max_length: int,
-    strict: bool,
-    device: str,
-    sharded: bool,
-    resume: bool,
     out: Path,
     force: bool,
     as_json: bool,
-    **settings: Any,
+    **arguments: Any,
 ) -> None:
     """Train the gate of MIXTURE; its experts stay as they are unless --train-experts or --rank-l1.
 
@@ -63,68 +53,38 @@ def command(
     A checkpoint lies in OUT.training, every step's numbers in OUT.training.metrics.jsonl. A run
     that was killed goes on with --resume to the weights it would have had.
     """
-    import torch
-
+    import lora_merge
+    from lora_merge.cli.shared.api import shown_progress
     from lora_merge.cli.shared.open import check_out
     from lora_merge.cli.shared.output import Output
-    from lora_merge.mixture.mixture import Mixture
-    from lora_merge.mixture.training.base_model import load_base
-    from lora_merge.mixture.training.data import read_examples
-    from lora_merge.mixture.training.processes import Processes, is_launched, join, leave, shard
-    from lora_merge.mixture.training.train import train_gate
+    from lora_merge.mixture.training.processes import is_first, leave
 
-    output = Output(as_json)
-    chosen = TrainSettings(**settings)
-    if sharded and not is_launched():
-        raise click.UsageError("--shard spreads the base over processes; start several")
-    check_out(out, mixture, base, data, evaluation, force=force)
-    start = Mixture.from_pretrained(mixture)
-    if is_launched():
-        device = str(join(cpu=device == "cpu"))
-    first = Processes.current().rank == 0
-    model, tokenizer = load_base(base, "cpu" if sharded else device)
-    if sharded:
-        shard(model, torch.device(device))
-    rows = read_examples(data, tokenizer, experts=start.names, max_length=max_length, strict=strict)
-    held = (
-        read_examples(
-            evaluation, tokenizer, experts=start.names, max_length=max_length, strict=strict
-        )
-        if evaluation
-        else None
-    )
-    if first:
-        for fault in (*rows.faults[:5], *(held.faults[:5] if held else ())):
-            output.note(f"left out: {fault}")
-        if len(rows.faults) > 5:
-            output.note(f"{len(rows.faults)} of the rows were left out")
+    output = Output(as_json or not is_first())
+    settings = {name: arguments.pop(name) for name in names_of(TrainSettings)}
+    check_out(out, mixture, arguments["base"], arguments["data"], evaluation, force=force)
+    start, rows = lora_merge.Mixture.from_pretrained(mixture), Rows(output)
     history: list[Mapping[str, Any]] = []
-    with output.progress("training", int(settings["steps"]) if first else 0) as advance:
-
-        def on_step(metrics: Mapping[str, Any]) -> None:
-            history.append(metrics)
-            advance()
-
-        trained = train_gate(
-            model,
+    with shown_progress(output) as progress:
+        trained = lora_merge.train(
             start,
-            rows.examples,
-            chosen,
-            evaluation=held.examples if held else (),
+            settings=TrainSettings(**settings),
+            evaluation=evaluation or (),
             work=out.with_name(out.name + ".training"),
-            resume=resume,
-            on_step=on_step,
+            on_data=rows,
+            on_step=history.append,
+            progress=progress,
+            **arguments,
         )
     leave()
-    if not first:
+    if not is_first():
         return
     trained.save_pretrained(out, force=force)
     last = history[-1] if history else {}
     result = {
         "schema": 1,
         "out": str(out),
-        "rows": len(rows.examples),
-        "left_out": list(rows.faults),
+        "rows": rows.count,
+        "left_out": rows.faults,
         "steps": settings["steps"],
         "steps_run": len(history),
         "trained": _what(start, settings),

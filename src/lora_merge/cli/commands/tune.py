@@ -1,10 +1,12 @@
 """`lora-merge tune`: which implementation of the gated stack is fastest on this machine."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_merge.api.arguments.tuning import Tune
+from lora_merge.cli.shared.fields import options_of
 from lora_merge.cli.shared.options import json_option
 
 if TYPE_CHECKING:
@@ -21,38 +23,12 @@ Examples:
   lora-merge tune --tokens 1 --experts 28 --rank 8 --json
   lora-merge tune --check           which kernels this Triton compiles
 """,
-    short_help="Measure which kernels are fastest on this machine.",
 )
 @click.argument("mixture", required=False, type=click.Path(path_type=Path))
-@click.option("--experts", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option(
-    "--tokens", type=click.IntRange(min=1), multiple=True, help="Repeat it.  [default: 1 16 256]"
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Default: bfloat16 on a GPU, float32 else.",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
-@click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True)
-@click.option("--graph", is_flag=True, help="Time CUDA graphs instead of separate launches.")
-@click.option("--dry-run", is_flag=True, help="Measure and show, keep nothing.")
+@options_of(Tune)
 @click.option("--check", is_flag=True, help="Measure nothing: say which kernels compile here.")
 @json_option
-def command(
-    mixture: Path | None,
-    experts: int,
-    rank: int,
-    tokens: tuple[int, ...],
-    dtype: str | None,
-    device: str,
-    rounds: int,
-    graph: bool,
-    dry_run: bool,
-    check: bool,
-    as_json: bool,
-) -> None:
+def command(mixture: Path | None, check: bool, as_json: bool, **given: Any) -> None:
     """Time every implementation of the gated stack, and remember the fastest for each case.
 
     Mixtures look it up from then on. Without MIXTURE, the modules of Llama-3-8B are timed. With
@@ -60,46 +36,21 @@ def command(
     capability 8.0, 8.9, 9.0 and 10.0; exit code 1 if one does not.
     """
     if check:
-        _check(device, as_json)
+        _check(given["device"], as_json)
         return
-    import torch
-
+    _refuse_shapes(mixture)
+    import lora_merge
+    from lora_merge.cli.shared.api import shown_progress
     from lora_merge.cli.shared.output import Output
-    from lora_merge.files.targets import check_parent
     from lora_merge.kernels.gated_stack.dispatch import device_name, table_path
-    from lora_merge.kernels.gated_stack.tune import store, tune
-    from lora_merge.kernels.gated_stack.tune_cases import llama_shapes
     from lora_merge.machine.device import pick_device
-    from lora_merge.mixture.mixture import Mixture
-    from lora_merge.mixture.runtime.fit_to_model import stack_shapes
 
-    output = Output(as_json)
-    context = click.get_current_context()
-    given = [
-        name
-        for name in ("experts", "rank")
-        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-    ]
-    if mixture is not None and given:
-        raise click.UsageError(f"a MIXTURE has its own shapes: no --{given[0]}")
-    place = pick_device(device)
-    if graph and place.type != "cuda":
-        raise click.UsageError("--graph times CUDA graphs, and there is no GPU here")
-    if not dry_run:
-        check_parent(table_path(device_name(place)), "set XDG_CACHE_HOME to a writable place")
+    output, place = Output(as_json), pick_device(given["device"])
     if place.type != "cuda":
         output.note(f"no GPU: measuring on {place.type}, where only eager and concat run")
-    shapes = llama_shapes(experts, rank)
-    if mixture is not None:
-        shapes = stack_shapes(Mixture.from_pretrained(mixture))
-    kind = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
-    rows = []
-    counts = tokens or (1, 16, 256)
-    with output.progress("cases", 3 * len(shapes) * len(counts)) as step:
-        for row in tune(shapes, place, kind, tokens=counts, rounds=rounds, graph=graph):
-            rows.append(row)
-            step()
-    path = None if dry_run else store(rows, place)
+    with shown_progress(output) as progress:
+        rows = lora_merge.tune(mixture, **given, progress=progress)
+    path = None if given["dry_run"] else table_path(device_name(place))
     result = {
         "schema": 1,
         "device": rows[0].case.device if rows else place.type,
@@ -112,6 +63,14 @@ def command(
         output.note(f"kept in {path}")
     if any(row.fastest in ("concat", "joined") for row in rows):
         output.note('concat and joined run where load_mixture is given layout="rows" or "border"')
+
+
+def _refuse_shapes(mixture: Path | None) -> None:
+    context = click.get_current_context()
+    for name in ("experts", "rank"):
+        source = context.get_parameter_source(name)
+        if mixture is not None and source is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(f"a MIXTURE has its own shapes: no --{name}")
 
 
 def _check(device: str, as_json: bool) -> None:

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_merge.api.arguments.texts import Usage
+from lora_merge.cli.shared.fields import options_of
 from lora_merge.cli.shared.options import json_option
-from lora_merge.cli.shared.texts import batch_options, load_texts, text_options
+from lora_merge.cli.shared.texts import Rows, mixture_argument
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from lora_merge.mixture.insight.usage import Usage
+    from lora_merge.mixture.insight.usage import Usage as Seen
 
 
 @click.command(
@@ -21,71 +23,49 @@ Examples:
   lora-merge usage mix --base ./llama --data texts.jsonl
   lora-merge usage mix --base ./llama --data a.jsonl --by module --plot a.png
 """,
-    short_help="Show which expert speaks where, on your text.",
 )
-@text_options
+@mixture_argument
+@options_of(Usage)
 @click.option(
     "--by", type=click.Choice(["layer", "kind", "module"]), default="layer", show_default=True
 )
-@batch_options
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw it: a .png, .svg or .pdf.")
 @json_option
-def command(
-    mixture: Path,
-    base: str,
-    data: Path,
-    by: str,
-    max_length: int,
-    batch_size: int,
-    device: str,
-    plot: Path | None,
-    as_json: bool,
-) -> None:
+def command(mixture: Path, by: str, plot: Path | None, as_json: bool, **given: Any) -> None:
     """Run MIXTURE over the texts in DATA and show each expert's mean weight, place by place.
 
     If the rows name their expert, the texts of each are shown apart as well.
     """
+    import lora_merge
     from lora_merge.adapters.module_names import kind_of, layer_of
     from lora_merge.cli.shared.output import Output
     from lora_merge.mixture.insight.picture import check_picture, draw_usage
-    from lora_merge.mixture.runtime.attach import load_mixture
-    from lora_merge.mixture.training.base_model import watch_rows
 
     output = Output(as_json)
     if plot is not None:
         check_picture(plot)
-    opened, model, rows = load_texts(
-        output, mixture, base=base, data=data, max_length=max_length, device=device
-    )
-    handle = load_mixture(model, opened)
-
-    everything = watch_rows(model, handle, rows.examples, batch_size)
-    labels = sorted({e.expert for e in rows.examples if e.expert >= 0})
-    apart = {
-        opened.names[label]: watch_rows(
-            model, handle, [e for e in rows.examples if e.expert == label], batch_size
-        )
-        for label in labels
-    }
+    rows = Rows(output)
+    seen = lora_merge.usage(mixture, **given, by_label=True, on_data=rows)
     keys: dict[str, Callable[[str], str]] = {"layer": layer_of, "kind": kind_of, "module": str}
     key = keys[by]
     if plot is not None:
-        draw_usage(everything, plot, key)
+        draw_usage(seen, plot, key)
     result = {
         "schema": 1,
-        "rows": len(rows.examples),
-        "left_out": list(rows.faults),
-        **everything.to_dict(),
+        "rows": rows.count,
+        "left_out": rows.faults,
+        **seen.to_dict(),
         "by_label": {
-            name: usage.by(lambda _: "all")["all"].tolist() for name, usage in apart.items()
+            name: usage.by(lambda _: "all")["all"].tolist() for name, usage in seen.labels.items()
         },
     }
-    output.data(result, *_view(everything, apart, key))
+    output.data(result, *_view(seen, key))
 
 
-def _view(usage: "Usage", apart: dict[str, "Usage"], key: Any) -> "list[RenderableType]":
+def _view(usage: "Seen", key: Any) -> "list[RenderableType]":
     from lora_merge.adapters.module_names import natural
 
+    apart = usage.labels
     weights = usage.by(key)
     entropies: dict[str, list[float]] = {}
     for name in usage.modules:
@@ -99,7 +79,7 @@ def _view(usage: "Usage", apart: dict[str, "Usage"], key: Any) -> "list[Renderab
     return shown
 
 
-def _heat(usage: "Usage", rows: dict[str, list[float]], entropy: dict[str, float]) -> Any:
+def _heat(usage: "Seen", rows: dict[str, list[float]], entropy: dict[str, float]) -> Any:
     """A table whose cells are as bright as their numbers."""
     from rich.text import Text
 

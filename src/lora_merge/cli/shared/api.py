@@ -36,6 +36,9 @@ def run_shown(output: "Output", function: Callable[..., Any], *given: Any, **mor
     notes: list[str] = []
 
     def show(plan: "Plan[Any]") -> None:
+        from lora_merge.cli.shared.malloc import return_large_blocks
+
+        return_large_blocks(plan.peak_bytes)
         show_notes(output, plan)
         notes.extend(plan.notes)
 

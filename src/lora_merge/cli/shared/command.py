@@ -12,7 +12,7 @@ _GROUPS = {
     "Result": """csv dtype each explain extras force html into out plot png
         print_recipe sort svg to top""",
     "Run": """as_json batch_size bf16 device dry_run eval_every help jobs max_length
-        no_cache quiet resume save_every seed sharded strict verbose worker""",
+        cache quiet resume save_every seed shard strict verbose worker""",
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}
 OWN = "Options"
@@ -22,8 +22,8 @@ class Command(click.Command):
     """A command of lora-merge."""
 
     @classmethod
-    def of(cls, command: click.Command) -> "Command":
-        """The command with what all have."""
+    def of(cls, command: click.Command, short_help: str) -> "Command":
+        """The command with what all have, and what the list of commands says of it."""
         return cls(
             command.name,
             context_settings=command.context_settings,
@@ -31,7 +31,7 @@ class Command(click.Command):
             params=[*command.params, *verbosity.options()],
             help=command.help,
             epilog=command.epilog,
-            short_help=command.short_help,
+            short_help=short_help,
         )
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -5,15 +5,15 @@ so that a command can neither lag behind the library nor contradict it.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ForwardRef, Literal, TypeVar, get_args, get_origin
 
 import click
 
 from lora_merge.cli.shared.options import together
-from lora_merge.options import bare_type, is_shown, said_of, sentence
+from lora_merge.options import bare_type, in_order, is_shown, said_of, sentence
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,6 +25,8 @@ def options_of(
     without: Collection[str] = (),
     unset: bool = False,
     about: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    needed: bool = True,
 ) -> Callable[[F], F]:
     """Options for the fields of a dataclass, in their order, under the fields' names.
 
@@ -34,10 +36,19 @@ def options_of(
         without: Fields to leave out.
         unset: What is not given is None (flags: False); the field's default is shown all the same.
         about: Help texts that a command line has in the place of the field's own.
+        defaults: Likewise of defaults.
+        needed: Whether fields without a default must be given.
     """
     shown = [
-        _option(spec.name, spec.type, spec.default, said_of(spec), unset, (about or {}))
-        for spec in fields(kind)
+        _option(
+            spec.name,
+            spec.type,
+            (defaults or {}).get(spec.name, spec.default),
+            {**said_of(spec)} if needed else {**said_of(spec), "needed": None},
+            unset,
+            about or {},
+        )
+        for spec in in_order(kind)
         if is_shown(spec) and spec.name not in without and (only is None or spec.name in only)
     ]
     return together(*shown)
@@ -73,8 +84,8 @@ def _option(
         (other,) = (choice for choice in get_args(kind) if choice != default)
         return click.option(f"--{other}", name, flag_value=other, default=default, help=text)
     needed = metadata.get("needed", False)
-    shown = None if unset or needed or default == () else default
-    words = default if unset else "" if name in about else metadata.get("unset")
+    shown = None if unset or default in ((), MISSING) else default
+    words = "" if name in about else metadata.get("unset") or (default if unset else "")
     if shown is None and words not in (None, "", ()):
         text = f"{text}  [default: {words}]"
     return click.option(
@@ -82,7 +93,7 @@ def _option(
         name,
         type=click.Path(path_type=Path) if is_path else _type(kind, metadata),
         multiple=default == (),
-        required=needed,
+        required=bool(needed),
         default=shown,
         show_default=shown is not None,
         metavar=metadata["metavar"],
@@ -100,8 +111,10 @@ def _is_path(kind: Any) -> bool:
 def _type(kind: Any, limits: Mapping[str, Any]) -> Any:
     if get_origin(kind) is Literal:
         return click.Choice(get_args(kind))
-    if get_origin(kind) is Sequence:
+    if get_origin(kind) in (Sequence, tuple):
         kind = get_args(kind)[0]
+    if isinstance(kind, str | ForwardRef):  # more than a command line can say: its text
+        return str
     if kind not in (int, float):
         return kind
     low, high = limits.get("low"), limits.get("high")

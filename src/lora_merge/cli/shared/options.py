@@ -1,7 +1,6 @@
 """Options that several commands share."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -71,45 +70,3 @@ def together(*options: Callable[[F], F]) -> Callable[[F], F]:
         return function
 
     return decorate
-
-
-rename_option = click.option(
-    "--rename",
-    multiple=True,
-    metavar="FROM=TO",
-    help="Give modules below FROM the path TO, e.g. layers=model.layers.",
-)
-
-open_options = together(
-    click.option("--alpha", type=float, help="lora_alpha of .safetensors files without a config."),
-    click.option("--rslora", is_flag=True, help="Those files' scaling is alpha / sqrt(r)."),
-    pickle_option,
-    rename_option,
-)
-
-run_options = together(
-    click.option(
-        "-o",
-        "--out",
-        type=click.Path(path_type=Path),
-        default=Path("merged"),
-        show_default=True,
-        help="Directory to make.",
-    ),
-    force_option("an adapter directory"),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1."),
-    click.option("--jobs", type=click.IntRange(min=1), help="Worker threads.  [default: CPUs]"),
-    click.option(
-        "--shard",
-        metavar="3/16",
-        help="Merge one part of the modules into OUT.shards; `lora-merge join OUT` makes OUT of "
-        "all parts, the same bytes as one run.",
-    ),
-    click.option(
-        "--resume",
-        is_flag=True,
-        help="Keep what is done in OUT.shards, and go on from what is there.",
-    ),
-    click.option("--dry-run", is_flag=True, help="Plan from the headers, write nothing."),
-    json_option,
-)

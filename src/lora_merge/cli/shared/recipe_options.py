@@ -1,24 +1,21 @@
 """The options of merging commands, the recipe they mean, and the one way to run it."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_merge.adapters.access.opening import OpenOptions
+from lora_merge.cli.shared.api import run_shown, show_notes, shown_progress
 from lora_merge.cli.shared.fields import options_of
-from lora_merge.cli.shared.options import WeightType, open_options, run_options, together
+from lora_merge.cli.shared.options import WeightType, dry_run_option, json_option, together
+from lora_merge.merge.recipe.arguments import RunRecipe, RunShard
 from lora_merge.merge.recipe.recipe import Recipe, Semantics
 
 if TYPE_CHECKING:
     from lora_merge.cli.shared.output import Output
-    from lora_merge.merge.plan import MergePlan
     from lora_merge.merge.report import MergeReport
-
-_RUN_OPTIONS = (
-    *("out", "force", "device", "jobs", "shard", "resume", "dry_run", "as_json", "allow_pickle"),
-)
 
 
 class ScaleType(click.ParamType):  # type: ignore[type-arg]
@@ -48,6 +45,26 @@ semantics_options = together(
     options_of(Semantics, without=("scale",)),
     options_of(Recipe, only=("statistics",)),
 )
+_HOW = ("out", "force", "device", "jobs", "resume", "allow_pickle")
+run_options = together(
+    options_of(
+        RunRecipe,
+        only=_HOW,
+        about={"out": "directory to make"},
+        defaults={"out": Path("merged")},
+    ),
+    options_of(
+        RunShard,
+        only=("shard",),
+        needed=False,
+        about={
+            "shard": "merge one part of the modules, 3/16, into OUT.shards; `lora-merge join OUT` "
+            "makes OUT of all parts, the same bytes as one run"
+        },
+    ),
+    dry_run_option,
+    json_option,
+)
 merging_options = together(
     click.option(
         "-w",
@@ -57,7 +74,7 @@ merging_options = together(
         multiple=True,
         help="Weight of an adapter; repeat it, in the adapters' order. May be negative.",
     ),
-    open_options,
+    options_of(OpenOptions, without=("allow_pickle",)),
     options_of(Recipe, only=("seed", "dtype", "ranks", "extras", "accept_base_models", "base")),
     run_options,
 )
@@ -65,7 +82,7 @@ merging_options = together(
 
 def split_run_options(arguments: dict[str, Any]) -> dict[str, Any]:
     """Take those options out of `arguments` that say how to run and not what to make."""
-    return {name: arguments.pop(name) for name in _RUN_OPTIONS}
+    return {name: arguments.pop(name) for name in (*_HOW, "shard", "dry_run", "as_json")}
 
 
 def parse_parameters(pairs: Sequence[str]) -> list[tuple[str, Any]]:
@@ -160,134 +177,59 @@ def recipe_from(
 
 
 def run_merge(
-    recipe: Recipe | Path,
-    *,
-    out: Path,
-    force: bool,
-    device: str,
-    jobs: int | None,
-    dry_run: bool,
-    as_json: bool,
-    allow_pickle: bool,
-    strict: bool = False,
-    shard: str | None = None,
-    resume: bool = False,
+    recipe: Recipe | Path, *, dry_run: bool, as_json: bool, shard: str | None, **how: Any
 ) -> None:
-    """Plan a recipe, run it and show what happened; every merging command ends here."""
+    """Run a recipe, or a shard of it, or show what it would make; all merging commands end here."""
+    import lora_merge
     from lora_merge.cli.shared.output import Output
-    from lora_merge.machine.device import pick_device
-    from lora_merge.merge.api import plan_recipe, run_recipe
 
     output = Output(as_json)
-    pick_device(device)
     if dry_run:
-        _show_plan(plan_recipe(recipe, allow_pickle=allow_pickle, device=device), output, jobs)
-        return
-    if shard is not None:
-        _run_shard(recipe, out, shard, output, force, resume, allow_pickle, jobs, device)
-        return
-    with ExitStack() as showing:
-        shown = Progress(output, showing)
-        report = run_recipe(
-            recipe,
-            out,
-            force=force,
-            strict=strict,
-            resume=resume,
-            allow_pickle=allow_pickle,
-            jobs=jobs,
-            device=device,
-            on_plan=shown.begin,
-            on_module=lambda _: shown.advance(),
-        )
-    show_report(report, output, shown.notes)
+        _show_plan(recipe, output, how)
+    elif shard is not None:
+        how.pop("strict", None)
+        report = run_shown(output, lora_merge.run_shard, recipe, shard=shard, **how)
+        from rich.markup import escape
+
+        output.data(report.to_dict(), escape(str(report.summary())))
+    else:
+        show_report(run_shown(output, lora_merge.run_recipe, recipe, **how).report, output)
 
 
-def show_report(report: "MergeReport", output: "Output", seen: Sequence[str]) -> None:
-    """A merge's report, and those of its notes that have not been seen."""
+def show_report(report: "MergeReport", output: "Output") -> None:
+    """A merge's report."""
     from lora_merge.cli.views.merge import report_view
 
-    for note in report.notes[len(seen) :]:
-        output.note(note)
     output.data(report.to_dict(), *report_view(report))
 
 
-def _run_shard(recipe: Recipe | Path, out: Path, shard: str, output: "Output", *how: Any) -> None:
-    from rich.markup import escape
-
-    from lora_merge.merge.shards.shard import run_shard
-
-    names = ("force", "resume", "allow_pickle", "jobs", "device")
-    with ExitStack() as showing:
-        shown = Progress(output, showing)
-        report = run_shard(
-            recipe,
-            out,
-            shard,
-            **dict(zip(names, how, strict=True)),
-            on_plan=shown.begin,
-            on_module=lambda _: shown.advance(),
-        )
-    output.data(report.to_dict(), escape(str(report.summary())))
-
-
-class Progress:
-    """What is shown while a plan runs: its notes, and a bar of its modules."""
-
-    def __init__(self, output: "Output", showing: ExitStack) -> None:
-        self.output, self.showing = output, showing
-        self.notes: tuple[str, ...] = ()
-
-    def begin(self, plan: "MergePlan", modules: int | None = None) -> None:
-        """Show the notes, and a bar for all modules or for so many."""
-        from lora_merge.cli.shared.malloc import return_large_blocks
-
-        self.notes = plan.notes
-        for note in plan.notes:
-            self.output.note(note)
-        return_large_blocks(plan.peak_bytes(1))
-        count = len(plan.alignment.modules) if modules is None else modules
-        bar = self.output.progress("merging", count)
-        self.advance = self.showing.enter_context(bar)
-
-
-def _show_plan(plan: "MergePlan", output: "Output", jobs: int | None) -> None:
-    from lora_merge.cli.views.merge import plan_data, plan_view
+def _show_plan(recipe: Recipe | Path, output: "Output", how: dict[str, Any]) -> None:
+    import lora_merge
+    from lora_merge.cli.views.merge import plan_view
+    from lora_merge.machine.device import pick_device
     from lora_merge.machine.parallel import default_jobs
 
-    for note in plan.notes:
-        output.note(note)
-    workers = jobs or default_jobs()
-    output.data(plan_data(plan, workers), *plan_view(plan, workers))
+    pick_device(how["device"])
+    plan = lora_merge.plan_recipe(recipe, allow_pickle=how["allow_pickle"], device=how["device"])
+    show_notes(output, plan)
+    jobs = how["jobs"] or default_jobs()
+    output.data(plan.to_dict(jobs), *plan_view(plan.merge, jobs))
 
 
-def explain_clusters(
-    recipe: Recipe,
-    *,
-    device: str,
-    jobs: int | None,
-    as_json: bool,
-    allow_pickle: bool,
-    **_: Any,
-) -> None:
+def explain_clusters(recipe: Recipe, *, as_json: bool, **how: Any) -> None:
     """Run a clustering in memory and show what its units are made of."""
-    from lora_merge.adapters.in_memory import MemoryWriter
+    import lora_merge
     from lora_merge.cli.shared.output import Output
     from lora_merge.cli.views.clusters import clusters_data, clusters_view
-    from lora_merge.merge.api import plan_recipe
     from lora_merge.merge.clusters import clusters_of
-    from lora_merge.merge.executor import execute
 
     output = Output(as_json)
-    plan = plan_recipe(recipe, allow_pickle=allow_pickle, device=device)
-    with output.progress("clustering", len(plan.alignment.modules)) as advance:
-        reports = execute(
-            plan,
-            MemoryWriter(plan.output),
-            jobs=jobs,
-            device=device,
-            on_module=lambda _: advance(),
-        )
-    names = [adapter.name for adapter in plan.alignment.adapters]
-    clusters = clusters_of(reports)
+    how = {name: how[name] for name in ("device", "jobs", "allow_pickle")}
+    plan = lora_merge.plan_recipe(
+        recipe, allow_pickle=how.pop("allow_pickle"), device=how["device"]
+    )
+    with shown_progress(output) as progress:
+        report = plan.run(**how, progress=progress).report
+    names = [adapter.name for adapter in plan.merge.alignment.adapters]
+    clusters = clusters_of(report.modules)
     output.data(clusters_data(clusters, names), *clusters_view(clusters, names))

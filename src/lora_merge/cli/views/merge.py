@@ -1,7 +1,5 @@
 """Tables that show a merge: the plan before it, the report after it."""
 
-from typing import Any
-
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.text import Text
@@ -15,42 +13,6 @@ _MEANING = (
     "Neither is a loss of quality: unrelated adapters should not become their sum.\n"
     "How good a merge is, lora-merge evaluate tells; docs/which-method.md says more."
 )
-
-
-def plan_data(plan: MergePlan, jobs: int) -> dict[str, Any]:
-    """A plan as JSON values."""
-    return {
-        "schema": 1,
-        "method": plan.method.name,
-        "rank_rule": str(plan.rule),
-        "base_model": plan.alignment.base_model,
-        "adapters": [
-            {
-                "adapter": a.name,
-                "weight": w.to_data(),
-                "parameters": {name: value.to_data() for name, value in own.items()},
-                "ranks": sorted(a.ranks()),
-                "modules": len(a.modules),
-            }
-            for a, w, own in zip(plan.alignment.adapters, plan.weights, plan.own, strict=True)
-        ],
-        "modules": [
-            {
-                "name": m.name,
-                "adapters": list(m.specs),
-                "units": m.num_units,
-                "rank": plan.ranks[m.name],
-                "shape": [m.first.d_out, m.first.d_in],
-            }
-            for m in plan.alignment.modules
-        ],
-        "output_bytes": plan.output.num_bytes,
-        "peak_bytes": plan.peak_bytes(jobs),
-        "dtype": plan.output.dtype,
-        "notes": list(plan.notes),
-        "scale": plan.semantics.factor,
-        "scale_reason": plan.scale_reason,
-    }
 
 
 def plan_view(plan: MergePlan, jobs: int) -> list[RenderableType]:

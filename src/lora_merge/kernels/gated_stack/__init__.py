@@ -6,7 +6,8 @@ kernels with gradients (`autograd.py`) and operators for torch.compile (`library
 call and `dispatch.py` decides which of them runs.
 """
 
-from lora_merge.kernels.gated_stack.gate import Rule, Value, activate, weights_of
+from lora_merge.kernels.gate_rule import Rule, Value
+from lora_merge.kernels.gated_stack.gate import activate, weights_of
 from lora_merge.kernels.gated_stack.layout import Layout, Shrunk, Ungated, Units
 from lora_merge.kernels.gated_stack.operation import (
     gated_expand,

@@ -1,12 +1,11 @@
 """How scores become weights: softmax, sigmoid or as they are; of all, or of the top k."""
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Value = Literal["softmax", "softmax_all", "softmax_twice", "sigmoid", "raw", "binary"]
+from lora_merge.kernels.gate_rule import Rule, Value
 
 
 class Activation(Protocol):
@@ -18,36 +17,6 @@ class Activation(Protocol):
     def top_k(self) -> int | None: ...  # noqa: D102
     @property
     def temperature(self) -> float: ...  # noqa: D102
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A gate's activation, without its tensors.
-
-    Attributes:
-        value: Weights of the kept scores. `softmax` over the kept; `softmax_all` over all and then
-            cut, not renormalised; `softmax_twice` over all, cut, and again over the kept;
-            `sigmoid`, `raw` and `binary` entry by entry.
-        top_k: How many scores are kept, the first of equal ones; None keeps all.
-        temperature: Divides the scores before a softmax or sigmoid.
-        factor: Multiplies every weight.
-        absolute: Take the scores' absolute values first.
-        null_row: The last score belongs to no expert; its weight is dropped.
-        null_score: A constant score that belongs to no expert, or None.
-    """
-
-    value: Value = "softmax"
-    top_k: int | None = None
-    temperature: float = 1.0
-    factor: float = 1.0
-    absolute: bool = False
-    null_row: bool = False
-    null_score: float | None = None
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether most weights are zero."""
-        return self.top_k is not None
 
 
 def weights_of(scores: Tensor, rule: Rule, bias: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lora_merge.kernels.gated_stack.gate import Rule
+from lora_merge.kernels.gate_rule import Rule
 
 WORD = 32  # units per word of a bitmask
 

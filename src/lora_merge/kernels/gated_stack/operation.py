@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lora_merge.errors import MethodError
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.kernels.gated_stack import dispatch, eager, reference
 from lora_merge.kernels.gated_stack.dispatch import Name, case_of, guarded
-from lora_merge.kernels.gated_stack.gate import Rule, weights_of
+from lora_merge.kernels.gated_stack.gate import weights_of
 from lora_merge.kernels.gated_stack.gpu import fused, grouped, library
 from lora_merge.kernels.gated_stack.layout import (
     Layout,

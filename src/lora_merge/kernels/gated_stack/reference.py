@@ -8,7 +8,7 @@ A unit whose weight is exactly zero takes no part.
 import torch
 from torch import Tensor
 
-from lora_merge.kernels.gated_stack.gate import Rule
+from lora_merge.kernels.gate_rule import Rule
 
 
 def gated_units(x: Tensor, down: Tensor, weights: Tensor, columns: Tensor) -> Tensor:

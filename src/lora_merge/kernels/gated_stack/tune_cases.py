@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.kernels.gated_stack.base_matrix import FEW_TOKENS as FEW
 from lora_merge.kernels.gated_stack.base_matrix import (
     Joined,
@@ -19,7 +20,7 @@ from lora_merge.kernels.gated_stack.base_matrix import (
 )
 from lora_merge.kernels.gated_stack.dispatch import GateKind
 from lora_merge.kernels.gated_stack.eager import gate_units
-from lora_merge.kernels.gated_stack.gate import Rule, weights_of
+from lora_merge.kernels.gated_stack.gate import weights_of
 from lora_merge.kernels.gated_stack.gpu.base_matrix_launch import JoinedStack, gate_pieces
 from lora_merge.kernels.gated_stack.layout import Layout
 from lora_merge.kernels.gated_stack.operation import gated_expand, gated_shrink, routed_shrink

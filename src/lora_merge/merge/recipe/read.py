@@ -1,5 +1,6 @@
 """Read a recipe: a merge as a YAML file that gives the same bytes whenever it is run."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
@@ -68,13 +69,13 @@ def expanded(recipe: Recipe) -> Recipe:
     return replace(recipe, adapters=tuple(items))
 
 
-def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> Recipe:
     """A recipe from its file or from plain data, globs in it expanded; a recipe as it is.
 
     Raises:
         RecipeError: If it is no valid recipe.
     """
-    if isinstance(recipe, str | Path):
+    if isinstance(recipe, str | os.PathLike):
         return expanded(read_recipe(Path(recipe)))
     if isinstance(recipe, Recipe):
         return recipe
@@ -121,3 +122,10 @@ def _explain(fault: Any, where: str) -> tuple[str, str]:
             f"did you mean {near[0]!r}?" if near else f"keys are: {', '.join(known)}",
         )
     return f"{where}: {place}: {fault['msg'].lower()}", "correct the recipe"
+
+
+def inputs_of(recipe: Recipe) -> list[Path]:
+    """The files and directories that a recipe names, as far as they are on this disk."""
+    named = [item.adapter for item in recipe.adapters]
+    named += [recipe.statistics] if recipe.statistics else []
+    return [Path(path) for path in named if Path(path).exists()]

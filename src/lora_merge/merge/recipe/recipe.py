@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from lora_merge.adapters.config import RankLayout
 from lora_merge.errors import LoraMergeError
 from lora_merge.files.header import DTypeName
-from lora_merge.options import option
+from lora_merge.options import argument, option
 
 RECIPE_NAME = "lora_merge.yaml"
 
@@ -22,6 +22,12 @@ RestoreNorm = Literal["none", "mean", "weighted-mean"]
 Smooth = Literal["none", "flat", "linear"]
 Anchor = Literal["stacks", "deltas"]
 ExtrasPolicy = Literal["average", "first", "drop", "error"]
+
+
+ABOUT_SCALE = (
+    "factor on the merged delta; auto is decided from the adapters and the method, 1 is the method "
+    "as published"
+)
 
 
 class RecipeError(LoraMergeError):
@@ -37,11 +43,7 @@ class Semantics:
         "weights as they are, or divided by their sum or sum of magnitudes",
         unset="the method's",
     )
-    scale: float | Literal["auto"] = option(
-        1.0,
-        "factor on the merged delta; auto is decided from the adapters and the method, 1 is the "
-        "method as published",
-    )
+    scale: float | Literal["auto"] = option(1.0, ABOUT_SCALE)
     norm_equalise: bool = option(
         False, "bring every adapter to the mean norm first, module by module"
     )
@@ -64,6 +66,32 @@ class Semantics:
     def factor(self) -> float:
         """The scale as a number; 1 as long as it is to be decided."""
         return 1.0 if self.scale == "auto" else self.scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(Semantics):
+    """What else a merge can be told, whatever the method."""
+
+    statistics: str | None = option(None, "file of collect_statistics, for methods that need one")
+    seed: int = option(0, "seed of all randomness")
+    dtype: DTypeName | None = option(None, "dtype of the result", unset="the inputs'")
+    ranks: RankLayout = option(
+        "uniform",
+        "pad all modules to one rank, or write rank_pattern (vLLM and llama.cpp ignore it)",
+    )
+    extras: ExtrasPolicy = option(
+        "average", "what to do with biases and modules that were saved whole"
+    )
+    accept_base_models: bool = option(False, "accept adapters that name different base models")
+    base_model: str | None = argument(
+        None, "the base model that one of the adapters must have, if given"
+    )
+    rename: tuple[str, ...] = argument(
+        (), "changes of module names, FROM=TO, done on every adapter that has such names"
+    )
+    base: str | None = option(
+        None, "base model's directory: checks names, tells what depends on its weights"
+    )
 
 
 @dataclass(frozen=True)
@@ -94,7 +122,7 @@ class AdapterItem:
 
 
 @dataclass(frozen=True)
-class Recipe(Semantics):
+class Recipe(RecipeOptions):
     """Everything that decides the bytes of a merged adapter.
 
     Attributes:
@@ -120,22 +148,6 @@ class Recipe(Semantics):
     adapters: tuple[AdapterItem, ...]
     rank: int | str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
-    statistics: str | None = option(None, "file of collect_statistics, for methods that need one")
-    seed: int = option(0, "seed of all randomness")
-    dtype: DTypeName | None = option(None, "dtype of the result", unset="the inputs'")
-    ranks: RankLayout = option(
-        "uniform",
-        "pad all modules to one rank, or write rank_pattern (vLLM and llama.cpp ignore it)",
-    )
-    extras: ExtrasPolicy = option(
-        "average", "what to do with biases and modules that were saved whole"
-    )
-    accept_base_models: bool = option(False, "accept adapters that name different base models")
-    base_model: str | None = None
-    rename: tuple[str, ...] = ()
-    base: str | None = option(
-        None, "base model's directory: checks names, tells what depends on its weights"
-    )
     version: Literal[1] = 1
 
     def to_yaml(self) -> str:

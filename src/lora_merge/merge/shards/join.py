@@ -1,19 +1,21 @@
 """`lora_merge.join`: the shards of a merge become the adapter that one process would have made."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_merge.adapters.adapter import Adapter
-from lora_merge.arguments import checked
+from lora_merge.adapters.in_memory import MadeAdapter
+from lora_merge.arguments import takes
 from lora_merge.errors import OutputError
 from lora_merge.merge.auto.scale import decided_scale
 from lora_merge.merge.executor import chosen_ranks
 from lora_merge.merge.plan import MergePlan, plan_merge
+from lora_merge.merge.recipe.arguments import Join
 from lora_merge.merge.recipe.read import as_recipe, open_recipe
-from lora_merge.merge.report import MergeReport, ModuleReport
-from lora_merge.merge.run import run_plan
+from lora_merge.merge.report import MergeReport
+from lora_merge.merge.run import PlannedMerge
 from lora_merge.merge.shards.facts import difference, facts_of
 from lora_merge.merge.shards.folder import (
     Shard,
@@ -26,33 +28,15 @@ from lora_merge.merge.shards.folder import (
 from lora_merge.merge.waiting_results import Spool
 
 
-@checked()
-def join(
-    out: str | Path,
-    *,
-    force: bool = False,
-    strict: bool = False,
-    keep: bool = False,
-    jobs: int | None = None,
-    on_plan: Callable[[MergePlan], None] | None = None,
-    on_module: Callable[[ModuleReport], None] | None = None,
-) -> MergeReport:
+@takes(Join)
+def join(given: Join) -> MadeAdapter[MergeReport]:
     """Put the shards of a merge together: the same bytes as one process makes.
 
     Ranks that depend on all results are chosen here. The adapters must be where they were: their
     headers are read again, their weights are not.
 
-    Args:
-        out: The directory that the shards were made for; they are in `OUT.shards`.
-        force: Replace an adapter directory that is there.
-        strict: Raise if the cut to a rank loses more than half of the result.
-        keep: Leave the shards where they are.
-        jobs: Worker threads.
-        on_plan: Called with the plan, before anything is written.
-        on_module: Called with each module's report.
-
     Returns:
-        What the merge did to each module.
+        The adapter, with the `report` of what the merge did to each module.
 
     Raises:
         OutputError: If a shard is missing, damaged, or of another merge than the others, or if
@@ -64,10 +48,10 @@ def join(
         >>> recipe = {"merge_method": "svd", "rank": 8, "adapters": adapters}
         >>> for shard in ("1/2", "2/2"):
         ...     report = lora_merge.run_shard(recipe, "joined", shard)
-        >>> lora_merge.join("joined").total().rank
+        >>> lora_merge.join("joined").report.total().rank
         (8, 8)
     """
-    out = Path(out)
+    out = Path(given.out)
     shards = _complete(out)
     headers, manifests = zip(*(read_shard(shard.folder(out)) for shard in shards), strict=True)
     _refuse_mixture(shards, headers)
@@ -85,14 +69,15 @@ def join(
     if plan.measured:
         plan = plan.with_ranks(chosen_ranks(plan, spool), spool)
     plan = replace(plan, spool=spool)
-    if on_plan:
-        on_plan(plan)
-    report = run_plan(
-        plan, out, force=force, strict=strict, jobs=jobs, device="cpu", on_module=on_module
+    planned = PlannedMerge(plan, given.strict)
+    if given.on_plan:
+        given.on_plan(planned)
+    made = planned.run(
+        out, force=given.force, jobs=given.jobs, device="cpu", progress=given.progress
     )
-    if not keep:
+    if not given.keep:
         remove_shards(out)
-    return report
+    return made
 
 
 def _complete(out: Path) -> list[Shard]:

@@ -1,18 +1,18 @@
 """`lora_merge.run_shard`: one part of a merge, on this machine, for `join` to put together."""
 
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_merge.arguments import checked
+from lora_merge.arguments import takes
 from lora_merge.errors import OutputError
 from lora_merge.files.targets import check_target
 from lora_merge.merge.executor import compute
 from lora_merge.merge.plan import MergePlan, plan_merge
-from lora_merge.merge.recipe.read import as_recipe, open_recipe
-from lora_merge.merge.recipe.recipe import Recipe
+from lora_merge.merge.recipe.arguments import RunShard
+from lora_merge.merge.recipe.read import as_recipe, inputs_of, open_recipe
+from lora_merge.merge.run import PlannedMerge
 from lora_merge.merge.shards.decided import decided
 from lora_merge.merge.shards.facts import changed_file, digest_of, facts_of
 from lora_merge.merge.shards.folder import (
@@ -23,6 +23,7 @@ from lora_merge.merge.shards.folder import (
     shards_of,
 )
 from lora_merge.merge.waiting_results import Spool
+from lora_merge.planning import counted
 from lora_merge.printing import Report, Summary
 
 
@@ -75,33 +76,12 @@ class ShardReport(Report):
         }
 
 
-@checked()
-def run_shard(
-    recipe: Recipe | Mapping[str, Any] | str | Path,
-    out: str | Path,
-    shard: str,
-    *,
-    force: bool = False,
-    resume: bool = False,
-    allow_pickle: bool = False,
-    jobs: int | None = None,
-    device: str = "auto",
-    on_plan: Callable[[MergePlan, int], None] | None = None,
-    on_module: Callable[[str], None] | None = None,
-) -> ShardReport:
+@takes(RunShard)
+def run_shard(given: RunShard) -> ShardReport:
     """Merge one part of a recipe's modules, for `join`; the parts need to know nothing of another.
 
-    Args:
-        recipe: As for `run_recipe`.
-        out: The directory that `join` will make; the shard's is `OUT.shards/3-of-16`.
-        shard: Which of how many: "3/16".
-        force: Throw away what an earlier run left of this shard.
-        resume: Go on from it, if recipe and adapters are still the same.
-        allow_pickle: Load `.bin` files, with weights_only=True.
-        jobs: Worker threads.
-        device: Where to compute.
-        on_plan: Called with the plan and the number of modules to do, before any is done.
-        on_module: Called with the name of each module that is done.
+    `force` throws away what an earlier run left of this shard; `resume` goes on from it, if recipe
+    and adapters are still the same.
 
     Returns:
         What was done, and which shards are missing.
@@ -119,17 +99,16 @@ def run_shard(
         >>> report.missing
         ()
     """
-    part, out = Shard.parse(shard), Path(out)
-    plan, header = plan_for_shards(
-        recipe, out, force=force, allow_pickle=allow_pickle, jobs=jobs, device=device
-    )
+    part, out = Shard.parse(given.shard), Path(given.out)
+    plan, header = plan_for_shards(given)
     folder = part.folder(out)
-    with shard_folder(folder, header, force=force, resume=resume) as complete:
+    with shard_folder(folder, header, force=given.force, resume=given.resume) as complete:
         names, extras = part.of(plan)
         spool = Spool((folder,), keep=True)
         left = [m for m in plan.alignment.modules if m.name in set(names) and not spool.has(m.name)]
-        if on_plan:
-            on_plan(plan, len(left))
+        step = counted(given.progress, "merging", len(left))
+        if given.on_plan:
+            given.on_plan(PlannedMerge(plan))
         if not complete:
             with ThreadPoolExecutor(1) as beside:
                 hashes = beside.submit(_hashes, part, plan)
@@ -139,9 +118,9 @@ def run_shard(
                     spool,
                     left,
                     extras=extras,
-                    jobs=jobs,
-                    device=device,
-                    on_module=on_module,
+                    jobs=given.jobs,
+                    device=given.device,
+                    on_module=lambda _: step(),
                 )
             changed = changed_file(plan, header["facts"])
             if changed:
@@ -161,23 +140,12 @@ def run_shard(
     return ShardReport(part, out, folder, tuple(names), len(names) - len(left), missing)
 
 
-def plan_for_shards(
-    recipe: Recipe | Mapping[str, Any] | str | Path,
-    out: Path,
-    *,
-    force: bool,
-    allow_pickle: bool,
-    jobs: int | None,
-    device: str,
-) -> tuple[MergePlan, dict[str, Any]]:
+def plan_for_shards(given: RunShard) -> tuple[MergePlan, dict[str, Any]]:
     """The plan of a merge in parts, everything decided, and what each part says of it."""
-    recipe = as_recipe(recipe)
-    named = [item.adapter for item in recipe.adapters]
-    named += [recipe.statistics] if recipe.statistics else []
-    inputs = [Path(path) for path in named if Path(path).exists()]
-    check_target(out, force=force, inputs=inputs)
+    recipe, out, allow_pickle = as_recipe(given.recipe), Path(given.out), given.allow_pickle
+    check_target(out, force=given.force, inputs=inputs_of(recipe))
     plan = plan_merge(recipe, open_recipe(recipe, allow_pickle=allow_pickle))
-    plan = decided(plan, shards_of(out), jobs=jobs, device=device)
+    plan = decided(plan, shards_of(out), jobs=given.jobs, device=given.device)
     header = {
         "facts": facts_of(plan),
         "recipe": recipe.to_yaml(),

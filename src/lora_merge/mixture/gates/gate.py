@@ -12,20 +12,19 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor
-
 from lora_merge.arguments import nearest
 from lora_merge.errors import MethodError
-from lora_merge.kernels.gated_stack.gate import Rule, Value
+from lora_merge.kernels.gate_rule import Rule, Value
+from lora_merge.options import option
 
 Signal = Literal["constant", "request", "hidden", "input", "prototype", "spectrum", "text"]
 Granularity = Literal["model", "module", "rank"]
 
+_ROW = "the preset's"  # what a setting is that is not given
 # Of a classifier; a file may say more than there is memory for.
 _DEEPEST, _WIDEST = 100, 1 << 20
 
@@ -60,19 +59,29 @@ class GateSpec:
 
     preset: str
     signal: Signal
-    granularity: Granularity = "module"
-    value: Value = "softmax"
-    top_k: int | None = None
-    temperature: float = 1.0
-    scale: float | None = None
+    granularity: Granularity = option(
+        "module", "xlora: one set of weights for the model, or one per module", unset=_ROW
+    )
+    value: Value = option("softmax", "how kept scores become weights", unset=_ROW)
+    top_k: int | None = option(None, "experts (or ranks) kept per token", low=1, unset=_ROW)
+    temperature: float = option(1.0, "divides the scores", above=0, unset=_ROW)
+    scale: float | None = option(None, "multiplies every weight", unset=_ROW)
     standardise: bool = False
-    sequence: bool = False
-    memory: float = 0.0
-    null_expert: bool = False
-    null_score: float = 0.0
-    weights: tuple[float, ...] = ()
-    depth: int = 1
-    width: int = 2048
+    sequence: bool = option(False, "decide once per sequence, at prefill")
+    memory: float = option(
+        0.0,
+        "share of the previous token's scores that counts at the next",
+        low=0,
+        below=1,
+        unset=_ROW,
+    )
+    null_expert: bool = option(False, "let the gate abstain: the base model")
+    null_score: float = option(0.0, "score of abstaining, where none is learned", unset=_ROW)
+    weights: tuple[float, ...] = option(
+        (), "constant: weights of the experts", flags=("-w", "--weight")
+    )
+    depth: int = option(1, "xlora: layers of the classifier", low=1, high=_DEEPEST, unset=_ROW)
+    width: int = option(2048, "xlora: its hidden width", low=1, high=_WIDEST, unset=_ROW)
     bypass: bool = True
     trained: bool = True
 
@@ -279,36 +288,3 @@ def gate_spec(preset: str, **settings: Any) -> GateSpec:
 
 def _with_signal(signal: str) -> list[str]:
     return [name for name, (_, spec) in PRESETS.items() if spec.signal == signal]
-
-
-def strengths(scaled: Tensor, columns: Tensor | None, count: int) -> Tensor:
-    """|Delta_e x| of every expert (or single rank), in SVD form: |S V^T x| needs no `up`.
-
-    Args:
-        scaled: Units times their singular values, shape (T, R).
-        columns: Expert of each unit, int64, shape (R,); None for each rank alone.
-        count: Experts.
-
-    Returns:
-        Shape (T, count), or (T, R).
-    """
-    energy = scaled.float().square()
-    if columns is None:
-        return energy.sqrt()
-    total = energy.new_zeros(len(scaled), count).index_add(1, columns, energy)
-    # The square root has no derivative at 0, where every expert's delta vanishes.
-    return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
-
-
-def only_of(weights: Tensor, only: Tensor, experts: Sequence[int]) -> Tensor:
-    """Weights with all but one expert's set to zero in each batch row.
-
-    Args:
-        weights: Shape (T', M, E).
-        only: The expert that may act, int64, shape (B,).
-        experts: The experts whose weights these are.
-    """
-    present = torch.tensor(experts, device=weights.device)
-    alone = (only.to(weights.device)[:, None] == present).to(weights.dtype)
-    rows = weights.view(len(alone), -1, *weights.shape[1:])
-    return (rows * alone[:, None, None, :]).view(weights.shape)

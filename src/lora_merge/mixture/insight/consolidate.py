@@ -7,6 +7,7 @@ remains is compressed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +22,11 @@ from lora_merge.mixture.gates.initial import initial_gate
 from lora_merge.mixture.gates.text_index import DESCRIPTORS
 from lora_merge.mixture.insight.usage import Usage
 from lora_merge.mixture.mixture import Mixture
+from lora_merge.printing import Report, Summary
 
 
-@dataclass(frozen=True, eq=False)
-class Consolidation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Consolidation(Report):
     """What became of a mixture.
 
     Attributes:
@@ -36,6 +38,21 @@ class Consolidation:
     mixture: Mixture
     groups: tuple[tuple[str, ...], ...]
     error: float
+
+    def summary(self) -> Summary:
+        """Who went where, and the error of the cut."""
+        facts = [(group[0], " + ".join(group)) for group in self.groups[:16]]
+        error = f"{100 * self.error:.2g} % of the norm" if self.error else "none"
+        return Summary(f"Mixture of {len(self.groups)} groups", (*facts, ("cut", error)))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per old expert."""
+        return [{"expert": name, "group": g[0]} for g in self.groups for name in g]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        groups = [list(group) for group in self.groups]
+        return {"schema": 1, "groups": groups, "error": self.error}
 
 
 def consolidate(

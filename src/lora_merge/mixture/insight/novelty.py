@@ -21,14 +21,15 @@ from lora_merge.mixture.insight.descriptors import Descriptors
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.targets import find_targets
 from lora_merge.mixture.training.data import Batch, Example, in_order
+from lora_merge.printing import Report, Summary
 
 # Texts that are nearly alike have nearly no spread, and any other would be strange: a deviation is
 # at least this share of the variance of the inputs.
 _LEAST_SPREAD = 0.01
 
 
-@dataclass(frozen=True)
-class Novelty:
+@dataclass(frozen=True, repr=False)
+class Novelty(Report):
     """How well texts are known.
 
     Attributes:
@@ -53,6 +54,34 @@ class Novelty:
     def is_new(self) -> bool:
         """Whether at some module no descriptor knows the texts: a new expert is needed."""
         return any(min(row) > self.threshold for row in self.scores)
+
+    def summary(self) -> Summary:
+        """Whether the texts are known, and where they are strangest."""
+        known = "a new expert is needed" if self.is_new else "these texts are known"
+        scores = dict(zip(self.modules, self.scores, strict=True))[self.strangest]
+        shown = ", ".join(f"{n} {s:.1f}" for n, s in zip(self.experts, scores, strict=True))
+        facts = (("strangest at", self.strangest), ("there", f"{shown} deviations"))
+        return Summary(f"Novelty: {known} (threshold {self.threshold:g})", facts)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per module, a column per expert."""
+        return [
+            {"module": module, **dict(zip(self.experts, row, strict=True))}
+            for module, row in zip(self.modules, self.scores, strict=True)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "schema": 1,
+            "new": self.is_new,
+            "strangest": self.strangest,
+            "threshold": self.threshold,
+            "scores": {
+                module: dict(zip(self.experts, row, strict=True))
+                for module, row in zip(self.modules, self.scores, strict=True)
+            },
+        }
 
 
 def default_modules(mixture: Mixture) -> list[str]:

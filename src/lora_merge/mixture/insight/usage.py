@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.mixture.runtime.call.in_force import Decision
+from lora_merge.printing import Report, Summary
 
 
 @dataclass(eq=False)
@@ -32,17 +33,42 @@ class ModuleUsage:
     last: Tensor | None = None
 
 
-@dataclass(eq=False)
-class Usage:
+@dataclass(eq=False, repr=False)
+class Usage(Report):
     """Statistics of every module of a mixture.
 
     Attributes:
         experts: Names, in the order of all columns here.
         modules: By module name.
+        labels: Expert that rows name → the statistics of those rows alone, where they were counted.
     """
 
     experts: tuple[str, ...]
     modules: dict[str, ModuleUsage] = field(default_factory=dict)
+    labels: dict[str, "Usage"] = field(default_factory=dict)
+
+    def summary(self) -> Summary:
+        """Each expert's mean weight over all modules."""
+        means = self.by(lambda _: "all").get("all", torch.zeros(len(self.experts)))
+        facts = [(n, f"{m:.3f}") for n, m in zip(self.experts, means.tolist(), strict=True)]
+        tokens = max((entry.tokens for entry in self.modules.values()), default=0)
+        title = f"Mean weights of {len(self.experts)} experts"
+        return Summary(
+            f"{title} on {tokens} tokens, {len(self.modules)} modules", tuple(facts[:16])
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per module and expert."""
+        return [
+            {
+                "module": module,
+                "expert": expert,
+                "weight": float(entry.weight[index]) / max(entry.tokens, 1),
+                "kept": float(entry.kept[index]) / max(entry.tokens, 1),
+            }
+            for module, entry in self.modules.items()
+            for index, expert in enumerate(self.experts)
+        ]
 
     @torch.no_grad()
     def observe(self, decision: Decision) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lora_merge.errors import MethodError
 from lora_merge.kernels import gated_stack
-from lora_merge.mixture.gates.gate import only_of
 from lora_merge.mixture.gates.memory import REMEMBERED, over_prompt, remember
+from lora_merge.mixture.gates.weights import only_of
 from lora_merge.mixture.runtime.call.modules import Modules
 from lora_merge.mixture.runtime.call.passes import Pass, Stage
 from lora_merge.mixture.runtime.call.tokens import Tokens

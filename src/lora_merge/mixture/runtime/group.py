@@ -14,8 +14,9 @@ from lora_merge.kernels.gated_stack.eager import expand, gate_units
 from lora_merge.kernels.gated_stack.gpu.fused import refusal
 from lora_merge.kernels.gated_stack.layout import Shrunk
 from lora_merge.kernels.gated_stack.operation import gated_expand
-from lora_merge.mixture.gates.gate import GateSpec, strengths
+from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.gates.layer_norm import inverse_deviation
+from lora_merge.mixture.gates.weights import strengths
 from lora_merge.mixture.runtime.by_kernel import Plan, kernel_units
 from lora_merge.mixture.runtime.call.in_force import Decision, Switch
 from lora_merge.mixture.runtime.call.passes import Pass

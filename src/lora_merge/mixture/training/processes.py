@@ -63,6 +63,11 @@ def is_launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes, as the launcher says."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def join(*, cpu: bool) -> torch.device:
     """Join the processes that a launcher started; returns this one's device.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lora_merge.kernels.gated_stack.gate import Rule
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.kernels.gated_stack.gpu import _triton, _triton_gate_expand
 from lora_merge.kernels.gated_stack.layout import WORD, Layout
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lora_merge.kernels.gated_stack.gate import Rule
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.kernels.gated_stack.gpu import _triton_grouped
 from lora_merge.kernels.gated_stack.gpu._launch import (
     _arithmetic,

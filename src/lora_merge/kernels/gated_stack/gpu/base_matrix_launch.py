@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.kernels.gated_stack.base_matrix import Joined
-from lora_merge.kernels.gated_stack.gate import Rule
 
 
 def has_pieces(gate: Tensor, dtype: torch.dtype) -> bool:

@@ -6,8 +6,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.kernels.gated_stack.base_matrix import FEW_TOKENS
-from lora_merge.kernels.gated_stack.gate import Rule
 from lora_merge.kernels.gated_stack.layout import Layout, Ungated
 
 HAS_TRITON = find_spec("triton") is not None

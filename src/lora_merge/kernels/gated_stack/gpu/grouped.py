@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lora_merge.kernels.gated_stack.gate import Rule
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.kernels.gated_stack.gpu.fused import _rows
 from lora_merge.kernels.gated_stack.layout import Layout, Places, Units
 

@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lora_merge.kernels.gated_stack.gate import Rule, Value
+from lora_merge.kernels.gate_rule import Rule, Value
 from lora_merge.kernels.gated_stack.gpu import fused
 from lora_merge.kernels.gated_stack.gpu.autograd import (
     expand_backward,

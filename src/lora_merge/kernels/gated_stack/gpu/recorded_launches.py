@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.kernels.gated_stack.gate import Rule, Value
+from lora_merge.kernels.gate_rule import Rule, Value
 from lora_merge.kernels.gated_stack.gpu import (
     _launch,
     _launch_grouped,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.errors import MethodError
-from lora_merge.kernels.gated_stack.gate import Rule
+from lora_merge.kernels.gate_rule import Rule
 from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.runtime.call.bank import Bank
 from lora_merge.mixture.runtime.call.hooks import ModuleHooks

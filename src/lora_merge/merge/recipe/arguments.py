@@ -1,0 +1,137 @@
+"""Arguments of what merges: merge, recipes, shards; plain data, of which the commands are made."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from lora_merge.merge.recipe.recipe import ABOUT_SCALE, Recipe, RecipeOptions
+from lora_merge.options import Needed, argument, option
+from lora_merge.planning import OUT, Folder, Plan, Telling
+
+if TYPE_CHECKING:
+    from lora_merge.adapters.access.adapter_like import AdaptersLike
+
+_RECIPE = Needed(
+    "a recipe, its YAML file (`lora_merge.yaml` beside a merged adapter makes the same bytes "
+    "again), or the same as plain data, in which a glob stands for the adapters it matches"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computing(Telling):
+    """Where and how a merge computes."""
+
+    device: str = option("auto", "auto, cpu, cuda or cuda:1")
+    jobs: int | None = option(None, "worker threads", low=1, unset="CPUs")
+    on_plan: Callable[[Plan[Any]], None] | None = argument(
+        None, "called with the plan, before anything is computed"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strictness:
+    """What is an error."""
+
+    strict: bool = option(False, "fail if the cut to a rank loses over half of the result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyMerge(Computing, Strictness, RecipeOptions):
+    """What a merge of any method takes."""
+
+    scale: float | Literal["auto"] = option("auto", ABOUT_SCALE)
+    weights: Sequence[Any] | None = argument(
+        None,
+        "one per adapter: numbers, lists over the layers, or lists of {filter, value}; default: 1",
+    )
+
+    def recipe_options(self) -> dict[str, Any]:
+        """The fields that a recipe has under the same name."""
+        said = {spec.name: getattr(self, spec.name) for spec in fields(RecipeOptions)}
+        base = None if self.base is None else os.fspath(self.base)
+        return {**said, "rename": tuple(self.rename), "base": base}
+
+
+@dataclass(frozen=True)
+class Merge(AnyMerge):
+    """Arguments of `merge` and `plan_merge`."""
+
+    adapters: Annotated["AdaptersLike", Needed("what `open_adapters` takes")]
+    _: KW_ONLY
+    method: str = argument("auto", "name of a method (`lora-merge methods`)")
+    rank: int | str | None = argument(
+        None,
+        'rank of the result, or a rank rule such as "energy:0.95"; default: the method\'s',
+    )
+    parameters: Mapping[str, Any] | None = argument(
+        None,
+        "parameters of the method; those of how an adapter is sparsified (density, ...) may be "
+        "lists over the layers or of {filter, value}, too",
+    )
+    own_parameters: Sequence[Mapping[str, Any]] | None = argument(
+        None, "one mapping per adapter: such parameters for it alone"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a recipe's adapters are read."""
+
+    allow_pickle: bool = option(False, "load .bin files (with weights_only=True)")
+
+
+@dataclass(frozen=True)
+class PlanRecipe(Reading, Strictness):
+    """Arguments of `plan_recipe`."""
+
+    recipe: Annotated[Recipe | Mapping[str, Any] | Folder, _RECIPE]
+    _: KW_ONLY
+    device: str = argument(
+        "cpu", "where a few modules are merged if the scale is auto; all else is from headers"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningRecipe(Computing, Reading):
+    """How a recipe is run."""
+
+    force: bool = option(False, "replace an output that lora-merge wrote")
+    resume: bool = option(
+        False, "keep what is done beside the output (OUT.shards), and go on from what is there"
+    )
+
+
+@dataclass(frozen=True)
+class RunRecipe(RunningRecipe, Strictness):
+    """Arguments of `run_recipe`."""
+
+    recipe: Annotated[Recipe | Mapping[str, Any] | Folder, _RECIPE]
+    out: Folder | None = option(
+        None, "directory to make", flags=OUT, unset="the result stays in memory"
+    )
+
+
+@dataclass(frozen=True)
+class RunShard(RunningRecipe):
+    """Arguments of `run_shard`."""
+
+    recipe: Annotated[Recipe | Mapping[str, Any] | Folder, _RECIPE]
+    out: Annotated[Folder, Needed("directory that `join` will make", OUT)]
+    shard: Annotated[
+        str, Needed("which of how many: 3/16; it lies in `OUT.shards/3-of-16`", ("--shard",))
+    ]
+
+
+@dataclass(frozen=True)
+class Join(Telling, Strictness):
+    """Arguments of `join`."""
+
+    out: Annotated[Folder, Needed("directory that the shards, in `OUT.shards`, were made for")]
+    _: KW_ONLY
+    force: bool = option(False, "replace an output that lora-merge wrote")
+    keep: bool = option(False, "leave OUT.shards where it is")
+    jobs: int | None = option(None, "worker threads", low=1, unset="CPUs")
+    on_plan: Callable[[Plan[Any]], None] | None = argument(
+        None, "called with the plan, before anything is written"
+    )
