@@ -15,7 +15,7 @@ from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.pages.cards import model_card
 from lora_merge.machine.parallel import default_jobs
-from lora_merge.merge.clusters import clusters_text
+from lora_merge.merge.clusters.members import clusters_text
 from lora_merge.merge.executor import execute, settle
 from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.recipe.recipe import RECIPE_NAME, Recipe

@@ -221,7 +221,7 @@ def explain_clusters(recipe: Recipe, *, as_json: bool, **how: Any) -> None:
     import lora_merge
     from lora_merge.cli.shared.output import Output
     from lora_merge.cli.views.clusters import clusters_data, clusters_view
-    from lora_merge.merge.clusters import clusters_of
+    from lora_merge.merge.clusters.members import clusters_of
 
     output = Output(as_json)
     how = {name: how[name] for name in ("device", "jobs", "allow_pickle")}

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from lora_merge.adapters.module_names import place_of
 from lora_merge.merge.report import ModuleReport
 
 _LEGEND = """\
@@ -68,6 +69,95 @@ class Cluster:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return {**asdict(self), "similarity": self.similarity, "lost": self.lost}
+
+
+@dataclass(frozen=True)
+class ClusterSums:
+    """Several clusters taken together.
+
+    Attributes:
+        units: How many they are.
+        members: Units in one, on average.
+        alone: Share of them whose members are of one adapter.
+        alike: Mean of their similarities.
+        lost: Share of their members' energy that the result no longer does.
+    """
+
+    units: int
+    members: float
+    alone: float
+    alike: float
+    lost: float
+
+    @staticmethod
+    def of(clusters: Sequence[Cluster]) -> "ClusterSums":
+        """Sum up; there must be one."""
+        count = len(clusters)
+        energies = [sum(m.energy for m in c.members) for c in clusters]
+        lost = sum(e * c.lost for e, c in zip(energies, clusters, strict=True))
+        return ClusterSums(
+            units=count,
+            members=sum(len(c.members) for c in clusters) / count,
+            alone=sum(len(c.adapters) == 1 for c in clusters) / count,
+            alike=sum(c.similarity for c in clusters) / count,
+            lost=lost / sum(energies) if sum(energies) else 0.0,
+        )
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What becomes of one adapter's energy.
+
+    Attributes:
+        shared: Share of it in units that each adapter has members in; all of it for itself.
+        alone: Share in units of its own.
+        lost: Share that the result no longer does.
+    """
+
+    shared: tuple[float, ...]
+    alone: float
+    lost: float
+
+
+def by_kind(clusters: Sequence[Cluster]) -> dict[str, ClusterSums]:
+    """Kind of module → its clusters summed up, and all of them."""
+    kinds: dict[str, list[Cluster]] = {}
+    for cluster in clusters:
+        kinds.setdefault(place_of(cluster.module.partition("[")[0]).part, []).append(cluster)
+    sums = {kind: ClusterSums.of(members) for kind, members in kinds.items()}
+    return {**sums, "all modules": ClusterSums.of(clusters)}
+
+
+def by_module(clusters: Sequence[Cluster]) -> dict[str, list[Cluster]]:
+    """Module (or expert) → its clusters, in order."""
+    modules: dict[str, list[Cluster]] = {}
+    for cluster in clusters:
+        modules.setdefault(cluster.module, []).append(cluster)
+    return modules
+
+
+def sharing(clusters: Sequence[Cluster], adapters: int) -> list[Sharing]:
+    """For each adapter how much of its energy sits in units with each other one, and is lost."""
+    found = []
+    for i in range(adapters):
+        total = alone = lost = 0.0
+        shared = [0.0] * adapters
+        for cluster in clusters:
+            own = sum(m.energy for m in cluster.members if m.adapter == i)
+            if not own:
+                continue
+            total += own
+            alone += own if cluster.adapters == (i,) else 0.0
+            for j in cluster.adapters:
+                shared[j] += own
+            lost += sum(
+                m.energy * (1 - min(max(m.kept, 0.0), 1.0))
+                for m in cluster.members
+                if m.adapter == i
+            )
+        scale = 1 / total if total else 0.0
+        found.append(Sharing(tuple(s * scale for s in shared), alone * scale, lost * scale))
+    return found
 
 
 def clusters_of(modules: Sequence[ModuleReport]) -> list[Cluster]:
