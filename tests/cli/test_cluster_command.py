@@ -67,6 +67,20 @@ def test_explain_shows_who_is_in_a_unit_and_writes_nothing(three, tmp_path, caps
     assert all(0 <= c["lost"] <= 1 and 0 <= c["similarity"] <= 1 for c in document["clusters"])
 
 
+def test_clusters_have_a_page(three, tmp_path, capsys) -> None:
+    page = tmp_path / "units.html"
+    command = ["cluster", *three, "--rank", "4", "--html", str(page)]
+    assert run(command) == 2  # it shows what --explain measures
+    assert run([*command, "--explain"]) == 0
+    text = page.read_text()
+    assert text.count("<details>") == len(SHAPES) and "default-src 'none'" in text
+    capsys.readouterr()
+    assert run([*command, "--explain", "--json"]) == 0
+    clusters = json.loads(capsys.readouterr().out)["clusters"]
+    rows = text[text.index("Every module") :].count("<th scope=row>")
+    assert rows == len(clusters)
+
+
 def test_python_clusters_as_the_command_does(three, tmp_path) -> None:
     out = tmp_path / "out"
     for options, flags in ((None, []), (LegoOptions(balance=True), ["--balance"])):

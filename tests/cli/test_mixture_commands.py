@@ -121,7 +121,10 @@ def test_train_resume_and_usage(inside: Path, capsys, tmp_path: Path) -> None:
     said = capsys.readouterr().out
     assert "0 of them now" in said and "first step" not in said
     usage = ["usage", out, "--base", "base", "--data", "rows.jsonl"]
-    assert run([*usage, "--plot", str(tmp_path / "usage.png")]) == 0
+    page = tmp_path / "usage.html"
+    assert run([*usage, "--plot", str(tmp_path / "usage.png"), "--html", str(page)]) == 0
+    text = page.read_text()
+    assert "By layer" in text and "By the row" in text and "default-src 'none'" in text
     shown = capsys.readouterr()
     assert "layers.1" in shown.out and "text of math" in shown.out and "line 9" in shown.err
     assert (tmp_path / "usage.png").read_bytes().startswith(b"\x89PNG")

@@ -94,8 +94,9 @@ class _LazyGroup(click.Group):
 def cli() -> None:
     """Cluster, merge and look into LoRA adapters, rank by rank.
 
-    An ADAPTER is a directory, a .safetensors file, a glob, user/repo[@revision][:subfolder]
-    an hf:// URI, a library (of `pack`), LIBRARY:name or LIBRARY[tag=value].
+    An ADAPTER is a directory, a .safetensors file, a glob,
+    user/repo[@revision][:subfolder], an hf:// URI, a library (of `pack`), LIBRARY:name
+    or LIBRARY[tag=value].
     """
 
 

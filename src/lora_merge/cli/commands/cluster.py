@@ -1,5 +1,6 @@
 """`lora-merge cluster`: LoRA-LEGO."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -39,7 +40,12 @@ _further_options = together(
     click.option(
         "--explain",
         is_flag=True,
-        help="Show the clusters, who is in them and what is lost; write nothing.",
+        help="Show the clusters, who is in them and what is lost; write no adapter.",
+    ),
+    click.option(
+        "--html",
+        type=click.Path(path_type=Path),
+        help="With --explain: write a page that shows every unit.",
     ),
 )
 _PUBLISHED = tuple(name for name in names_of(LegoOptions) if name != "restarts")
@@ -50,7 +56,7 @@ _PUBLISHED = tuple(name for name in names_of(LegoOptions) if name != "restarts")
 Examples:
   lora-merge cluster math code chat --rank 16
   lora-merge cluster 'runs/*/adapter' --rank 8 --dry-run
-  lora-merge cluster math code chat --rank 16 --explain
+  lora-merge cluster math code chat --rank 16 --explain --html units.html
   lora-merge cluster math code chat --rank 16 --as-published --balance -o out
 """,
 )
@@ -74,12 +80,14 @@ def command(**arguments: Any) -> None:
     if given["reweight_parameters"] is False:
         variants["reweight_parameters"] = False
     published = arguments.pop("as_published") or bool(variants)
-    explain = arguments.pop("explain")
+    explain, html = arguments.pop("explain"), arguments.pop("html")
+    if html and not explain:
+        raise click.UsageError("--html needs --explain")
     parameters = [*variants.items(), ("restarts", arguments.pop("restarts"))]
     parameters += parse_parameters(arguments.pop("parameters"))
     method = "lego" if published else "lego-refit"
     recipe = recipe_from(method, parameters=parameters, **arguments)
     if explain:
-        explain_clusters(recipe, **run)
+        explain_clusters(recipe, html, **run)
     else:
         run_merge(recipe, **run)

@@ -30,8 +30,11 @@ Examples:
     "--by", type=click.Choice(["layer", "kind", "module"]), default="layer", show_default=True
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw it: a .png, .svg or .pdf.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write all of it as a page.")
 @json_option
-def command(mixture: Path, by: str, plot: Path | None, as_json: bool, **given: Any) -> None:
+def command(
+    mixture: Path, by: str, plot: Path | None, html: Path | None, as_json: bool, **given: Any
+) -> None:
     """Run MIXTURE over the texts in DATA and show each expert's mean weight, place by place.
 
     If the rows name their expert, the texts of each are shown apart as well.
@@ -39,17 +42,24 @@ def command(mixture: Path, by: str, plot: Path | None, as_json: bool, **given: A
     import lora_merge
     from lora_merge.adapters.module_names import kind_of, layer_of
     from lora_merge.cli.shared.output import Output
+    from lora_merge.files.pages.html_page import write_html
+    from lora_merge.files.targets import MARK, check_file
     from lora_merge.mixture.insight.picture import check_picture, draw_usage
+    from lora_merge.mixture.insight.usage_page import usage_page
 
     output = Output(as_json)
     if plot is not None:
         check_picture(plot)
+    if html is not None:
+        check_file(html, MARK.encode())
     rows = Rows(output)
     seen = lora_merge.usage(mixture, **given, by_label=True, on_data=rows)
     keys: dict[str, Callable[[str], str]] = {"layer": layer_of, "kind": kind_of, "module": str}
     key = keys[by]
     if plot is not None:
         draw_usage(seen, plot, key)
+    if html is not None:
+        write_html(usage_page(seen), html)
     result = {
         "schema": 1,
         "rows": rows.count,

@@ -216,14 +216,19 @@ def _show_plan(recipe: Recipe | Path, output: "Output", how: dict[str, Any]) -> 
     output.data(plan.to_dict(jobs), *plan_view(plan.merge, jobs))
 
 
-def explain_clusters(recipe: Recipe, *, as_json: bool, **how: Any) -> None:
-    """Run a clustering in memory and show what its units are made of."""
+def explain_clusters(recipe: Recipe, html: Path | None, *, as_json: bool, **how: Any) -> None:
+    """Run a clustering in memory and show what its units are made of, as a page if asked to."""
     import lora_merge
     from lora_merge.cli.shared.output import Output
     from lora_merge.cli.views.clusters import clusters_data, clusters_view
+    from lora_merge.files.pages.html_page import write_html
+    from lora_merge.files.targets import MARK, check_file
     from lora_merge.merge.clusters.members import clusters_of
+    from lora_merge.merge.clusters.page import clusters_page
 
     output = Output(as_json)
+    if html:
+        check_file(html, MARK.encode())
     how = {name: how[name] for name in ("device", "jobs", "allow_pickle")}
     plan = lora_merge.plan_recipe(
         recipe, allow_pickle=how.pop("allow_pickle"), device=how["device"]
@@ -232,4 +237,6 @@ def explain_clusters(recipe: Recipe, *, as_json: bool, **how: Any) -> None:
         report = plan.run(**how, progress=progress).report
     names = [adapter.name for adapter in plan.merge.alignment.adapters]
     clusters = clusters_of(report.modules)
+    if html:
+        write_html(clusters_page(clusters, names), html)
     output.data(clusters_data(clusters, names), *clusters_view(clusters, names))
