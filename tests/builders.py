@@ -98,6 +98,17 @@ def save_parts(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
     return folder
 
 
+def save_base(folder: Path, shapes: Mapping[str, tuple[int, ...]] = SHAPES, **config: Any) -> str:
+    """A random base model: weights of modules, and 3-D parameters under their own names."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", **config}))
+    g = torch.Generator().manual_seed(7)
+    tensors = {name: torch.randn(*shape, generator=g) for name, shape in shapes.items()}
+    named = {n if len(t.shape) == 3 else f"{n}.weight": t for n, t in tensors.items()}
+    save_file(named, folder / "model.safetensors")
+    return str(folder)
+
+
 def delta(adapter: Adapter, module: str) -> torch.Tensor:
     a, b = adapter.read(module)
     return adapter.modules[module].scaling * b.double() @ a.double()

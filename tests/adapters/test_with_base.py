@@ -1,30 +1,17 @@
 """Adapters beside their base: names and experts are checked, and what depends on it is read."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 import lora_merge
-from builders import SHAPES, adapter_parts, delta, save_adapter, save_parts
+from builders import SHAPES, adapter_parts, delta, save_adapter, save_base, save_parts
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.cli.app import run
 from lora_merge.errors import AdapterError
-
-
-def save_base(folder: Path, shapes: Any = SHAPES, **config: Any) -> str:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", **config}))
-    g = torch.Generator().manual_seed(7)
-    tensors = {name: torch.randn(*shape, generator=g) for name, shape in shapes.items()}
-    named = {n if len(t.shape) == 3 else f"{n}.weight": t for n, t in tensors.items()}
-    save_file(named, folder / "model.safetensors")
-    return str(folder)
 
 
 def commands(*adapters: str, base: str, out: Path) -> dict[str, list[str]]:

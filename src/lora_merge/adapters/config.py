@@ -14,6 +14,8 @@ _LOW_RANK = ("LORA", "ADALORA", "SORA")
 
 # One rank for all modules, or `rank_pattern` and `alpha_pattern`.
 RankLayout = Literal["uniform", "per-module"]
+# Where MoE experts stand (`identity/expert_choice.py`).
+ExpertLayout = Literal["per-expert", "stacked", "stacked-0.18"]
 # Squares of a delta scaled by more would leave the range of float32.
 _LARGEST_ALPHA = 1e15
 

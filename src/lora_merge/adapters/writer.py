@@ -33,6 +33,10 @@ from lora_merge.files.tensor_stream import cast_to
 R = TypeVar("R")
 
 
+# The first PEFT that stores experts the way round that modules have them here.
+NEW_EXPERTS = "0.19.0"
+
+
 class Origin(Protocol):
     """What an output takes over from an adapter that it is made of."""
 
@@ -116,6 +120,7 @@ def plan_output(
     extras: Mapping[str, tuple[str, tuple[int, ...]]] | None = None,
     base_model: str | None = None,
     file_format: FileFormat = PEFT,
+    peft_version: str = NEW_EXPERTS,
 ) -> OutputPlan:
     """Decide names, shapes and config of an adapter made from others.
 
@@ -129,6 +134,7 @@ def plan_output(
         extras: Tensors that are not factors and are kept.
         base_model: Base model to name; default: the first one that an adapter names.
         file_format: How it is written.
+        peft_version: The PEFT that stores experts as the modules have them.
 
     Raises:
         AdapterError: If one of `extras` is no float tensor, or the format cannot hold the adapter.
@@ -167,8 +173,7 @@ def plan_output(
         if extras
         else None,
         "peft_type": "LORA",
-        # The first PEFT that stores experts the way they are written here.
-        "peft_version": "0.19.0",
+        "peft_version": peft_version,
         "r": common,
         "rank_pattern": _exact(different),
         "alpha_pattern": _exact(different),

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.base_weights import CheckpointBase
 from lora_merge.adapters.formats.file_format import FileFormat
 from lora_merge.adapters.formats.table import FORMATS, format_of
 from lora_merge.adapters.forms import ModuleSpec, to_matrix
+from lora_merge.adapters.identity.expert_choice import in_layout
 from lora_merge.adapters.in_memory import MadeAdapter, make
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.units import Verdict
-from lora_merge.adapters.writer import OutputPlan, Writer, plan_output
+from lora_merge.adapters.writer import NEW_EXPERTS, OutputPlan, Writer, plan_output
 from lora_merge.errors import MethodError
 from lora_merge.files.checkpoint import Checkpoint
 from lora_merge.files.header import code_of
@@ -133,6 +135,7 @@ class ConversionPlan(Plan[MadeAdapter[ConvertReport]]):
         ranks: Rank of every module's result.
         dtype: safetensors dtype code of the factors.
         energy: Share of the squared norm that is kept, None where the ranks decide.
+        peft_version: The PEFT that stores experts as the result does.
     """
 
     adapter: Adapter
@@ -141,6 +144,7 @@ class ConversionPlan(Plan[MadeAdapter[ConvertReport]]):
     ranks: Mapping[str, int]
     dtype: str
     energy: float | None = None
+    peft_version: str = NEW_EXPERTS
 
     @cached_property
     def output(self) -> OutputPlan:
@@ -157,6 +161,7 @@ class ConversionPlan(Plan[MadeAdapter[ConvertReport]]):
             dtype=self.dtype,
             extras={name: (extra.dtype, extra.shape) for name, extra in adapter.extras.items()},
             file_format=self.target,
+            peft_version=self.peft_version,
         )
 
     @property
@@ -246,13 +251,18 @@ def plan_conversion(
     dialect = adapter.dialect
     if options.pipeline is not None:
         adapter = through_diffusers(adapter, options.pipeline, base=base)
+    if options.experts is not None:
+        model = None if base is None else CheckpointBase(base)
+        names = () if base is None else base.tensors
+        adapter = in_layout(adapter, options.experts, names, model)
     adapter = renamed(adapter, target, component=options.component, base=base)
     ranks = {
         name: min(spec.rank, spec.d_in, spec.d_out, options.rank or spec.rank)
         for name, spec in adapter.modules.items()
     }
     dtype = code_of(options.dtype) or commonest_dtype(s.dtype for s in adapter.modules.values())
-    plan = ConversionPlan(adapter, dialect, target, ranks, dtype, options.energy)
+    version = "0.18.1" if options.experts == "stacked-0.18" else NEW_EXPERTS
+    plan = ConversionPlan(adapter, dialect, target, ranks, dtype, options.energy, version)
     plan.output  # noqa: B018 - checks that the format can hold it
     return plan
 

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from lora_merge.adapters.adapter import Adapter
+from lora_merge.adapters.base_weights import CheckpointBase
 from lora_merge.adapters.formats.file_format import FileFormat
 from lora_merge.adapters.formats.table import naming_of
+from lora_merge.adapters.identity.expert_choice import as_switch, from_switch
 from lora_merge.errors import AdapterError
 from lora_merge.files.checkpoint import Checkpoint
 from lora_merge.reshape.gguf_names import from_gguf, to_gguf
@@ -42,6 +44,10 @@ def renamed(
         AdapterError: If no rule leads from one naming to the other; names what would help.
     """
     source = naming_of(adapter)
+    if target.name == "mlx" and source == "transformers":
+        adapter = as_switch(adapter, None if base is None else CheckpointBase(base))
+    elif adapter.dialect == "mlx" and target.name != "mlx":
+        adapter = from_switch(adapter)
     if source == target.naming:
         if component is not None:
             raise AdapterError(

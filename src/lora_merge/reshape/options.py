@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_merge.adapters.config import RankLayout
+from lora_merge.adapters.config import ExpertLayout, RankLayout
 from lora_merge.errors import ArgumentError
 from lora_merge.files.header import DTypeName
 from lora_merge.options import option
@@ -34,6 +34,12 @@ class ConvertOptions:
     rank: int | None = option(None, "cut every delta at this rank", low=1)
     energy: float | None = option(
         None, "cut every delta where this share of its squared norm is kept", above=0, high=1
+    )
+    experts: ExpertLayout | None = option(
+        None,
+        "layout of MoE experts: a module each, or one parameter as PEFT stores it since 0.19, or "
+        "before",
+        unset="as they are",
     )
     component: str | None = option(
         None, "part of a pipeline that PEFT's names belong to: unet, ..."

@@ -28,7 +28,7 @@ _VERSION = re.compile(r"(\d+)\.(\d+)")
 _ORIENTED = (0, 19)
 _READS_HIDDEN = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj)$")
 # Models that store an expert as (in, out), by `model_type`.
-_INPUTS_FIRST = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
+INPUTS_FIRST = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 _INNER = ("gate_up_proj", "gate_proj", "up_proj")
 
 
@@ -148,7 +148,7 @@ def _is_turned(
     if version and (int(version[1]), int(version[2])) >= _ORIENTED:
         return False
     if version and base is not None and base.kind:
-        return base.kind not in _INPUTS_FIRST
+        return base.kind not in INPUTS_FIRST
     verdict = _by_widths(spec, shapes)
     if verdict is None:
         said = f"by PEFT {version[0]}" if version else "by a PEFT that the config does not name"

@@ -5,7 +5,7 @@ from math import prod
 
 from lora_merge.adapters.base_weights import BaseModel
 from lora_merge.adapters.forms import ModuleSpec
-from lora_merge.adapters.identity.expert_names import is_expert_module
+from lora_merge.adapters.identity.expert_names import expert_place
 from lora_merge.errors import AdapterError
 
 _OTHER_BASE = "name the adapter's own base model"
@@ -26,14 +26,14 @@ def check_base(adapter: str, modules: Iterable[ModuleSpec], base: BaseModel | No
                     "on the base weight",
                     "name the base model: --base DIR",
                 )
-        elif spec.form == "experts" or is_expert_module(spec.name):
+        elif spec.form == "experts" or expert_place(spec.name):
             _check_experts(adapter, spec, base)
         elif spec.parameter is None and spec.name != "lm_head":  # a tied head is not stored
             _check_shape(adapter, spec, base)
 
 
 def _check_experts(adapter: str, spec: ModuleSpec, base: BaseModel) -> None:
-    stem, number, _ = _place(spec)
+    stem, number, _ = expert_place(spec.name) or (spec.name.rpartition(".")[0], None, "")
     count = base.experts(stem)
     if count is None:
         raise AdapterError(
@@ -43,15 +43,6 @@ def _check_experts(adapter: str, spec: ModuleSpec, base: BaseModel) -> None:
     if wanted > count or (number is None and wanted != count):
         what = f"{wanted} experts" if number is None else f"expert {number}"
         raise AdapterError(f"{adapter}: {spec.name}: {what}, the base has {count}", _OTHER_BASE)
-
-
-def _place(spec: ModuleSpec) -> tuple[str, int | None, str]:
-    """Path of the experts, number of the expert that a module belongs to, name below it."""
-    stem, _, leaf = spec.name.rpartition(".")
-    if spec.form == "experts":
-        return stem, None, leaf
-    stem, _, number = stem.rpartition(".")
-    return stem, int(number), leaf
 
 
 def _check_shape(adapter: str, spec: ModuleSpec, base: BaseModel) -> None:

@@ -210,7 +210,7 @@ def _split(spec: ModuleSpec, names: Collection[str]) -> dict[str, ModuleSpec]:
             continue
         rows = spec.d_out // len(parts)
         return {
-            f"{candidate}.{expert}.{leaf}": _part(
+            f"{candidate}.{expert}.{leaf}": one_expert(
                 spec, f"{candidate}.{expert}.{leaf}", expert, place * rows, rows
             )
             for leaf, place in parts.items()
@@ -219,7 +219,7 @@ def _split(spec: ModuleSpec, names: Collection[str]) -> dict[str, ModuleSpec]:
     return {}
 
 
-def _part(spec: ModuleSpec, name: str, expert: int, row: int, rows: int) -> ModuleSpec:
+def one_expert(spec: ModuleSpec, name: str, expert: int, row: int, rows: int) -> ModuleSpec:
     """Some rows of one expert of a stacked parameter, as a module of its own."""
     units = partial(_one, units=spec.recipe.units, spec=spec, expert=expert, row=row, rows=rows)
     return replace(
@@ -262,7 +262,7 @@ def one_by_one(adapter: Adapter) -> Adapter:
         stem, _, leaf = name.rpartition(".")
         for expert in range(spec.num_experts):
             single = f"{stem}.{expert}.{leaf}"
-            modules[single] = _part(spec, single, expert, 0, spec.d_out)
+            modules[single] = one_expert(spec, single, expert, 0, spec.d_out)
     if modules.keys() == adapter.modules.keys():
         return adapter
     tensors = _Recent(adapter.tensors)

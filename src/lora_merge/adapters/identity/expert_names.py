@@ -19,6 +19,14 @@ def definition_order(parameters: Iterable[str]) -> list[str] | None:
     return sorted(names, key=_DEFINED.index) if names <= set(_DEFINED) else None
 
 
+def expert_place(name: str) -> tuple[str, int, str] | None:
+    """Path of the experts, number and leaf of one expert's module (`experts.3.up_proj`)."""
+    if not is_expert_module(name):
+        return None
+    stem, number, leaf = name.rsplit(".", 2)
+    return stem, int(number), leaf
+
+
 def is_expert_module(name: str) -> bool:
     """Whether a module is a projection of one expert (`experts.3.up_proj`), as transformers 4."""
     return _EXPERT_MODULE.search(name) is not None
