@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from lora_merge.mixture.mixture import Mixture
 
+READ = ("input_ids", "inputs_embeds", "pixel_values")
+
 
 def softmax_of_kept(scores: Tensor, top_k: int, temperature: float) -> Tensor:
     """Token by token, expert by expert, with a gradient."""
@@ -60,9 +62,9 @@ class Loop:
 
     def hook(self, name: str, present: list[int]) -> Callable[..., Tensor]:
         def run(target: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
-            x = args[0]
+            x = args[0].reshape(len(args[0]), -1, args[0].shape[-1])
             rows = [self.row(name, present, x[i], i) for i in range(len(x))]
-            return y + torch.stack(rows)
+            return y + torch.stack(rows).view(y.shape)
 
         return run
 
@@ -119,7 +121,7 @@ class Loop:
     def scored(self, number: int) -> Tensor:
         """The classifier's scores (S, modules, E) of one text."""
         spec, gate = self.mixture.spec, self.mixture.gate
-        given = {k: v for k, v in self.inputs.items() if k in ("input_ids", "inputs_embeds")}
+        given = {k: v for k, v in self.inputs.items() if k in READ}
         with torch.no_grad():  # the first pass is looked at, and not trained
             state = self.base.base_model(**given, use_cache=False)[0][number]
         for layer in range(spec.depth):

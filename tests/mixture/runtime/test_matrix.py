@@ -1,8 +1,9 @@
 """Every preset under everything people run a model with: the float64 loop, or a stated refusal.
 
-The loop is always given a whole text, one row at a time, without padding and without a cache. Not
-here: `torch.compile` (test_models.py, test_two_pass.py, test_bases.py) and offloaded caches, which
-transformers runs on accelerators alone.
+The loop is always given a whole text, one row at a time, without padding and without a cache. The
+whole cross product of models is `pytest -m whole`. Elsewhere: encoders, pictures and diffusion
+(test_matrix_encoders.py), MoE experts (test_moe.py), `torch.compile` (test_models.py). Offloaded
+caches are missing: transformers runs them on accelerators alone.
 """
 
 import copy
@@ -227,6 +228,38 @@ def refusal(one: Case, situation: str) -> str | None:
     return None
 
 
+class Bare:
+    """No mixture: what the base does in a situation."""
+
+    preset, mixture, remembers = "", None, False
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def expected(self, ids: Tensor, row: int, **options: Any) -> Tensor:
+        with torch.no_grad():
+            return base(self.kind).generate(ids, use_cache=False, **{**GREEDY, **options})
+
+
+@cache
+def refused_by_base(kind: str, situation: str) -> bool:
+    """Whether the base itself gives other tokens in a situation, or none."""
+    bare: Any = Bare(kind)
+    if situation == "threads":
+        return False
+    rows = [tokens(1, 5, 1), tokens(1, 8, 2)]
+    beams = {"num_beams": 3} if situation == "beams" else {}
+    try:
+        with torch.no_grad():
+            found = SITUATIONS[situation](bare)(copy.deepcopy(base(kind)), rows)
+    except Exception:
+        return True
+    pairs = zip(
+        found, [bare.expected(ids, row, **beams) for row, ids in enumerate(rows)], strict=True
+    )
+    return not all(torch.equal(one, other) for one, other in pairs)
+
+
 def check(one: Case, situation: str) -> None:
     rows = [tokens(1, 5, 1), tokens(1, 8, 2)]
     why = refusal(one, situation)
@@ -268,6 +301,18 @@ def test_other_models_with_padding_and_beside_their_caches(kind: str, preset: st
     stateful = kind in ("mamba", "falcon_h1")
     for situation in ("plain",) if stateful else ("left padding", "prompt lookup"):
         check(one, situation)
+
+
+# What the base itself cannot do so, by kind: transformers says so, or gives other tokens.
+@pytest.mark.whole
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("kind", [kind for kind in MORE if kind != "llama"])
+def test_everything(kind: str, preset: str, situation: str) -> None:
+    one = case(kind, preset)
+    if refused_by_base(kind, situation):
+        pytest.skip(f"{kind} by itself gives something else with {situation}")
+    check(one, situation)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

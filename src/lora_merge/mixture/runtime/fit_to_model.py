@@ -107,7 +107,7 @@ def _alike(a: Member, b: Member) -> bool:
     if a is b:
         return True
     kinds = [(m.form, m.down.shape[1], m.down.dtype, m.down.device, m.rows is None) for m in (a, b)]
-    return a.form == "linear" and kinds[0] == kinds[1]
+    return a.form == "linear" and kinds[0] == kinds[1] and a.is_cross == b.is_cross
 
 
 def _member(

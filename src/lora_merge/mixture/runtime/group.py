@@ -27,11 +27,7 @@ from lora_merge.mixture.runtime.member import Member
 from lora_merge.mixture.runtime.precision import kept_precise
 from lora_merge.mixture.runtime.shared_input import Siblings
 
-# Modules that may read what an encoder made, and those that get tokens sorted by who wants them.
-_CROSS = re.compile(
-    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention|attn2)\..*"
-    r"\b(k|v|k_proj|v_proj|key|value|to_k|to_v)$"
-)
+# Modules that get tokens sorted by who wants them.
 _ROUTED = re.compile(r"(^|\.)experts\.")
 
 
@@ -68,7 +64,7 @@ class Group(nn.Module):
         self.output_scales = [m.output_scale for m in members]
         self.siblings = Siblings(len(members))
         self.form = members[0].form
-        self.is_cross = [bool(_CROSS.search(name)) for name in self.names]
+        self.is_cross = [m.is_cross for m in members]
         self.is_routed = any(_ROUTED.search(name) for name in self.names)
         self.num_general = num_general
         self.down = nn.Parameter(torch.cat([m.down for m in members]), requires_grad=False)

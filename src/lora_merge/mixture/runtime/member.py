@@ -1,5 +1,6 @@
 """One wrapped module, ready to run."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -9,6 +10,12 @@ import torch
 from torch import Tensor
 
 from lora_merge.kernels.gated_stack.eager import shrink_conv, shrink_embedding, shrink_linear
+
+# Modules that may read what an encoder made.
+_CROSS = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention|attn2)\..*"
+    r"\b(k|v|k_proj|v_proj|key|value|to_k|to_v)$"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +53,11 @@ class Member:
     kernel: tuple[int, ...] = ()
     how: dict[str, Any] = field(default_factory=dict)
     output_scale: float = 1.0
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether it may read what an encoder made, and not what its siblings read."""
+        return _CROSS.search(self.name) is not None
 
     @property
     def shrink(self) -> Callable[[Tensor, Tensor], Tensor]:
