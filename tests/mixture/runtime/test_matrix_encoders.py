@@ -26,7 +26,7 @@ SMALL = {
     "initializer_range": 0.2,
 }  # fmt: skip
 REQUESTS = ["expert0", "expert2"]
-TWO_PASS = ("xlora", "recall")
+BEFORE = ("xlora", "recall", "retrieve")  # they decide before the model runs
 
 
 def bert() -> Any:
@@ -155,8 +155,11 @@ def expected(kind: str, preset: str) -> tuple[Mixture, list[Tensor], Any]:
 
 def refusal(kind: str, preset: str) -> str | None:
     """Why a preset cannot run in a kind of model, as the error says it."""
-    reasons = {"t5": "an encoder and a decoder", "unet": "gives no last hidden state"}
-    return reasons.get(kind) if preset in TWO_PASS else None
+    if kind == "t5":
+        return "an encoder and a decoder" if preset in BEFORE else None
+    if kind == "unet" and preset in ("xlora", "recall"):
+        return "gives no last hidden state"
+    return "do not tell its tokens" if kind in ("vit", "unet") and preset == "retrieve" else None
 
 
 def cells() -> list[tuple[str, str]]:
