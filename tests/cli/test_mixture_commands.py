@@ -128,6 +128,7 @@ def test_train_resume_and_usage(inside: Path, capsys, tmp_path: Path) -> None:
     shown = capsys.readouterr()
     assert "layers.1" in shown.out and "text of math" in shown.out and "line 9" in shown.err
     assert (tmp_path / "usage.png").read_bytes().startswith(b"\x89PNG")
+    assert shown.out.splitlines()[-1].endswith("usage.png") and "wrote" in shown.out
     assert run([*usage, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert len(data["modules"]) == 14 and set(data["by_label"]) == {"math", "code"}
@@ -183,7 +184,7 @@ def test_train_says_what_it_trained(
     assert run(["gate", "math", "code", "chat", "--preset", preset, "-o", mix]) == 0
     train = ["train", mix, "--base", "base", "--data", "rows.jsonl", "-o", out, "--steps", "1"]
     assert run([*train, "--warmup", "0", *options]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{out}: {said}")
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"wrote {out}: {said}")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -208,10 +209,11 @@ def test_describe_and_novelty(inside: Path, capsys, tmp_path: Path) -> None:
         assert run([*novelty, "--json"]) == 0
         data = json.loads(capsys.readouterr().out)
         assert new is None or data["new"] is new
-        assert data["new"] == any(min(r.values()) > 1.5 for r in data["scores"].values())
+        assert data["new"] == (2 * len(data["new_rows"]) > data["rows"])
     assert run(novelty) == 0
     shown = capsys.readouterr().out
     assert "a new expert is needed" in shown and "math" in shown
+    assert "1 of 1 rows are new, most of all at" in shown and data["new_rows"] == [1]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -261,3 +263,51 @@ def test_a_base_that_is_none(inside: Path, capsys, tmp_path: Path) -> None:
     arguments = ["train", mix, "--base", "chat", "--data", "rows.jsonl", "-o", mix + "2"]
     assert run(arguments) == 1
     assert "base model chat" in capsys.readouterr().err
+
+
+def test_every_command_says_what_a_mixture_is(inside: Path, capsys, tmp_path: Path) -> None:
+    mix = str(tmp_path / "mix")
+    assert run(["gate", "math", "code", "chat", "--preset", "meteora", "-o", mix]) == 0
+    capsys.readouterr()
+    assert run(["info", mix]) == 0
+    shown = capsys.readouterr().out
+    assert "a mixture of 3 experts" in shown and "meteora: input" in shown and "math" in shown
+    assert "untrained" in shown
+    assert run(["info", mix, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [e["name"] for e in data["experts"]] == ["math", "code", "chat"]
+    assert run(["info", mix, "math"]) == 2
+    assert "math is no mixture" in capsys.readouterr().err
+    out = ["-o", str(tmp_path / "out")]
+    for command in (
+        ["spectra", mix], ["compare", mix, "math"], ["resize", mix, "--rank", "2", *out],
+        ["convert", mix, "--to", "peft", *out], ["merge", mix, "math", *out],
+        ["cluster", mix, "math", "--rank", "4", *out], ["fuse", mix, "--base", "base", *out],
+        ["gate", mix, *out],
+    ):  # fmt: skip
+        assert run(command) == 1, command
+        said = " ".join(capsys.readouterr().err.split())
+        assert "is a mixture of adapters behind a gate, not one adapter" in said
+        assert not (tmp_path / "out").exists()
+    assert f"{mix}/experts/*" in said and f"lora-merge export {mix} --to static" in said
+    assert run(["compare", f"{mix}/experts/*"]) == 0
+    assert run(["export", mix, "--to", "static", *out]) == 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_retrieve_reads_each_experts_texts(inside: Path, capsys, tmp_path: Path) -> None:
+    mix, out, rows = (str(tmp_path / name) for name in ("mix", "out", "rows.jsonl"))
+    assert run(["gate", "math", "code", "--preset", "retrieve", "-o", mix]) == 0
+    texts = [{"text": "abcabc", "expert": "math"}, {"text": "xyzzy", "expert": "cod"}]
+    train = ["train", mix, "--base", "base", "--data", rows, "-o", out]
+    Path(rows).write_text("\n".join(json.dumps(row) for row in texts))
+    assert run([*train, "--strict"]) == 1
+    assert "no expert is called 'cod'; they are math, code" in capsys.readouterr().err
+    texts[1]["expert"] = "code"
+    Path(rows).write_text("\n".join(json.dumps(row) for row in texts))
+    assert run(train) == 0
+    assert capsys.readouterr().out.strip() == f"wrote {out}: gate trained; 2 rows"
+    usage = ["usage", out, "--base", "base", "--data", rows, "--json"]
+    assert run(usage) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["by_label"] == {"math": [1.0, 0.0], "code": [0.0, 1.0]}

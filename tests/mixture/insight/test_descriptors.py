@@ -76,6 +76,12 @@ def test_a_new_kind_of_text_is_noticed_and_learned(tmp_path: Path) -> None:
         novelty(model, mixture, own, threshold=float("nan"))
     found = novelty(model, mixture, strange)
     assert found.is_new and found.strangest in found.modules
+    mixed = novelty(model, mixture, [own[0], strange[0], own[1], strange[1]])
+    for number, text in enumerate((own[0], strange[0], own[1], strange[1])):
+        alone = novelty(model, mixture, [text])
+        torch.testing.assert_close(torch.tensor(mixed.texts[number]), torch.tensor(alone.scores))
+        assert (number in mixed.new_rows) == alone.is_new == (number % 2 == 1)
+    assert mixed.nearest(0) == mixed.nearest(2) == "expert0"
     folder = mixture.save_pretrained(tmp_path / "mix")
     again = Mixture.from_pretrained(folder)
     assert novelty(model, again, strange) == found

@@ -17,6 +17,7 @@ from lora_merge.adapters.forms import ExtraSpec
 from lora_merge.errors import AdapterError
 
 _TYPES = ("LORA", "ADALORA", "SORA")
+_MIXTURE = "LORA_MIXTURE"  # what our mixtures call themselves
 
 
 def _recognises(header: Header) -> bool:
@@ -67,6 +68,12 @@ def _claim(header: Header) -> Claims:
 
 
 def _refuse_other_types(config: AdapterConfig, adapter: str) -> None:
+    if config.peft_type == _MIXTURE:
+        raise AdapterError(
+            f"{adapter} is a mixture of adapters behind a gate, not one adapter",
+            f"take its experts, {adapter}/experts/*, or make one adapter of them all: "
+            f"lora-merge export {adapter} --to static; lora-merge info {adapter} shows it",
+        )
     if config.peft_type not in _TYPES:
         raise AdapterError(
             f"{adapter}: peft_type is {config.raw.get('peft_type')!r}, not LORA",

@@ -1,7 +1,7 @@
 """`lora-merge gate`: put adapters and a gate into one mixture directory."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -13,11 +13,6 @@ from lora_merge.cli.shared.options import (
     pickle_option,
 )
 from lora_merge.mixture.gates.gate import PRESETS, GateSpec
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from lora_merge.mixture.mixture import Mixture
 
 
 @click.command(
@@ -109,6 +104,7 @@ def command(
     from lora_merge.api.mixing import fresh_mixture
     from lora_merge.cli.shared.open import check_out
     from lora_merge.cli.shared.output import Output
+    from lora_merge.cli.views.info import mixture_data, mixture_view
     from lora_merge.mixture.append import append_experts
     from lora_merge.mixture.formats.meteora import import_checkpoint
     from lora_merge.mixture.mixture import Mixture
@@ -186,54 +182,3 @@ def _check_together(
     if given or general or preset or (into is not None and checkpoint is not None):
         option = "--from" if into is None else "--into"
         raise click.UsageError(f"{option} keeps the gate that is there: no preset, no settings")
-
-
-def mixture_data(mixture: "Mixture", out: Path | None) -> dict[str, Any]:
-    """A mixture as JSON."""
-    from lora_merge.mixture.runtime.overhead import overhead
-
-    return {
-        "schema": 1,
-        "out": None if out is None else str(out),
-        "base_model": mixture.alignment.base_model,
-        "gate": mixture.spec.to_json(),
-        "experts": [
-            {
-                "name": e.name,
-                "general": e.general,
-                "source": e.source,
-                "ranks": sorted(e.adapter.ranks()),
-                "modules": len(e.adapter.modules),
-                "parameters": e.adapter.num_parameters,
-            }
-            for e in mixture.experts
-        ],
-        "overhead": overhead(mixture).to_dict(),
-    }
-
-
-def mixture_view(mixture: "Mixture") -> list["RenderableType"]:
-    """A mixture for a person."""
-    from lora_merge.cli.shared.output import size, span, table
-    from lora_merge.mixture.runtime.overhead import overhead
-
-    grid = table("expert", "rank", "modules", "parameters")
-    for expert in mixture.experts:
-        ranks = expert.adapter.ranks()
-        grid.add_row(
-            expert.name + (" (subtracted)" if expert.general else ""),
-            span(min(ranks), max(ranks)),
-            str(len(expert.adapter.modules)),
-            f"{expert.adapter.num_parameters:,}",
-        )
-    cost = overhead(mixture)
-    spec = mixture.spec
-    kept = f", top {spec.top_k}" if spec.top_k else ""
-    lines = (
-        f"gate       {spec.preset}: {spec.signal}, per {spec.granularity}, {spec.value}{kept}"
-        f"{', can abstain' if spec.null_expert else ''}",
-        f"cost       R up to {cost.max_units} on {cost.modules} modules, {size(cost.bytes)} in "
-        f"float32, {cost.percent:.1f} % of their work",
-    )
-    twice = ("           and a second pass of the base",) if cost.passes > 1 else ()
-    return [grid, *lines, *twice]

@@ -1,5 +1,6 @@
 """`lora-merge info`: what an adapter is."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,13 +22,20 @@ _READERS = ("peft", "vllm", "sglang", "llama.cpp", "mlx", "diffusers", "comfyui"
 @options_of(BaseOptions)
 @json_option
 def command(adapters: tuple[str, ...], target: str | None, as_json: bool, **opening: Any) -> None:
-    """Show what ADAPTERs are: format, base model, modules, ranks, norms, and what is odd."""
+    """Show what ADAPTERs are: format, base model, modules, ranks, norms, and what is odd.
+
+    Of a mixture directory its gate and its experts; MIXTURE/experts/* are adapters as others are.
+    """
     import lora_merge
     from lora_merge.cli.shared.api import shown_progress
     from lora_merge.cli.shared.output import Output
     from lora_merge.cli.views.info import info_view
+    from lora_merge.mixture.formats.directory import is_mixture
 
     output = Output(as_json)
+    if target is None and any(is_mixture(Path(one)) for one in adapters):
+        _show_mixtures(output, adapters)
+        return
     opened = lora_merge.open_adapters(adapters, **opening)
     if target is not None:
         _show_target(output, opened, target)
@@ -37,6 +45,22 @@ def command(adapters: tuple[str, ...], target: str | None, as_json: bool, **open
     data = [info.to_dict() for info in infos]
     shown = [part for info in infos for part in info_view(info)]
     output.data(data[0] if len(data) == 1 else {"schema": 1, "adapters": data}, *shown)
+
+
+def _show_mixtures(output: "Output", references: tuple[str, ...]) -> None:
+    """What mixture directories hold; adapters are looked at by themselves."""
+    from lora_merge.cli.views.info import mixture_data, mixture_info
+    from lora_merge.mixture.formats.directory import is_mixture
+    from lora_merge.mixture.mixture import Mixture
+
+    others = [one for one in references if not is_mixture(Path(one))]
+    if others:
+        raise click.UsageError(f"{others[0]} is no mixture: look at mixtures by themselves")
+    mixtures = [Mixture.from_pretrained(one) for one in references]
+    named = list(zip(references, mixtures, strict=True))
+    data = [{**mixture_data(mixture, None), "name": name} for name, mixture in named]
+    shown = [part for name, mixture in named for part in mixture_info(mixture, name)]
+    output.data(data[0] if len(data) == 1 else {"schema": 1, "mixtures": data}, *shown)
 
 
 def _show_target(output: "Output", adapters: "list[Adapter]", target: str) -> None:

@@ -80,12 +80,13 @@ def command(
         return
     trained.save_pretrained(out, force=force)
     last = history[-1] if history else {}
+    trains = start.spec.signal != "text"  # which is fitted without steps
     result = {
         "schema": 1,
         "out": str(out),
         "rows": rows.count,
         "left_out": rows.faults,
-        "steps": settings["steps"],
+        "steps": settings["steps"] if trains else 0,
         "steps_run": len(history),
         "trained": _what(start, settings),
         "ranks_before": _ranks(start),
@@ -123,7 +124,9 @@ def _view(result: dict[str, Any], history: list[Mapping[str, Any]]) -> list[Any]
     parts = [f"{' and '.join(trained)} trained"] if trained else []
     if "ranks" in result["trained"]:
         parts.append(f"ranks pruned from {result['ranks_before']} to {result['ranks']}")
-    done = f"{result['out']}: {', '.join(parts)}; {result['rows']} rows, {result['steps']} steps"
+    done = f"wrote {result['out']}: {', '.join(parts)}; {result['rows']} rows"
+    if result["steps"]:
+        done += f", {result['steps']} steps"
     if result["steps_run"] < result["steps"]:
         done += f" ({result['steps_run']} of them now)"
     return [grid, done] if history else [done]

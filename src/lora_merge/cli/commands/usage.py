@@ -62,6 +62,7 @@ def command(
         write_html(usage_page(seen), html)
     result = {
         "schema": 1,
+        **({} if plot is None else {"plot": str(plot)}),
         "rows": rows.count,
         "left_out": rows.faults,
         **seen.to_dict(),
@@ -69,7 +70,8 @@ def command(
             name: usage.by(lambda _: "all")["all"].tolist() for name, usage in seen.labels.items()
         },
     }
-    output.data(result, *_view(seen, key))
+    wrote = [] if plot is None else [f"wrote {plot}"]
+    output.data(result, *_view(seen, key), *wrote)
 
 
 def _view(usage: "Seen", key: Any) -> "list[RenderableType]":

@@ -38,22 +38,36 @@ class Novelty(Report):
         scores: By module and expert: how many deviations the texts' mean reconstruction error lies
             above that of the expert's own texts.
         threshold: Above which a descriptor does not know a text.
+        texts: The same of every text, by text, module and expert: they may be of several kinds.
     """
 
     modules: tuple[str, ...]
     experts: tuple[str, ...]
     scores: tuple[tuple[float, ...], ...]
     threshold: float
+    texts: tuple[tuple[tuple[float, ...], ...], ...]
+
+    @property
+    def new_rows(self) -> tuple[int, ...]:
+        """Rows, from 0 on, that at some module no descriptor knows; one tells less than many."""
+        strange = enumerate(max(map(min, row)) > self.threshold for row in self.texts)
+        return tuple(number for number, is_new in strange if is_new)
+
+    def nearest(self, row: int) -> str:
+        """The expert that knows a row best: whose largest score is the smallest."""
+        worst = [max(scores) for scores in zip(*self.texts[row], strict=True)]
+        return self.experts[worst.index(min(worst))]
 
     @property
     def strangest(self) -> str:
-        """The module where the best descriptor knows least."""
-        return self.modules[max(range(len(self.modules)), key=lambda m: min(self.scores[m]))]
+        """The module where the rows' best descriptors know least."""
+        totals = [sum(min(row[m]) for row in self.texts) for m in range(len(self.modules))]
+        return self.modules[totals.index(max(totals))]
 
     @property
     def is_new(self) -> bool:
-        """Whether at some module no descriptor knows the texts: a new expert is needed."""
-        return any(min(row) > self.threshold for row in self.scores)
+        """Whether no descriptor knows most of the rows: a new expert is needed."""
+        return 2 * len(self.new_rows) > len(self.texts)
 
     def summary(self) -> Summary:
         """Whether the texts are known, and where they are strangest."""
@@ -77,6 +91,8 @@ class Novelty(Report):
             "new": self.is_new,
             "strangest": self.strangest,
             "threshold": self.threshold,
+            "new_rows": [number + 1 for number in self.new_rows],
+            "nearest": [self.nearest(number) for number in range(len(self.texts))],
             "scores": {
                 module: dict(zip(self.experts, row, strict=True))
                 for module, row in zip(self.modules, self.scores, strict=True)
@@ -157,7 +173,7 @@ def novelty(
     Args:
         model: Base model without an active mixture.
         mixture: With descriptors.
-        examples: The texts, of one kind.
+        examples: The texts, of one kind or several: each is judged by itself.
         threshold: Deviations that make a text strange to a descriptor.
         batch_size: Rows of one pass.
 
@@ -169,18 +185,20 @@ def novelty(
     known = mixture.descriptors
     if known is None:
         raise MethodError("no expert is described", "run `lora-merge describe` first")
-    sums = {name: torch.zeros(len(known.experts), dtype=torch.float64) for name in known.modules}
+    errors: dict[str, list[Tensor]] = {name: [] for name in known.modules}
 
     def add(name: str, rows: Sequence[Tensor]) -> None:
-        for x in rows:
-            sums[name] += known.errors(name, x).double().cpu()
+        errors[name] += [known.errors(name, x).double().cpu() for x in rows]
 
     _watch(model, mixture, examples, known.modules, add, batch_size)
-    scores = []
+    scores = []  # (rows, experts) of each module
     for name in known.modules:
         mean, deviation = known.tensors[f"{name}.error"].double().unbind(1)
-        scores.append(tuple(((sums[name] / len(examples) - mean) / deviation).tolist()))
-    return Novelty(tuple(known.modules), known.experts, tuple(scores), threshold)
+        scores.append((torch.stack(errors[name]) - mean) / deviation)
+    together = tuple(tuple(each.mean(0).tolist()) for each in scores)
+    by_row = torch.stack(scores, dim=1).tolist()
+    rows = tuple(tuple(map(tuple, row)) for row in by_row)
+    return Novelty(tuple(known.modules), known.experts, together, threshold, rows)
 
 
 def _describe(

@@ -26,7 +26,7 @@ def check_picture(path: Path) -> None:
 
 
 def draw_usage(usage: Usage, path: Path, key: Callable[[str], str]) -> None:
-    """Draw each expert's mean weight, place by place, as a heat map.
+    """Draw each expert's mean weight, place by place and label by label, as heat maps.
 
     Args:
         usage: What was watched.
@@ -39,15 +39,20 @@ def draw_usage(usage: Usage, path: Path, key: Callable[[str], str]) -> None:
     """
     check_picture(path)
     weights = usage.by(key)
-    names = natural(weights)
-    width, height = 2.5 + 1.0 * len(usage.experts), 1.2 + 0.22 * len(names)
-    figure = figure_class()(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow([weights[n].tolist() for n in names], aspect="auto", cmap="viridis")
-    axes.set_xticks(range(len(usage.experts)), usage.experts, rotation=30, ha="right")
-    axes.set_yticks(range(len(names)), names, fontsize=7)
-    axes.set_title("mean weight of each expert", fontsize=10)
-    figure.colorbar(image)
+    tables = {"mean weight of each expert": {name: weights[name] for name in natural(weights)}}
+    if usage.labels:
+        of_label = {f"text of {n}": u.by(lambda _: "all")["all"] for n, u in usage.labels.items()}
+        tables["by the row's expert"] = of_label
+    heights = [0.9 + 0.22 * len(rows) for rows in tables.values()]
+    size = (2.5 + 1.0 * len(usage.experts), 0.3 + sum(heights))
+    figure = figure_class()(figsize=size, layout="constrained")
+    plots = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, rows) in zip(plots, tables.items(), strict=True):
+        image = axes.imshow([r.tolist() for r in rows.values()], aspect="auto", cmap="viridis")
+        axes.set_xticks(range(len(usage.experts)), usage.experts, rotation=30, ha="right")
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
+        axes.set_title(title, fontsize=10)
+        figure.colorbar(image)
     said = {"png": "Software"}.get(path.suffix.lower()[1:], "Creator")
     with atomic_file(path, mark=MARK.encode()) as staging:
         figure.savefig(staging, dpi=150, metadata={said: MARK})

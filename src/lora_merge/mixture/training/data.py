@@ -189,7 +189,8 @@ def _expert_of(row: Mapping[str, Any], experts: Sequence[str]) -> int:
     if name is None:
         return -1
     if name not in experts:
-        raise ValueError(f"no expert is called {name!r}")
+        some = ", ".join(experts[:12]) + (", …" if len(experts) > 12 else "")
+        raise ValueError(f"no expert is called {name!r}; they are {some or 'without names here'}")
     return list(experts).index(name)
 
 
