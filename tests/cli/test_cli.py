@@ -259,7 +259,25 @@ def test_an_untrained_adapter_is_legal_and_noted(
     assert "every module adds nothing" in capsys.readouterr().out.replace("\n", " ")
     out = tmp_path / "out"
     assert run(["cluster", folder, "--rank", "4", "-o", str(out)]) == 0
-    assert "adds nothing" in capsys.readouterr().err.replace("\n", " ")
+    assert "its B is zero, as before training" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "reason"),
+    [
+        ("1e-300", {}, "its numbers vanish at a weight of 1e-300"),
+        ("1", {"alpha": 0}, "its alpha is 0"),
+    ],
+)
+def test_an_adapter_that_adds_nothing_is_told_why(
+    weight: str, options: dict[str, float], reason: str, tmp_path: Path, capsys
+) -> None:
+    first = str(save_adapter(tmp_path / "a", seed=1, **options))
+    second = str(save_adapter(tmp_path / "b", seed=2))
+    arguments = ["merge", first, second, "-M", "svd", "-w", weight, "-w", "1"]
+    assert run([*arguments, "-o", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"a adds nothing: {reason}" in said and "b adds nothing" not in said
 
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:

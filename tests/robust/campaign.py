@@ -219,9 +219,10 @@ class Corpus:
         out = self.root / "here" / "deep" / "out"
         if drawn.path is not None:
             drawn.path.write_bytes(drawn.data)  # not of the age that caches know
-        out.parent.mkdir(exist_ok="OUT." in line.words)
-        if "OUT." not in line.words:  # a file's directory has to be there
-            out.parent.rmdir()
+        if line.makes_files or line.beside:  # a file's directory has to be there
+            out.parent.mkdir()
+        if line.beside:
+            shutil.copytree(self.places[line.beside[0]], f"{out}{line.beside[1]}")
         ended, found = run_command(line, self.places, out)
         if ended is not None:
             found += faults(drawn.name, line, ended, out, self.places)
@@ -253,7 +254,7 @@ class Corpus:
             beside = [p for p in (here / "deep").iterdir() if p.name not in line.work]
             allowed = {w[3:] for w in line.words.split() if w.startswith("OUT")}
             strays += [p for p in beside if failed or p.name.removeprefix("out") not in allowed]
-            if not any((here / "deep").iterdir()) and "OUT." not in line.words:
+            if not any((here / "deep").iterdir()) and not line.makes_files:
                 found.append("an empty directory was left")
             kept = dict.fromkeys(strays)
             strays = list(kept)

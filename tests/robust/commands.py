@@ -11,16 +11,23 @@ class Line:
         damaged: Places of the corpus of which a file may be damaged.
         words: The command line. `{name}` is a place, `OUT` the output, `OUT.csv` a file beside it.
         work: What a run that ends early may leave beside its output, to go on from.
+        beside: A place of which a copy lies beside the output, and what its name ends in.
     """
 
     damaged: tuple[str, ...]
     words: str
     work: tuple[str, ...] = ()
+    beside: tuple[str, str] | None = None
 
     @property
     def writes(self) -> bool:
         """Whether it makes a directory or a file."""
         return "OUT" in self.words
+
+    @property
+    def makes_files(self) -> bool:
+        """Whether its outputs are single files."""
+        return "OUT." in self.words
 
 
 _TEXTS = "--base {model} --data {rows} --device cpu"
@@ -49,6 +56,7 @@ COMMANDS: dict[str, Line] = {
     "dry run": Line(("a",), "merge {a} {b} -M knots-ties --dry-run --json"),
     "cluster": Line(("a", "sora"), "cluster {a} {sora} --rank 4 -o OUT"),
     "data": Line(("statistics",), "merge {a} {b} -M regmean --statistics {statistics} -o OUT"),
+    "join": Line(("sharded",), "join OUT --keep", ("out.shards",), beside=("sharded", ".shards")),
     "run": Line(("recipe",), "run {recipe} -o OUT"),
     "resize": Line(("a", "sora"), "resize {a} --rank 2 -o OUT"),
     "resize by gates": Line(("sora",), "resize {sora} --prune-gates -o OUT"),
@@ -68,6 +76,8 @@ COMMANDS: dict[str, Line] = {
     "convert from diffusers": Line(("diffusers",), "convert {diffusers} --to peft -o OUT"),
     "convert from ComfyUI": Line(("comfyui",), "convert {comfyui} --to peft -o OUT"),
     "convert from MLX": Line(("mlx",), "convert {mlx} --to peft -o OUT"),
+    "convert to GGUF": Line(("one", "model"), "convert {one} --to gguf --base {model} -o OUT"),
+    "convert from GGUF": Line(("gguf", "model"), "convert {gguf} --to peft --base {model} -o OUT"),
     "convert a LoHa": Line(("loha",), "convert {loha} --rank 4 -o OUT"),
     "convert an IA3": Line(("ia3", "base"), "convert {ia3} --base {base} --energy 0.9 -o OUT"),
     "gate": Line(("a",), "gate {a} {b} --preset arrow -o OUT"),

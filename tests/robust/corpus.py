@@ -55,9 +55,24 @@ def build(root: Path) -> dict[str, Path]:
         places[name] = root / name
         source = [str(places["a"])] if name == "mlx" else [str(picture), "--component", "unet"]
         run_quietly("convert", *source, "--to", name, "-o", str(places[name]))
-    for path in root.rglob("*"):
-        os.utime(path, (MADE, MADE))
+    run_quietly(
+        "convert", str(places["one"]), "--to", "gguf", "--base", str(places["model"]),
+        "-o", str(root / "gguf"),
+    )  # fmt: skip
+    places["gguf"] = root / "gguf"
+    _age(root)  # shards know their adapters by that
+    three = [str(places[name]) for name in "abc"]
+    for number in (1, 2):
+        shard = ("--scale", "1", "--shard", f"{number}/2", "-o", str(root / "sharded"))
+        run_quietly("merge", *three, "-M", "ties", *shard)
+    places["sharded"] = root / "sharded.shards"
+    _age(root)
     return places
+
+
+def _age(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        os.utime(path, (MADE, MADE))
 
 
 def run_quietly(*words: str) -> None:

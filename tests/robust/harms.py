@@ -71,6 +71,8 @@ class Stage:
         if disk:
             options = ["-t", "tmpfs", "-o", f"size={disk}", "tmpfs"]
             subprocess.run(["mount", *options, here], check=True)
+        if line.beside:
+            shutil.copytree(self.places[line.beside[0]], f"{self.out}{line.beside[1]}")
         for path, files in zip(self.outputs(line), old, strict=True):
             for name, data in files.items():
                 place = path / name if name else path

@@ -10,6 +10,7 @@ from typing import Any
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.dialects.table import DIALECTS
+from lora_merge.adapters.silence import why_silent
 from lora_merge.files.tensor_file import DTYPES
 from lora_merge.printing import Report, Summary, notes, span
 
@@ -154,7 +155,7 @@ def _oddities(adapter: Adapter, modules: list[ModuleInfo]) -> list[str]:
     zero = [m.name for m in modules if m.norm == 0]
     if zero:
         which = "every module" if len(zero) == len(modules) else f"{len(zero)} modules"
-        why = "B is zero, as before training" if any(m.scaling for m in modules) else "alpha is 0"
+        why = why_silent(adapter, zero)
         found.append(f"{which} adds nothing: {why} ({zero[0]})")
     for what, values in (
         ("ranks", Counter(m.rank for m in modules)),

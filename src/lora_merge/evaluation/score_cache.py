@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_merge._version import __version__
 from lora_merge.errors import OutputError
-from lora_merge.evaluation.bench import Bench, Subject
+from lora_merge.evaluation.bench import ALL, Bench, Subject
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.documents import read_cache
 
@@ -19,7 +19,9 @@ def cached(bench: Bench, base: str, subject: Subject) -> dict[str, float] | None
     path = _place(bench, base, subject)
     if path is None:
         return None
-    return read_cache(dict[str, float], path)  # None where it is damaged: measured anew
+    found = read_cache(dict[str, float], path)
+    wanted = {ALL, *bench.rows.tasks}
+    return found if found and found.keys() == wanted else None  # damaged: measured anew
 
 
 def keep(bench: Bench, base: str, subject: Subject, scores: Mapping[str, float]) -> None:

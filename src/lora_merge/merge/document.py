@@ -88,6 +88,8 @@ def _section(method: Method) -> str:
         if method.gauge_free
         else "Depends on how deltas are factored.",
     ]
+    if method.ordered:
+        facts.append("The order of the two adapters matters.")
     if method.aliases:
         facts.append(f"Also called {', '.join(f'`{alias}`' for alias in method.aliases)}.")
     if method.per_adapter:

@@ -306,10 +306,10 @@ def _by_content(
     found = fingerprints([adapters[i] for i in present])
     prints = dict(zip(present, found, strict=True))
 
-    def key(index: int) -> tuple[str, str, str, str]:
+    def key(index: int) -> tuple[str, ...]:
         parameters = sorted((name, str(value.to_data())) for name, value in own[index].items())
-        weight = str(weights[index].to_data())
-        return prints[index], weight, str(parameters), adapters[index].name
+        weight, config = str(weights[index].to_data()), repr(adapters[index].config)
+        return prints[index], weight, str(parameters), config, adapters[index].name
 
     return sorted(present, key=key)
 

@@ -10,6 +10,7 @@ from typing import Any
 from lora_merge._version import __version__
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.in_memory import MadeAdapter, MemoryWriter
+from lora_merge.adapters.silence import why_silent
 from lora_merge.adapters.writer import AdapterWriter, Writer
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory
@@ -176,11 +177,14 @@ def _members(plan: MergePlan, modules: Sequence[ModuleReport]) -> str:
 def _silent_adapters(plan: MergePlan, modules: Sequence[ModuleReport]) -> list[str]:
     """A note for each adapter that adds nothing anywhere."""
     norms = zip(*(m.adapter_norms for m in modules), strict=True)
-    return [
-        f"{adapter.name} adds nothing: its B is zero, as before training"
-        for adapter, values in zip(plan.alignment.adapters, norms, strict=True)
-        if not any(values)
-    ]
+    found = []
+    for index, values in enumerate(norms):
+        if not any(values):
+            adapter = plan.alignment.adapters[index]
+            weights = [float(plan.weights_at(name)[index]) for name in adapter.modules]
+            why = why_silent(adapter, adapter.modules, weights)
+            found.append(f"{adapter.name} adds nothing: {why}")
+    return found
 
 
 def _finish_report(

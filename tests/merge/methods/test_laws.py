@@ -3,6 +3,7 @@
 A method that breaks a law by design is named here with the reason; a new method must obey all.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merging import merge_one
 from torch import Tensor
+from torch.linalg import LinAlgError
 
 from builders import random_stack
 from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.errors import MethodError, NotFiniteError
 from lora_merge.merge.methods.method import Method
 from lora_merge.merge.methods.registry import find_method, methods
 
@@ -252,6 +255,17 @@ def test_zero_adapters_do_no_harm(name) -> None:
     )
     merged = merge_one(fresh, name, rank=3, parameters=tensor_scope(name))
     assert bool(torch.isfinite(merged).all())
-    both = RankStack.of([(first.down, 0 * first.up, 1.0), (first.down, 0 * first.up, 1.0)])
-    merged = merge_one(both, name, rank=3, parameters=tensor_scope(name))
-    assert float(merged.norm()) == 0
+    for scale in (0.0, 1.0):  # of alpha 0, and fresh
+        both = RankStack.of([(first.down, (1 - scale) * first.up, scale)] * 2)
+        merged = merge_one(both, name, rank=3, parameters=tensor_scope(name))
+        assert float(merged.norm()) == 0
+
+
+@pytest.mark.parametrize("weight", [1e20, 1e300])
+@pytest.mark.parametrize("name", ALL)
+def test_weights_beyond_the_range_end_as_the_executor_expects(name, weight) -> None:
+    """With what it calls an overflow, by name of adapter and module, or with numbers."""
+    case = case_of(find_method(name), 7, (3, 3), 20, 16)
+    weights = (weight, *case.weights[1:])
+    with contextlib.suppress(OverflowError, NotFiniteError, LinAlgError, MethodError):
+        merge_one(case.stack, name, rank=3, weights=weights, parameters=tensor_scope(name))

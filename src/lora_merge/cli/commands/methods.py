@@ -64,6 +64,7 @@ def _data(method: "Method") -> dict[str, Any]:
         "normalize": method.normalize,
         "gauge_free": method.gauge_free,
         "adapters": list(method.adapters),
+        "ordered": method.ordered,
         "needs": method.needs,
         "cost": method.cost,
         "per_adapter": list(method.per_adapter),
@@ -102,9 +103,10 @@ def _details(method: "Method") -> "list[RenderableType]":
         "weights": {"none": "as given", "sum": "divided by their sum"}.get(
             method.normalize, method.normalize
         ),
-        "depends on": "the deltas alone"
-        if method.gauge_free
-        else "how each delta is factored into B A",
+        "depends on": (
+            "the deltas alone" if method.gauge_free else "how each delta is factored into B A"
+        )
+        + ("; goes from the first to the second" if method.ordered else ""),
         "needs": method.needs or "the adapters alone",
         "cost": f"{method.cost} per module",
         "by adapter": ", ".join(method.per_adapter),

@@ -111,6 +111,9 @@ def combine(rule: Rule, block: Block, statistics: Statistics) -> Tensor:
     parts = [sparsify(rule, block, i, statistics) for i in range(len(block.owners))]
     shares = [w * statistics.energy[o] for w, o in zip(block.weights, block.owners, strict=True)]
     factors = _factors(rule, block, statistics)
+    largest = max(abs(s * f) for s, f in zip(shares, factors, strict=True)) if parts else 0.0
+    if not largest <= torch.finfo(parts[0].dtype).max:
+        raise OverflowError(f"a weight of {largest:.3g} is beyond {parts[0].dtype}")
     if rule.elect == "none":
         return _weighted_sum(rule, parts, shares, factors)
     votes = _votes(rule, parts, shares, factors)

@@ -102,7 +102,7 @@ def output_target(
     """
     share = _energy_shares(parts)
     metric = (parts.up * share) @ parts.up.mT
-    pull = ridge * metric.diagonal().mean() if len(metric) else 0.0
+    pull = ridge * (metric.diagonal().mean() if metric.any() else 1.0)  # deltas of zero: anything
     wanted = (parts.up * (parts.scale * (share + pull))) @ parts.down
     values, vectors = torch.linalg.eigh(metric)
     values = values.clamp_min(0) + pull
@@ -114,7 +114,7 @@ def _energy_shares(parts: RankStack) -> Tensor:
     """Each triplet's share of its adapter's energy: H_i = U diag(share) U^T, shape (R,)."""
     energy = parts.scale.new_zeros(max(parts.adapters, default=0) + 1)
     energy.index_add_(0, parts.owner, parts.scale.square())
-    return parts.scale.square() / energy[parts.owner]
+    return parts.scale.square() / energy.masked_fill(energy == 0, 1.0)[parts.owner]
 
 
 def _one_side(parts: RankStack, rank: int | None, options: WudiOptions) -> Outcome:
@@ -130,7 +130,7 @@ def _both_sides(parts: RankStack, share: Tensor, rank: int | None, ridge: float)
     """Input and output objective added: a Sylvester equation, solved in two eigenbases."""
     h_values, h_vectors = torch.linalg.eigh((parts.up * share) @ parts.up.mT)
     g_values, g_vectors = torch.linalg.eigh((parts.down.mT * share) @ parts.down)
-    pull = ridge * (h_values.mean() + g_values.mean()) if parts.num_units else 0.0
+    pull = ridge * (h_values.mean() + g_values.mean() if share.any() else 1.0)
     wanted = (parts.up * (parts.scale * (2 * share + pull))) @ parts.down
     weight = h_values.clamp_min(0)[:, None] + g_values.clamp_min(0) + pull
     solved = h_vectors.mT @ wanted @ g_vectors / weight.clamp_min(1e-300)
