@@ -243,6 +243,8 @@ def test_only_leftovers_of_ours_are_swept(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
     assert files(target) == OLD
     (left,) = tmp_path.glob(".out.*.tmp")
+    (tmp_path / ".out.bbbbbbbb.tmp").mkdir()  # killed before it could say whose it is
+    put(f".out.cccccccc.tmp/{STAMP}.part")(tmp_path)
     put(".out.precious.tmp/thesis")(tmp_path)
     put(".out.abcd1234.tmp/thesis")(tmp_path)
     (tmp_path / ".out.aaaaaaaa.tmp").symlink_to(left)

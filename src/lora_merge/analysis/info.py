@@ -10,7 +10,7 @@ from typing import Any
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.dialects.table import DIALECTS
-from lora_merge.adapters.silence import why_silent
+from lora_merge.adapters.measured.silence import why_silent
 from lora_merge.files.tensor_file import DTYPES
 from lora_merge.printing import Report, Summary, notes, span
 

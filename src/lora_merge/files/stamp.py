@@ -47,8 +47,10 @@ def list_more(folder: Path, names: Iterable[str]) -> None:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a directory was being written by us."""
-    return _read(folder).get("unfinished") is True
+    """Whether a directory was being written by us; one that was only made has nothing to lose."""
+    if _read(folder).get("unfinished") is True:
+        return True
+    return all(path.name == _PART for path in _entries(folder))
 
 
 def foreign_entry(folder: Path) -> str | None:

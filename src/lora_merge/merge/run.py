@@ -10,7 +10,7 @@ from typing import Any
 from lora_merge._version import __version__
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.in_memory import MadeAdapter, MemoryWriter
-from lora_merge.adapters.silence import why_silent
+from lora_merge.adapters.measured.silence import why_silent
 from lora_merge.adapters.writer import AdapterWriter, Writer
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory

@@ -5,7 +5,7 @@ permutes the rows of these weights (`LlamaModel.permute`), B's rows go the same 
 whose weights it changes in other ways are refused.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NoReturn
@@ -19,6 +19,7 @@ from lora_merge.adapters.identity.expert_layout import stacked
 from lora_merge.adapters.units import Units
 from lora_merge.errors import AdapterError
 from lora_merge.files.checkpoint import Checkpoint
+from lora_merge.files.documents import validated
 from lora_merge.files.gguf.reading import require_gguf
 
 
@@ -61,7 +62,19 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 # Its converter takes rows of these vocabularies away.
 _CUT_VOCABULARY = ("gemma3", "gemma3_text")
+_MOST_LAYERS = 10_000  # llama.cpp's names are listed for each
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What is counted with of a base's config.json."""
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    num_local_experts: int | None = None
+    num_experts: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +84,7 @@ class _Model:
     base: Checkpoint
     kind: str
     architecture: Architecture
-    sizes: Mapping[str, Any]
+    sizes: _Sizes
 
     def name(self, module: str) -> str | None:
         """llama.cpp's name of a module; None where it has none."""
@@ -85,7 +98,7 @@ class _Model:
         from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
         arch = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}[self.architecture.name]
-        return get_tensor_name_map(MODEL_ARCH(arch), int(self.sizes["num_hidden_layers"]))
+        return get_tensor_name_map(MODEL_ARCH(arch), self.sizes.num_hidden_layers)
 
     @cached_property
     def _has_head(self) -> bool:
@@ -96,9 +109,8 @@ class _Model:
         leaf = module.rpartition(".")[2]
         if not self.architecture.turned or leaf not in ("q_proj", "k_proj"):
             return None
-        heads = int(self.sizes["num_attention_heads"])
-        grouped = self.sizes.get("num_key_value_heads")
-        return heads if leaf == "q_proj" or not grouped else int(grouped)
+        heads = self.sizes.num_attention_heads
+        return heads if leaf == "q_proj" else self.sizes.num_key_value_heads or heads
 
 
 def to_gguf(adapter: Adapter, base: Checkpoint | None) -> Adapter:
@@ -114,13 +126,13 @@ def to_gguf(adapter: Adapter, base: Checkpoint | None) -> Adapter:
         for name, spec in adapter.modules.items()
         if spec.form == "experts"
     }
-    count = model.sizes.get("num_local_experts") or model.sizes.get("num_experts")
+    count = model.sizes.num_local_experts or model.sizes.num_experts
     if count:
         for name in adapter.modules:
             stem, middle, _ = name.partition(".experts.")
             if middle:
                 stem = stem.replace("block_sparse_moe", "mlp")
-                counts.setdefault(f"{stem}.experts", int(count))
+                counts.setdefault(f"{stem}.experts", count)
     adapter = stacked(adapter, counts)
     modules: dict[str, ModuleSpec] = {}
     for name, spec in adapter.modules.items():
@@ -237,7 +249,11 @@ def _model(adapter: Adapter, base: Checkpoint | None) -> _Model:
             "known here",
             "write it for PEFT and use llama.cpp's convert_lora_to_gguf.py",
         )
-    sizes = base.config.get("text_config") or base.config
+    said = base.config.get("text_config") or base.config
+    what = f"{base.folder}: config.json"
+    sizes = validated(_Sizes, said, what, "get it again", error=AdapterError)
+    if not 0 < sizes.num_hidden_layers <= _MOST_LAYERS or sizes.num_attention_heads < 1:
+        raise AdapterError(f"{what} says {sizes}", "get it again")
     return _Model(base, kind, ARCHITECTURES[kind], sizes)
 
 

@@ -71,7 +71,8 @@ def untie_head(
     Returns:
         Whether it did; the config must then say that they are not tied.
     """
-    architecture = str((base.config.get("architectures") or [""])[0])
+    said = base.config.get("architectures")
+    architecture = str(said[0]) if isinstance(said, list) and said else ""
     causal = architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
     embeddings = sorted(n for n in changed & base.tensors.keys() if _is_embedding(n))
     if not _is_tied(base) or not (HEAD in changed or (embeddings and causal)):
