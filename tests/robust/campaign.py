@@ -253,6 +253,9 @@ class Corpus:
         if (here / "deep").exists():
             beside = [p for p in (here / "deep").iterdir() if p.name not in line.work]
             allowed = {w[3:] for w in line.words.split() if w.startswith("OUT")}
+            if line.beside:
+                allowed.add(line.beside[1])
+                beside = [p for p in beside if p.name != f"out{line.beside[1]}"]
             strays += [p for p in beside if failed or p.name.removeprefix("out") not in allowed]
             if not any((here / "deep").iterdir()) and not line.makes_files:
                 found.append("an empty directory was left")

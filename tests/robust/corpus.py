@@ -65,6 +65,12 @@ def build(root: Path) -> dict[str, Path]:
     for number in (1, 2):
         shard = ("--scale", "1", "--shard", f"{number}/2", "-o", str(root / "sharded"))
         run_quietly("merge", *three, "-M", "ties", *shard)
+    for name, words in (
+        ("library", ["pack", *three[:2], "--name", "a", "--name", "b", "-o"]),
+        ("slots", ["arrive", *three[:2], "--slots", "2", "--into"]),
+    ):
+        places[name] = root / name
+        run_quietly(*words, str(places[name]))
     places["sharded"] = root / "sharded.shards"
     _age(root)
     return places

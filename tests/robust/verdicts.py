@@ -46,8 +46,11 @@ def faults(name: str, line: Line, ended: Ended, out: Path, places: dict[str, Pat
     made = [Path(f"{out}{w[3:]}") for w in line.words.split() if w.startswith("OUT")]
     found += one_message(ended, int(ended.code != 0))
     if ended.code:
-        if any(path.exists() for path in made):
+        kept = line.beside and not line.beside[1]  # an output that was there
+        if not kept and any(path.exists() for path in made):
             found.append("an output was left after an error")
+        if kept and contents(out) != contents(places[line.beside[0]]):
+            found.append("an output that was there has changed")
         return found
     found += [f"there is no {path.name}" for path in made if not path.exists()]
     try:
@@ -64,6 +67,13 @@ def faults(name: str, line: Line, ended: Ended, out: Path, places: dict[str, Pat
     except Exception as error:  # whatever a reader says of an output that it cannot read
         found.append(f"unreadable output: {type(error).__name__}: {str(error)[:150]}")
     return found
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file below a directory, or a file as the only one without a name."""
+    if path.is_file():
+        return {"": path.read_bytes()}
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 def one_message(ended: Ended, count: int) -> list[str]:

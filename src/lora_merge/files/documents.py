@@ -36,21 +36,24 @@ def read_json(
     return _read(path, what, "JSON", json.loads, finite, error)
 
 
-def parse_json(text: str, what: str, *, error: type[LoraMergeError] = SourceError) -> Any:
+def parse_json(
+    text: str, what: str, *, finite: bool = True, error: type[LoraMergeError] = SourceError
+) -> Any:
     """The plain data of JSON that stands in another file, in a header for example.
 
     Raises:
         LoraMergeError: Of the kind given, if it is no JSON or holds more than plain data.
     """
-    return _plain(what, "JSON", json.loads, text, True, error)
+    return _plain(what, "JSON", json.loads, text, finite, error)
 
 
-def read_cache(kind: type[_T], path: Path) -> _T | None:
+def read_cache(kind: type[_T], path: Path, *, finite: bool = True) -> _T | None:
     """What an earlier run remembered; None where nothing did, or it is not as it was written."""
     try:
         if path.stat().st_size > _LARGEST["JSON"]:
             return None
-        return validated(kind, parse_json(path.read_text(encoding="utf-8"), str(path)), str(path))
+        data = parse_json(path.read_text(encoding="utf-8"), str(path), finite=finite)
+        return validated(kind, data, str(path))
     except (OSError, ValueError, SourceError):
         return None
 

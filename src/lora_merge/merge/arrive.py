@@ -17,7 +17,7 @@ from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.arguments import checked
 from lora_merge.errors import LoraMergeError, OutputError
 from lora_merge.files.atomic import atomic_directory
-from lora_merge.files.documents import read_json
+from lora_merge.files.documents import read_json, validated
 from lora_merge.files.inputs import is_within, noting_inputs
 from lora_merge.merge.api import merge
 from lora_merge.printing import Report, Summary
@@ -174,6 +174,14 @@ def arrive(
     return report
 
 
+@dataclass(frozen=True)
+class _Slots:
+    """The file of a library of slots."""
+
+    version: int
+    slots: dict[str, tuple[Member, ...]]
+
+
 def read_library(library: Path) -> dict[str, tuple[Member, ...]]:
     """Slot → who is in it.
 
@@ -185,17 +193,12 @@ def read_library(library: Path) -> dict[str, tuple[Member, ...]]:
     if not path.is_file():
         raise LibraryError(f"{library} has no {LIBRARY}: it is no library of slots", remedy)
     data = read_json(path, str(library), error=LibraryError)
-    try:
-        found = {
-            slot: tuple(Member(str(m["name"]), str(m["sha256"])) for m in members)
-            for slot, members in data["slots"].items()
-        }
-        odd = [slot for slot, members in found.items() if not (_SLOT.fullmatch(slot) and members)]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise LibraryError(f"{path} does not list slots and who is in them", remedy) from error
-    if data.get("version") != 1 or odd:
+    what = f"{path} does not list slots and who is in them"
+    slots = validated(_Slots, data, what, remedy, error=LibraryError)
+    odd = [slot for slot, members in slots.slots.items() if not (_SLOT.fullmatch(slot) and members)]
+    if slots.version != 1 or odd:
         raise LibraryError(f"{path} is not understood{f' ({odd[0]})' if odd else ''}", remedy)
-    return found
+    return slots.slots
 
 
 def _check(adapters: Sequence[Adapter], library: Path, slots: int) -> None:

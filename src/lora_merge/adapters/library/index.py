@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_merge.errors import SourceError
-from lora_merge.files.documents import read_json
+from lora_merge.files.documents import read_json, validated
 from lora_merge.files.header import Entry, parse_header
 from lora_merge.files.inputs import note_input
 from lora_merge.files.names import fault_of
@@ -91,6 +91,35 @@ class Packed:
     def key(self, tensor: str) -> str:
         """A tensor's name in its column's file."""
         return f"{self.number}:{tensor}"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    header: str
+    columns: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """`Packed` as it is stored: its layout by number."""
+
+    name: str
+    segment: str
+    number: int
+    layout: int
+    sha256: str
+    file: str
+    config: str | None = None
+    origin: str = ""
+    revision: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Index:
+    lora_merge_library: int
+    layouts: list[_Layout]
+    adapters: list[_Packed]
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,24 +197,25 @@ def open_library(folder: Path) -> Library:
 @lru_cache(maxsize=8)
 def _read(folder: Path, identity: tuple[int, ...]) -> Library:
     path = folder / INDEX
-    data = read_json(path, str(folder), error=SourceError)
+    what = f"{path} is no index of a library"
+    index = validated(_Index, read_json(path, str(folder)), what, "pack it again")
     try:
-        if data[_KIND] != _VERSION:
-            raise ValueError(f"version {data[_KIND]}")
-        layouts = [Layout(str(one["header"]), dict(one["columns"])) for one in data["layouts"]]
+        if index.lora_merge_library != _VERSION:
+            raise ValueError(f"version {index.lora_merge_library}")
+        layouts = [Layout(one.header, one.columns) for one in index.layouts]
         for layout in layouts:
             if layout.entries.keys() != layout.columns.keys():
                 raise ValueError("a header that does not fit its columns")
         adapters = {}
-        for one in data["adapters"]:
-            packed = Packed(**{**one, "layout": layouts[one["layout"]]})
+        for one in index.adapters:
+            packed = Packed(**{**vars(one), "layout": layouts[one.layout]})
             if not NAME.fullmatch(packed.name) or not re.fullmatch(r"\d{4,}", packed.segment):
                 raise ValueError(f"the name {packed.name!r:.80}")
             if fault_of(packed.file) or "/" in packed.file:
                 raise ValueError(f"the file {packed.file!r:.80}")
             adapters[packed.name] = packed
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{path} is no index of a library: {error}", "pack it again") from error
+        raise SourceError(f"{what}: {error}", "pack it again") from error
     return Library(folder, adapters)
 
 

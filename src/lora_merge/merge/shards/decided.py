@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora_merge.errors import OutputError
 from lora_merge.machine.device import pick_device
 from lora_merge.machine.parallel import default_jobs
 from lora_merge.merge.auto.scale import decided_scale, with_scale
@@ -45,7 +46,8 @@ def decided(plan: MergePlan, folder: Path, *, jobs: int | None, device: str) -> 
         folder.mkdir(parents=True, exist_ok=True)
         _leave(path, _to_json(found, shared))
         known = read_json(path)
-    assert known is not None
+    if known is None:
+        raise OutputError(f"{path} is damaged", "delete it, and run the shards again")
     if automatic:
         plan = decided_scale(plan, known["scale"], known["reason"])
     return replace(plan, shared=_statistics(known["shared"]))

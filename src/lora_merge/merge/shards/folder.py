@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_merge.errors import OutputError
 from lora_merge.files.atomic import lock_directory
+from lora_merge.files.documents import read_cache
 from lora_merge.files.stamp import (
     begin_stamp,
     finish_stamp,
@@ -202,9 +203,5 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A mapping from a file; None where there is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return data if isinstance(data, dict) else None
+    """A mapping from a file; None where there is none, or it is damaged."""
+    return read_cache(dict[str, Any], path, finite=False)  # thresholds may be infinite
