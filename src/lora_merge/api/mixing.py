@@ -140,7 +140,7 @@ def import_mixture(given: takes_of.ImportMixture) -> Mixture:
         Traceback (most recent call last):
         lora_merge.errors.AdapterError: examples/adapters/upper/nothing.safetensors: no such file...
     """
-    opened = open_adapters(given.experts)
+    opened = open_adapters(given.experts, allow_pickle=given.allow_pickle)
     places = [a.source.ref if a.source else a.name for a in opened]
     return import_checkpoint(
         Path(given.checkpoint),

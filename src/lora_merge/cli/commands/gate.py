@@ -1,5 +1,6 @@
 """`lora-merge gate`: put adapters and a gate into one mixture directory."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,20 +100,10 @@ def command(
     retrieve                one expert per prompt, of hundreds, by the texts of each; `train`
                             reads them
     """  # noqa: D301 -- click's mark is the character itself
-    from lora_merge.adapters.adapter import Adapter
-    from lora_merge.adapters.references import expand
-    from lora_merge.api.mixing import fresh_mixture
+    import lora_merge
     from lora_merge.cli.shared.open import check_out
     from lora_merge.cli.shared.output import Output
     from lora_merge.cli.views.info import mixture_data, mixture_view
-    from lora_merge.mixture.append import append_experts
-    from lora_merge.mixture.formats.meteora import import_checkpoint
-    from lora_merge.mixture.mixture import Mixture
-
-    def opened(references: tuple[str, ...]) -> list[Adapter]:
-        return [
-            Adapter.from_pretrained(ref, allow_pickle=allow_pickle) for ref in expand(references)
-        ]
 
     output = Output(as_json)
     if not adapters and checkpoint is None and fresh is None:
@@ -122,40 +113,34 @@ def command(
     _check_together(into, checkpoint, general, settings)
     if not dry_run:
         check_out(out, *adapters, *general, into, checkpoint, base, force=force)
+    chosen = {k: v for k, v in settings.items() if v not in (None, False, ())}
+    opened = partial(lora_merge.open_adapters, allow_pickle=allow_pickle)
     if checkpoint is not None:
-        mixture = import_checkpoint(
-            checkpoint,
-            experts=expand(adapters),
-            base=base,
-            top_k=settings["top_k"],
-            temperature=settings["temperature"],
-            allow_pickle=allow_pickle,
+        mixture = lora_merge.import_mixture(
+            checkpoint, adapters, base=base, allow_pickle=allow_pickle, **chosen
         )
     elif into is not None:
-        mixture = append_experts(
-            Mixture.from_pretrained(into),
+        mixture = lora_merge.append_experts(
+            into,
             opened(adapters),
             names=names or None,
             seed=seed,
             accept_base_models=accept_base_models,
         )
+    elif fresh is not None and base is not None:
+        chosen |= {"names": names or ("fresh",), "seed": seed, "hidden_size": hidden_size}
+        mixture = lora_merge.fresh_mixture(base, fresh, preset, **chosen)
     else:
-        chosen = {k: v for k, v in settings.items() if v not in (None, False, ())}
-        drawn: dict[str, Any] = {"seed": seed, "hidden_size": hidden_size}
-        if fresh is not None and base is not None:
-            mixture = fresh_mixture(
-                base, fresh, preset, names=names or ("fresh",), **drawn, **chosen
-            )
-        else:
-            mixture = Mixture(
-                opened(adapters),
-                preset,
-                names=names or None,
-                general=opened(general),
-                accept_base_models=accept_base_models,
-                **drawn,
-                **chosen,
-            )
+        mixture = lora_merge.Mixture(
+            opened(adapters),
+            preset,
+            names=names or None,
+            general=opened(general),
+            seed=seed,
+            hidden_size=hidden_size,
+            accept_base_models=accept_base_models,
+            **chosen,
+        )
     if not dry_run:
         mixture.save_pretrained(out, force=force)
     for note in mixture.notes:
