@@ -59,7 +59,7 @@ def plain(rank: int) -> Arm:
     return Arm(
         f"LoRA, rank {rank}",
         str(rank),
-        lambda base, tasks: fresh_mixture(base, rank, "constant", weights=(1.0,)),
+        lambda base, tasks: fresh_mixture(base, rank, "constant", settings={"weights": (1.0,)}),
     )
 
 
@@ -69,7 +69,7 @@ ARMS = (
     Arm(
         f"SMoRA, {RANKS} ranks",
         str(ACTIVE),
-        lambda base, tasks: fresh_mixture(base, RANKS, "smora", top_k=ACTIVE),
+        lambda base, tasks: fresh_mixture(base, RANKS, "smora", settings={"top_k": ACTIVE}),
     ),
     Arm(
         f"MeteoRA, an expert per task, {RANKS} ranks together, labelled",

@@ -86,29 +86,12 @@ def append_experts(given: takes_of.AppendExperts) -> Mixture:
     )
 
 
-def fresh_mixture(
-    base: str,
-    rank: int,
-    preset: str = "smora",
-    *,
-    names: Sequence[str] = ("fresh",),
-    seed: int = 0,
-    hidden_size: int | None = None,
-    **settings: Any,
-) -> Mixture:
+@takes(takes_of.FreshMixture)
+def fresh_mixture(given: takes_of.FreshMixture) -> Mixture:
     """A mixture of new experts, to be trained from scratch (`train_experts`).
 
     One expert behind "smora" is SMoRA as its paper has it: a LoRA whose every rank is an expert.
-    One behind "constant" is a plain LoRA.
-
-    Args:
-        base: Base model: a directory or a Hub id, of which the config is read.
-        rank: Of every expert in every linear module (heads and stacks of MoE experts are left out).
-        preset: The gate.
-        names: One per expert.
-        seed: Of what is drawn.
-        hidden_size: Width of the base model's hidden state (X-LoRA), where modules do not tell.
-        settings: Of the gate, such as `top_k`.
+    One behind "constant" is a plain LoRA. Heads and stacks of MoE experts are left out.
 
     Raises:
         MethodError: If the gate cannot be what was asked for.
@@ -116,14 +99,22 @@ def fresh_mixture(
 
     Examples:
         >>> import lora_merge
-        >>> start = lora_merge.fresh_mixture("examples/base", 8, top_k=2)
+        >>> start = lora_merge.fresh_mixture("examples/base", 8, settings={"top_k": 2})
         >>> start.names, start.spec.preset
         (['fresh'], 'smora')
     """
+    base = given.base
     named = Path(base).name if Path(base).exists() else base
-    experts = fresh_adapters(linear_modules(base), rank, names, base=named, seed=seed)
+    experts = fresh_adapters(
+        linear_modules(base), given.rank, given.names, base=named, seed=given.seed
+    )
     return Mixture(
-        experts, preset, names=list(names), seed=seed, hidden_size=hidden_size, **settings
+        experts,
+        given.preset,
+        names=list(given.names),
+        seed=given.seed,
+        hidden_size=given.hidden_size,
+        **dict(given.settings or {}),
     )
 
 

@@ -48,7 +48,7 @@ def test_it_starts_as_the_base_and_learns(preset: str, base: str, tmp_path: Path
     before = model(tokens()).logits
     names = ("one", "two") if preset == "meteora" else ("one",)
     settings = {"weights": (1.0,)} if preset == "constant" else {"top_k": 2}
-    start = lora_merge.fresh_mixture(base, 6, preset, names=names, **settings)
+    start = lora_merge.fresh_mixture(base, 6, preset, names=names, settings=settings)
     handle = load_mixture(model, start)
     assert torch.equal(model(tokens()).logits, before)
     handle.detach()
@@ -63,7 +63,7 @@ def test_it_starts_as_the_base_and_learns(preset: str, base: str, tmp_path: Path
 
 def test_ranks_that_were_never_chosen_keep_their_place(base: str) -> None:
     """A gate over ranks has a row for each, also for those whose B is still zero."""
-    start = lora_merge.fresh_mixture(base, 12, "smora", top_k=1)
+    start = lora_merge.fresh_mixture(base, 12, "smora", settings={"top_k": 1})
     training = TrainSettings(steps=1, batch_size=2, train_experts=True, expert_lr=0.03)
     trained = train_gate(llama(), start, EXAMPLES[:2], training)
     assert set(trained.experts[0].adapter.ranks()) == {12}

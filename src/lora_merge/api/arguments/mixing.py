@@ -1,8 +1,8 @@
 """Arguments of what makes and writes mixtures: append, import, export."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lora_merge.api.arguments.looking import BaseNames
 from lora_merge.options import Needed, argument, option
@@ -25,6 +25,24 @@ class AppendExperts(BaseNames):
     _: KW_ONLY
     names: Sequence[str] | None = argument(None, "their names")
     seed: int = option(0, "of the rows of modules that no expert touched before")
+
+
+@dataclass(frozen=True)
+class FreshMixture:
+    """Arguments of `fresh_mixture`."""
+
+    base: Annotated[
+        str, Needed("base model: a directory or a Hub id, of which the config is read", ("--base",))
+    ]
+    rank: Annotated[int, Needed("of every expert in every linear module")]
+    preset: str = argument("smora", "the gate")
+    _: KW_ONLY
+    names: Sequence[str] = argument(("fresh",), "one per expert")
+    seed: int = option(0, "of what is drawn")
+    hidden_size: int | None = argument(
+        None, "width of the base model's hidden state (X-LoRA), where modules do not tell"
+    )
+    settings: Mapping[str, Any] | None = argument(None, "of the gate, such as top_k")
 
 
 @dataclass(frozen=True)

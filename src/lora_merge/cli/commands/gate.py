@@ -128,8 +128,15 @@ def command(
             accept_base_models=accept_base_models,
         )
     elif fresh is not None and base is not None:
-        chosen |= {"names": names or ("fresh",), "seed": seed, "hidden_size": hidden_size}
-        mixture = lora_merge.fresh_mixture(base, fresh, preset, **chosen)
+        mixture = lora_merge.fresh_mixture(
+            base,
+            fresh,
+            preset,
+            names=names or ("fresh",),
+            seed=seed,
+            hidden_size=hidden_size,
+            settings=chosen,
+        )
     else:
         mixture = lora_merge.Mixture(
             opened(adapters),
