@@ -48,7 +48,7 @@ def make(folder: Path) -> None:
     print(lora_merge.info(f"{folder / 'library'}:upper"))
     options = lora_merge.LegoOptions(units="normalized")
     print(lora_merge.cluster(ADAPTERS, 16, options=options))
-    print(lora_merge.arrive(ADAPTERS, folder / "library", slots=2))
+    print(lora_merge.arrive(ADAPTERS, folder / "slots", slots=2))
     print(lora_merge.plan_resize(merged, "energy:0.9"))
     small = lora_merge.resize(merged, "energy:0.9")
     print(small.report)

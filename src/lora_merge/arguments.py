@@ -100,7 +100,7 @@ def takes(
         returned = inspect.signature(function).return_annotation
         call.__signature__ = signature.replace(return_annotation=returned)  # type: ignore[attr-defined]
         call.__doc__ = _documented(function.__doc__ or "", kind)
-        del call.__wrapped__  # type: ignore[attr-defined]  # tools of documentation would show it
+        del call.__wrapped__  # tools of documentation would show it
         return call
 
     return decorate

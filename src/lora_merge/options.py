@@ -82,10 +82,12 @@ class Needed:
     Attributes:
         about: What the parameter does, in a line.
         flags: How a command line spells it; none of a field that no option gives.
+        low: Smallest value.
     """
 
     about: str
     flags: tuple[str, ...] = ()
+    low: float | None = None
 
 
 def said_of(spec: Field[Any]) -> Mapping[str, Any]:
@@ -152,7 +154,7 @@ def check_options(values: Any, owner: str) -> None:
     for spec in fields(values):
         kind = get_args(spec.type)[0] if get_origin(spec.type) is Annotated else spec.type
         if is_shown(spec) and is_plain(kind):
-            _check(owner, spec.name, kind, spec.metadata, getattr(values, spec.name))
+            _check(owner, spec.name, kind, said_of(spec), getattr(values, spec.name))
 
 
 def describe_options(kind: type[Any], presets: Mapping[str, Any] | None = None) -> list[Parameter]:

@@ -1,19 +1,20 @@
 """`lora_merge.pack` and `check_library`: many adapters in one directory, stored by module."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_merge.adapters.access.adapter_like import AdaptersLike
 from lora_merge.adapters.access.coerce import open_adapters
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.library.index import Library, is_library, open_library, parse_tags
 from lora_merge.adapters.library.pack import append_to, damages, pack_into
-from lora_merge.arguments import checked
+from lora_merge.api.arguments.packing import Pack
+from lora_merge.arguments import checked, takes
 from lora_merge.errors import OutputError, SourceError
 from lora_merge.files.targets import check_target
+from lora_merge.planning import counted
 from lora_merge.printing import Report, Summary, short_names
 
 
@@ -63,32 +64,12 @@ class PackReport(Report):
         }
 
 
-@checked()
-def pack(
-    adapters: AdaptersLike,
-    out: str | Path,
-    *,
-    names: Sequence[str] | None = None,
-    tags: Sequence[str] | Mapping[str, str] = (),
-    append: bool = False,
-    force: bool = False,
-    on_plan: Callable[[int], None] | None = None,
-    on_adapter: Callable[[], None] | None = None,
-) -> PackReport:
+@takes(Pack)
+def pack(given: Pack) -> PackReport:
     """Pack adapters into a library: a directory with one file per module, whatever their number.
 
     Whatever takes adapters takes the library (all of its adapters), `LIBRARY:name` and
     `LIBRARY[tag=value]`. An adapter's file and config are kept byte by byte.
-
-    Args:
-        adapters: What `open_adapters` takes; adapters of libraries, too.
-        out: The library.
-        names: Of each in the library; default: the part of its path that tells it from the others.
-        tags: "name=value", said of all of them.
-        append: Add to the library that is there.
-        force: Replace the library that is there.
-        on_plan: Called with the number of adapters before any is read.
-        on_adapter: Called for each that was read.
 
     Raises:
         LoraMergeError: If an adapter has no safetensors file, a name is taken, or nothing can be
@@ -102,23 +83,21 @@ def pack(
         >>> [a.name for a in lora_merge.open_adapters("pool[kind=text]")][:1]
         ['pool:double']
     """
-    out = Path(out)
-    if append and not is_library(out):
+    out, tags = Path(given.out), given.tags
+    if given.append and not is_library(out):
         raise OutputError(f"{out} is no library to add to", "leave --append out to make one")
-    if not append:
-        check_target(out, force=force)
-    opened = open_adapters(adapters)
-    named = _names(opened) if names is None else list(names)
+    if not given.append:
+        check_target(out, force=given.force)
+    opened = open_adapters(given.adapters)
+    named = _names(opened) if given.names is None else list(given.names)
     if len(named) != len(opened):
         raise OutputError(f"{len(named)} names for {len(opened)} adapters", "give one per adapter")
     pairs = [f"{k}={v}" for k, v in tags.items()] if isinstance(tags, Mapping) else list(tags)
-    said = parse_tags(pairs)
-    if on_plan:
-        on_plan(len(opened))
-    if append:
-        library = append_to(opened, named, out, tags=said, on_adapter=on_adapter)
+    said, step = parse_tags(pairs), counted(given.progress, "packing", len(opened))
+    if given.append:
+        library = append_to(opened, named, out, tags=said, on_adapter=step)
     else:
-        library = pack_into(opened, named, out, tags=said, force=force, on_adapter=on_adapter)
+        library = pack_into(opened, named, out, tags=said, force=given.force, on_adapter=step)
     return _report(library, out, tuple(named))
 
 

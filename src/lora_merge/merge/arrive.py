@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from lora_merge.adapters.access.adapter_like import AdaptersLike
 from lora_merge.adapters.access.coerce import open_adapters
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
-from lora_merge.arguments import checked
+from lora_merge.arguments import takes
 from lora_merge.errors import LoraMergeError, OutputError
 from lora_merge.files.atomic import atomic_directory
 from lora_merge.files.documents import read_json, validated
 from lora_merge.files.inputs import is_within, noting_inputs
 from lora_merge.merge.api import merge
+from lora_merge.merge.recipe.arguments import Arrive
 from lora_merge.printing import Report, Summary
 
 LIBRARY = "library.json"
@@ -92,31 +92,13 @@ class ArrivalReport(Report):
         return [vars(arrival) for arrival in self.arrivals]
 
 
-@checked()
-def arrive(
-    adapters: AdaptersLike,
-    library: str | Path,
-    *,
-    slots: int,
-    rank: int | None = None,
-    threshold: float | None = None,
-    jobs: int | None = None,
-    device: str = "auto",
-) -> ArrivalReport:
+@takes(Arrive)
+def arrive(given: Arrive) -> ArrivalReport:
     """Take adapters, one after the other, into a library of at most so many.
 
     While a slot is free an adapter gets one of its own; then it goes into the slot most like it:
     the slot becomes (n slot + adapter) / (n + 1), n being who is there, cut to its rank again.
     The library is replaced whole or stays as it was.
-
-    Args:
-        adapters: The new ones, in their order, which matters; what `open_adapters` takes.
-        library: The directory; made if it is not there.
-        slots: K.
-        rank: Rank of merged slots; default: the largest of slot and adapter.
-        threshold: Cosine from which an adapter joins a slot while others are free.
-        jobs: Worker threads.
-        device: Where to compute.
 
     Raises:
         LibraryError: If the directory is no library, has more slots already, or an adapter has
@@ -129,7 +111,8 @@ def arrive(
         >>> [arrival.slot for arrival in report.arrivals[:2]]
         ['slot-1', 'slot-2']
     """
-    library, opened = Path(library), open_adapters(adapters)
+    library, slots = Path(given.library), given.slots
+    opened = open_adapters(given.adapters)
     _check(opened, library, slots)
     there = library.exists() and any(library.iterdir())
     with atomic_directory(library, force=there) as staging, noting_inputs():
@@ -144,7 +127,7 @@ def arrive(
         arrivals = []
         for adapter in opened:
             cosines = _cosines(adapter, now)
-            slot = _slot_of(cosines, slots, threshold)
+            slot = _slot_of(cosines, slots, given.threshold)
             before = members.get(slot, ())
             parts = [now[slot], adapter] if before else [adapter]
             shares = [len(before) / (len(before) + 1), 1 / (len(before) + 1)] if before else [1.0]
@@ -152,10 +135,10 @@ def arrive(
                 parts,
                 method="svd",
                 weights=shares,
-                rank=_possible(rank, parts) if before else None,
+                rank=_possible(given.rank, parts) if before else None,
                 scale=1.0,
-                jobs=jobs,
-                device=device,
+                jobs=given.jobs,
+                device=given.device,
             )
             members[slot] = (
                 *before,

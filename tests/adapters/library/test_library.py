@@ -127,7 +127,7 @@ def test_a_merge_from_a_library_has_the_same_bytes(method: str, tmp_path: Path) 
         ).read_bytes()
     again = lora_merge.run_recipe(tmp_path / "library" / "lora_merge.yaml", tmp_path / "again")
     assert (
-        again.total()
+        again.report.total()
         and (tmp_path / "again" / "lora_merge.yaml").read_bytes()
         == (tmp_path / "library" / "lora_merge.yaml").read_bytes()
     )

@@ -1,10 +1,12 @@
 """`lora-merge arrive`: adapters one by one into a fixed number of slots."""
 
-from pathlib import Path
+from typing import Any
 
 import click
 
+from lora_merge.cli.shared.fields import options_of
 from lora_merge.cli.shared.options import adapters_argument, json_option
+from lora_merge.merge.recipe.arguments import Arrive
 
 
 @click.command(
@@ -16,39 +18,9 @@ Examples:
 """,
 )
 @adapters_argument
-@click.option(
-    "--into",
-    "library",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Directory of slots; made if it is not there.",
-)
-@click.option(
-    "--slots", type=click.IntRange(min=1), required=True, help="K, how many there may be."
-)
-@click.option(
-    "--rank",
-    type=click.IntRange(min=1),
-    help="Rank of merged slots.  [default: the largest of slot and adapter]",
-)
-@click.option(
-    "--threshold",
-    type=click.FloatRange(-1, 1),
-    help="Cosine from which an adapter joins a slot while others are free.",
-)
-@click.option("--jobs", type=click.IntRange(min=1), help="Worker threads.  [default: CPUs]")
-@click.option("--device", default="auto", show_default=True, help="Where to compute.")
+@options_of(Arrive)
 @json_option
-def command(
-    adapters: tuple[str, ...],
-    library: Path,
-    slots: int,
-    rank: int | None,
-    threshold: float | None,
-    jobs: int | None,
-    device: str,
-    as_json: bool,
-) -> None:
+def command(adapters: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Take ADAPTERs, one after the other, into a library of at most K slots (K-Merge).
 
     An adapter gets a slot of its own while one is free. Then it joins the slot most like it, which
@@ -60,15 +32,7 @@ def command(
     from lora_merge.printing import short_names
 
     output = Output(as_json)
-    report = lora_merge.arrive(
-        adapters,
-        library,
-        slots=slots,
-        rank=rank,
-        threshold=threshold,
-        jobs=jobs,
-        device=device,
-    )
+    report = lora_merge.arrive(adapters, **given)
     names = [member.name for members in report.slots.values() for member in members]
     short = dict(zip(names, short_names(names), strict=True))
     grid = table("adapter", "slot", "cosine with it", "kept")

@@ -97,8 +97,8 @@ def command(
     recall, xlora, meteora, start untrained: run `lora-merge train` on the result
     smora
     phatgoose               one gate vector per expert, each trained on its own
-    retrieve                one expert per prompt, of hundreds, by the texts of each; `train`
-                            reads them
+    retrieve                one expert per prompt, of hundreds, by the texts of
+                            each; `train` reads them
     """  # noqa: D301 -- click's mark is the character itself
     import lora_merge
     from lora_merge.cli.shared.open import check_out

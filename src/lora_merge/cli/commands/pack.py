@@ -1,12 +1,13 @@
 """`lora-merge pack`: many adapters in one directory, stored by module."""
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lora_merge.cli.shared.options import adapters_argument, force_option, json_option
+from lora_merge.api.arguments.packing import Pack
+from lora_merge.cli.shared.fields import options_of
+from lora_merge.cli.shared.options import adapters_argument, json_option
 
 
 @click.command(
@@ -21,12 +22,10 @@ Examples:
 """,
 )
 @adapters_argument
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="The library to make.")
-@click.option("--append", is_flag=True, help="Add to the library that is there.")
+@options_of(Pack, needed=False)
 @click.option("--name", "names", multiple=True, help="Name of an adapter in it; one for each.")
 @click.option("--tag", "tags", multiple=True, metavar="NAME=VALUE", help="Said of all of them.")
 @click.option("--check", is_flag=True, help="Read all of a library: is it what was packed?")
-@force_option("a library")
 @json_option
 def command(
     adapters: tuple[str, ...], out: Path | None, check: bool, as_json: bool, **arguments: Any
@@ -38,12 +37,13 @@ def command(
     """
     from rich.markup import escape
 
-    from lora_merge.api.packing import check_library, pack
+    import lora_merge
+    from lora_merge.cli.shared.api import shown_progress
     from lora_merge.cli.shared.output import Output
 
     output = Output(as_json)
     if check:
-        faults = {library: check_library(library) for library in adapters}
+        faults = {library: lora_merge.check_library(library) for library in adapters}
         lines = [f"{name}: {'; '.join(f) or 'all is as packed'}" for name, f in faults.items()]
         output.data({"schema": 1, "libraries": faults}, *map(escape, lines))
         if any(faults.values()):
@@ -52,13 +52,6 @@ def command(
     if out is None:
         raise click.UsageError("-o says which library to make")
     arguments["names"] = arguments["names"] or None
-    with ExitStack() as showing:
-        steps: list[Any] = []
-
-        def begin(count: int) -> None:
-            steps.append(showing.enter_context(output.progress("packing", count)))
-
-        report = pack(
-            list(adapters), out, **arguments, on_plan=begin, on_adapter=lambda: steps[0]()
-        )
+    with shown_progress(output) as progress:
+        report = lora_merge.pack(list(adapters), out, **arguments, progress=progress)
     output.data(report.to_dict(), escape(str(report.summary())))

@@ -135,3 +135,24 @@ class Join(Telling, Strictness):
     on_plan: Callable[[Plan[Any]], None] | None = argument(
         None, "called with the plan, before anything is written"
     )
+
+
+@dataclass(frozen=True)
+class Arrive:
+    """Arguments of `arrive`."""
+
+    adapters: Annotated[
+        "AdaptersLike",
+        Needed("new ones, in their order, which matters; what `open_adapters` takes"),
+    ]
+    library: Annotated[Folder, Needed("directory of slots; made if it is not there", ("--into",))]
+    _: KW_ONLY
+    slots: Annotated[int, Needed("K, how many there may be", ("--slots",), low=1)]
+    rank: int | None = option(
+        None, "rank of merged slots", low=1, unset="the largest of slot and adapter"
+    )
+    threshold: float | None = option(
+        None, "cosine from which an adapter joins a slot while others are free", low=-1, high=1
+    )
+    jobs: int | None = option(None, "worker threads", low=1, unset="CPUs")
+    device: str = option("auto", "auto, cpu, cuda or cuda:1")
