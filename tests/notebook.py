@@ -34,7 +34,7 @@ def notebook_of(page: str) -> dict[str, Any]:
 
 def _cell(kind: str, text: str, shown: str) -> tuple[str, str]:
     if kind == "console":
-        return f"!{' '.join(text.split())}", shown
+        return f"%%sh\n{' '.join(text.split())}", shown
     if kind == "python":
         return text.rstrip(), ""
     name, _, body = text.partition("\n")

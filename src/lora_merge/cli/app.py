@@ -11,8 +11,7 @@ from typing import Any
 import click
 
 from lora_merge._version import __version__
-from lora_merge.cli.shared import verbosity
-from lora_merge.cli.shared.command import Command
+from lora_merge.cli.shared.command import Command, verbosity_options
 from lora_merge.cli.shared.escape import for_terminal
 from lora_merge.errors import ArgumentError, LoraMergeError, remedy_of
 from lora_merge.files.inputs import noting_inputs
@@ -100,7 +99,7 @@ def cli() -> None:
     """
 
 
-cli.params += verbosity.options()
+cli.params += verbosity_options()
 
 
 def run(arguments: list[str]) -> int:

@@ -28,7 +28,8 @@ def command(adapters: tuple[str, ...], as_json: bool, **given: Any) -> None:
     library.json says who is where. The library is replaced whole, or stays as it was.
     """
     import lora_merge
-    from lora_merge.cli.shared.output import Output, percent, table
+    from lora_merge.cli.shared.output import Output, percent
+    from lora_merge.cli.shared.table import table
     from lora_merge.printing import short_names
 
     output = Output(as_json)

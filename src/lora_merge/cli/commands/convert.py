@@ -50,7 +50,8 @@ def command(adapter: str, dry_run: bool, as_json: bool, **given: Any) -> None:
 def _view(report: "ConvertReport") -> list[Any]:
     from collections import Counter
 
-    from lora_merge.cli.shared.output import size, span, table
+    from lora_merge.cli.shared.output import size, span
+    from lora_merge.cli.shared.table import table
 
     grid = table("verdict", "modules", "units", "rank", "relative error")
     for verdict, count in sorted(Counter(m.verdict for m in report.modules).items()):

@@ -48,7 +48,8 @@ def command(subjects: tuple[str, ...], as_json: bool, **given: Any) -> None:
 
 def evaluation_view(found: "Evaluation") -> "list[RenderableType]":
     """One line a subject, a column a task."""
-    from lora_merge.cli.shared.output import percent, table
+    from lora_merge.cli.shared.output import percent
+    from lora_merge.cli.shared.table import table
     from lora_merge.evaluation.bench import ALL
 
     rated = any(line.normalised is not None for line in found.lines)

@@ -30,7 +30,8 @@ def command(mixture: Path, as_json: bool, **given: Any) -> None:
     are. Of texts that are known, a few lie above it by chance.
     """
     import lora_merge
-    from lora_merge.cli.shared.output import Output, table
+    from lora_merge.cli.shared.output import Output
+    from lora_merge.cli.shared.table import table
 
     output = Output(as_json)
     rows = Rows(output)

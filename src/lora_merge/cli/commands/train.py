@@ -111,7 +111,7 @@ def _ranks(mixture: "Mixture") -> int:
 
 
 def _view(result: dict[str, Any], history: list[Mapping[str, Any]]) -> list[Any]:
-    from lora_merge.cli.shared.output import table
+    from lora_merge.cli.shared.table import table
 
     grid = table("", "first step", "last step")
     if history:

@@ -75,7 +75,8 @@ def _refuse_shapes(mixture: Path | None) -> None:
 
 def _check(device: str, as_json: bool) -> None:
     """Compile each kernel, with every tile, gate and dtype that it can be asked for."""
-    from lora_merge.cli.shared.output import Output, table
+    from lora_merge.cli.shared.output import Output
+    from lora_merge.cli.shared.table import table
     from lora_merge.errors import MethodError
     from lora_merge.kernels.gated_stack.gpu.fused import HAS_TRITON
     from lora_merge.machine.device import pick_device
@@ -124,7 +125,7 @@ def _check(device: str, as_json: bool) -> None:
 
 def _view(rows: "list[Measured]") -> "Table":
     """Times as ratios to the modules without experts."""
-    from lora_merge.cli.shared.output import table
+    from lora_merge.cli.shared.table import table
 
     timed = {name for row in rows for name in row.timings}
     names = [name for name in ("eager", "concat", "triton", "joined", "grouped") if name in timed]

@@ -95,7 +95,7 @@ def _heat(usage: "Seen", rows: dict[str, list[float]], entropy: dict[str, float]
     """A table whose cells are as bright as their numbers."""
     from rich.text import Text
 
-    from lora_merge.cli.shared.output import table
+    from lora_merge.cli.shared.table import table
 
     grid = table("", *usage.experts, *(["entropy"] if entropy else []))
     most = max((abs(v) for row in rows.values() for v in row), default=1.0) or 1.0

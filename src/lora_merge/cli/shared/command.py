@@ -1,8 +1,8 @@
 """What all commands have in common: -v and -q, and help with its options in groups."""
 
-import click
+from typing import Any
 
-from lora_merge.cli.shared import verbosity
+import click
 
 # Group → the options in it, by their names in code; what stands in none is the command's own.
 _GROUPS = {
@@ -16,6 +16,7 @@ _GROUPS = {
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}
 OWN = "Options"
+_QUIET = "lora_merge.quiet"
 
 
 class Command(click.Command):
@@ -28,7 +29,7 @@ class Command(click.Command):
             command.name,
             context_settings=command.context_settings,
             callback=command.callback,
-            params=[*command.params, *verbosity.options()],
+            params=[*command.params, *verbosity_options()],
             help=command.help,
             epilog=command.epilog,
             short_help=short_help,
@@ -49,3 +50,58 @@ class Command(click.Command):
 
 def _name(parameter: click.Parameter) -> str:
     return "help" if "--help" in parameter.opts else parameter.name or ""
+
+
+def is_quiet() -> bool:
+    """Whether the command that runs was asked for its result alone."""
+    context = click.get_current_context(silent=True)
+    return bool(context and context.meta.get(_QUIET))
+
+
+def _be_quiet(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        import warnings
+
+        context.meta[_QUIET] = True
+        context.with_resource(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+
+
+def _log(context: click.Context, _: click.Parameter, value: int) -> None:
+    """Show what the library logs under `lora_merge`, until the command ends."""
+    if not value:
+        return
+    import logging
+
+    logger, handler = logging.getLogger("lora_merge"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(relativeCreated)6d ms  %(name)s: %(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if value > 1 else logging.INFO)
+
+    def undo() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+    context.call_on_close(undo)
+
+
+def verbosity_options() -> list[click.Option]:
+    """-q less, -v more, -vv all, before or after the command's name; fresh for a command."""
+    shared: dict[str, Any] = {"expose_value": False, "is_eager": True}
+    return [
+        click.Option(
+            ["-v", "--verbose"],
+            count=True,
+            callback=_log,
+            help="Say on stderr what is done; -vv: module by module.",
+            **shared,
+        ),
+        click.Option(
+            ["-q", "--quiet"],
+            is_flag=True,
+            callback=_be_quiet,
+            help="No notes, warnings or progress.",
+            **shared,
+        ),
+    ]

@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich import box
 from rich.console import Console, RenderableType
 from rich.segment import Segment
-from rich.table import Table
 
+from lora_merge.cli.shared.command import is_quiet
 from lora_merge.cli.shared.escape import for_terminal
-from lora_merge.cli.shared.verbosity import is_quiet
 
 
 class _Console(Console):
@@ -91,15 +89,6 @@ class Output:
         with Progress(*columns, console=self._err, transient=True) as bar:
             task = bar.add_task(what, total=total)
             yield lambda: bar.advance(task)
-
-
-def table(first: str, *others: str) -> Table:
-    """The house's table: a text column that folds, then columns of numbers."""
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    grid.add_column(first, overflow="fold")
-    for name in others:
-        grid.add_column(name, justify="right", no_wrap=True)
-    return grid
 
 
 def percent(value: float | None) -> str:

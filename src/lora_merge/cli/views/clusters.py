@@ -7,7 +7,8 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from lora_merge.cli.shared.output import percent, table
+from lora_merge.cli.shared.output import percent
+from lora_merge.cli.shared.table import table
 from lora_merge.merge.clusters.members import Cluster, ClusterSums, by_kind, by_module, sharing
 from lora_merge.printing import short_names
 

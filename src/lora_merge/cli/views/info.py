@@ -10,7 +10,8 @@ from rich.text import Text
 
 from lora_merge.adapters.module_names import place_of
 from lora_merge.analysis.info import AdapterInfo, ModuleInfo
-from lora_merge.cli.shared.output import size, span, table
+from lora_merge.cli.shared.output import size, span
+from lora_merge.cli.shared.table import table
 
 if TYPE_CHECKING:
     from lora_merge.mixture.mixture import Mixture

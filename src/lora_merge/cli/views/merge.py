@@ -5,7 +5,8 @@ from rich.markup import escape
 from rich.text import Text
 
 from lora_merge.adapters.module_names import place_of
-from lora_merge.cli.shared.output import percent, size, span, table
+from lora_merge.cli.shared.output import percent, size, span
+from lora_merge.cli.shared.table import table
 from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.report import GroupReport, MergeReport
 
