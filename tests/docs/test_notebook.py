@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from importlib.util import find_spec
@@ -46,4 +47,5 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _printed(cell: Any) -> str:
-    return "".join(output.get("text", "") for output in cell.get("outputs", ()))
+    text = "".join(output.get("text", "") for output in cell.get("outputs", ()))
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)  # Jupyter wants colours
