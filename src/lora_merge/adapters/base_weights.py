@@ -31,6 +31,10 @@ class BaseModel(Protocol):
         """A module's weight as a (d_out, d_in) matrix."""
         ...
 
+    def has_bias(self, module: str) -> bool:
+        """Whether a module has a bias beside its weight."""
+        ...
+
     def near(self, module: str) -> tuple[str, ...]:
         """Modules of the base that a name it does not have may have meant."""
         ...
@@ -84,6 +88,11 @@ class CheckpointBase:
                 "name the unquantised model",
             )
         return StreamedWeight(self.checkpoint, name, transposed)
+
+    def has_bias(self, module: str) -> bool:
+        """Whether a module has a bias beside its weight."""
+        name = self._find(module)
+        return name is not None and f"{name.removesuffix('weight')}bias" in self.checkpoint.tensors
 
     def near(self, module: str) -> tuple[str, ...]:
         """Modules of the base that a name it does not have may have meant."""

@@ -112,18 +112,45 @@ def test_a_dylora_file_is_read_as_the_lora_that_every_loader_makes_of_it(tmp_pat
     torch.testing.assert_close(our_delta(adapter), merged_delta(loaded.double()))
 
 
-@pytest.mark.parametrize("form", ["lora", "loha", "lokr", "locon-mid"])
-def test_dora_is_refused_by_name(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("outputs", [True, False])
+@pytest.mark.parametrize("form", ["lora", "loha", "lokr", "locon", "locon-mid"])
+def test_dora_with_its_base_is_that_of_lycoris(form: str, outputs: bool, tmp_path: Path) -> None:
     kind, layer, options = FORMS[form]
-    module = kind(
-        "lora_unet_one",
-        layer(),
-        lora_dim=2,
-        weight_decompose=True,
-        **{k: v for k, v in options.items() if k != "lora_dim"},
-    )
-    with pytest.raises(AdapterError, match="lora_unet_one: DoRA"):
-        Adapter.from_pretrained(file_of(module, tmp_path / "a.safetensors"))
+    torch.manual_seed(3)
+    more = {**options, "lora_dim": 2, "weight_decompose": True, "wd_on_out": outputs}
+    module = kind("lora_unet_one", layer().double(), alpha=1, **more).double().eval()
+    for name, parameter in module.named_parameters():
+        nn.init.normal_(parameter, mean=1.0 if "dora" in name else 0.0, std=0.3)
+    path = file_of(module, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="lora_unet_one: DoRA") as refusal:
+        Adapter.from_pretrained(path)
+    assert "--energy" in refusal.value.remedy
+    base = tmp_path / "base.safetensors"
+    save_file({"one.weight": module.org_module[0].weight.detach()}, base)
+    adapter = Adapter.from_pretrained(path, base=base, rank=1 << 30)
+    (aligned,) = align([adapter]).modules
+    delta = next(read_stacks(align([adapter]), aligned)).delta()
+    torch.testing.assert_close(delta, merged_delta(module).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_dense_difference_is_cut_on_request(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    whole = {
+        "lora_unet_one.diff": torch.randn(12, 8, 3, 3),
+        "lora_unet_two.diff": torch.randn(9, 7),
+    }
+    save_file(whole, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="dense difference") as refusal:
+        Adapter.from_pretrained(tmp_path / "a.safetensors")
+    assert "--energy" in refusal.value.remedy
+    adapter = Adapter.from_pretrained(tmp_path / "a.safetensors", rank=1 << 30)
+    for name, diff in whole.items():
+        (stack,) = adapter.stacks(name.removesuffix(".diff"))
+        torch.testing.assert_close(stack.delta(), diff.flatten(1), rtol=1e-4, atol=1e-4)
+    report = plan_conversion(adapter, ConvertOptions(rank=2)).run(tmp_path / "out").report
+    values = [torch.linalg.svdvals(d.flatten(1)) for d in whole.values()]
+    lost, total = (sum(float(v[i:].square().sum()) for v in values) for i in (2, 0))
+    assert report.error == pytest.approx((lost / total) ** 0.5, rel=1e-3)
 
 
 def test_glora_with_its_base_is_that_of_lycoris(tmp_path: Path) -> None:

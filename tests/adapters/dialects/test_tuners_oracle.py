@@ -115,6 +115,12 @@ FULL: dict[str, tuple[str, dict[str, Any]]] = {
     "oft": ("OFTConfig", {"oft_block_size": 4, "r": 0}),
     "oft-exact": ("OFTConfig", {"oft_block_size": 4, "r": 0, "use_cayley_neumann": False}),
     "shira": ("ShiraConfig", {"r": 2}),
+    "boft": ("BOFTConfig", {"boft_block_size": 4}),
+    "boft-blocks": ("BOFTConfig", {"boft_block_num": 2, "boft_block_size": 0}),
+    "road": ("RoadConfig", {"group_size": 4, "target_modules": ["second"]}),
+    "road-2": ("RoadConfig", {"variant": "road_2", "group_size": 8, "target_modules": ["second"]}),
+    "road-4": ("RoadConfig", {"variant": "road_4", "group_size": 4, "target_modules": ["second"]}),
+    "randlora": ("RandLoraConfig", {"r": 5, "randlora_alpha": 9}),
 }
 FROZEN = (
     "delora_w_norm",
@@ -139,7 +145,7 @@ def train(name: str, folder: Path) -> peft.PeftModel:
             k: getattr(peft, v)() if isinstance(v, str) and v.endswith("Config") else v
             for k, v in fields.items()
         }
-        config = getattr(peft, kind)(target_modules=["first", "second"], **fields)
+        config = getattr(peft, kind)(**{"target_modules": ["first", "second"], **fields})
         model = peft.get_peft_model(base, config)
         torch.manual_seed(1)
         for key, parameter in model.named_parameters():
@@ -153,6 +159,8 @@ def their_deltas(model: peft.PeftModel) -> dict[str, Tensor]:
     """What each layer adds to an input: identity and zero through it, the base's part taken off."""
     deltas, original = {}, dict(Model().named_children())
     for name, layer in model.base_model.model.named_children():
+        if not hasattr(layer, "get_base_layer"):
+            continue
         base = layer.get_base_layer()
         probe = torch.cat([torch.eye(base.in_features), torch.zeros(1, base.in_features)])
         with torch.no_grad(), warnings.catch_warnings():
@@ -203,6 +211,16 @@ def test_full_rank_is_refused_unless_it_is_asked_for(name: str, tmp_path: Path) 
     lost = sum(float(v[3:].square().sum()) for v in values.values())
     total = sum(float(v.square().sum()) for v in values.values())
     assert report.error == pytest.approx((lost / total) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "field"), [("road", {}), ("ia3", {"feedforward_modules": []})])
+def test_a_tuner_that_changes_the_bias_is_refused(name: str, field: Any, tmp_path: Path) -> None:
+    kind, fields = FULL[name]
+    FULL["x"] = (kind, {**fields, **field, "target_modules": ["first"]})
+    train("x", tmp_path)
+    del FULL["x"]
+    with pytest.raises(AdapterError, match="the bias of the base, too"):
+        opened(tmp_path, rank=1 << 30)
 
 
 @pytest.mark.parametrize(

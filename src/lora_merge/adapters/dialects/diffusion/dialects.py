@@ -7,12 +7,13 @@ need not be: it is the module's identity as it stands.
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from lora_merge.adapters.config import AdapterConfig, parse_config
 from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
-from lora_merge.adapters.dialects.diffusion import forms
+from lora_merge.adapters.dialects.diffusion import forms, full_rank
 from lora_merge.adapters.dialects.diffusion.names import COMPONENTS, family_of, group_names
 from lora_merge.adapters.dialects.grouping import Group
 from lora_merge.adapters.forms import ExtraSpec, ModuleSpec
@@ -30,9 +31,6 @@ _FORMS: dict[str, Callable[..., ModuleSpec]] = {
 }
 # Parts that change what the others mean.
 _REFUSED = {
-    "dora_scale": "DoRA: it rescales the sum of base weight and delta",
-    "magnitude_vector": "DoRA: it rescales the sum of base weight and delta",
-    "magnitude": "DoRA: it rescales the sum of base weight and delta",
     "oft_blocks": "OFT: it rotates the base weight",
     "oft_diag": "OFT: it rotates the base weight",
     "rescale": "OFT: it rescales the base weight",
@@ -54,11 +52,17 @@ def _claim(header: Header) -> Claims:
         _refuse(group)
         form = next((form for part, form in _FORMS.items() if part in group), None)
         for part in _EXTRAS:
-            if part in group:
+            if part in group and not (part == "diff" and _is_dense(group)):
                 name = f"{module}.{part}"
                 extras[name] = ExtraSpec(name, group.keys[part], *header.entries[group.keys[part]])
-        if form is not None:
+        if form is not None and any(part in group for part in full_rank.SCALES):
+            # A form that is cut as it is read would be cut before it is rescaled.
+            whole = replace(group, header=replace(header, rank=None))
+            modules[module] = full_rank.dora(group, form(whole, scalings.of(group)))
+        elif form is not None:
             modules[module] = form(group, scalings.of(group))
+        elif _is_dense(group):
+            modules[module] = full_rank.dense(group)
         elif "alpha" in group and not any(part in group for part in _EXTRAS):
             group.refuse("alpha stands alone", "the file is incomplete; download it again")
         if "alpha" in group:
@@ -77,10 +81,14 @@ def _refuse(group: Group) -> None:
             group.refuse(why, "leave this adapter out, or retrain it as a plain LoRA")
     if "lora_bias" in group:
         group.refuse("B has a bias", "load it in diffusers and save it as a PEFT LoRA")
-    if "diff" in group and len(group.shape("diff")) > 1:
-        group.refuse("a dense difference of weights", "leave this adapter out, or extract a LoRA")
+    if _is_dense(group) and any(part in group for part in (*_FORMS, *full_rank.SCALES)):
+        group.refuse("a dense difference of weights beside factors", "leave this adapter out")
     if "scalar" in group:
         group.refuse("a scalar that LyCORIS multiplies its factors with", "save it with LyCORIS")
+
+
+def _is_dense(group: Group) -> bool:
+    return "diff" in group and len(group.shape("diff")) > 1
 
 
 class _Scalings:

@@ -7,7 +7,7 @@ from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
 from lora_merge.adapters.dialects.grouping import Group
 from lora_merge.adapters.dialects.peft_whole import whole_parameters
-from lora_merge.adapters.dialects.tuners import full_rank, low_rank, with_base
+from lora_merge.adapters.dialects.tuners import full_rank, low_rank, rotations, with_base
 from lora_merge.adapters.dialects.tuners.settings import Settings
 from lora_merge.adapters.dialects.tuners.sort import sort_keys
 from lora_merge.adapters.forms import ExtraSpec, ModuleSpec
@@ -50,6 +50,9 @@ TUNERS: dict[str, Tuner] = {
     "FOURIERFT": Tuner("FourierFT", "fourierft_", full_rank.fourierft),
     "OFT": Tuner("OFT", "oft_", full_rank.oft),
     "SHIRA": Tuner("SHiRA", "shira_", full_rank.shira),
+    "BOFT": Tuner("BOFT", "boft_", rotations.boft),
+    "ROAD": Tuner("RoAd", "road_", rotations.road),
+    "RANDLORA": Tuner("RandLoRA", "randlora_", rotations.randlora),
     "GLORA": Tuner("GLoRA", "glora_", with_base.glora),
 }
 

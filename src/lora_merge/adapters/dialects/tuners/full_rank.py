@@ -77,6 +77,8 @@ def ia3(group: Group, settings: Settings) -> ModuleSpec:
     shape = settings.base_shape(group)
     rows, columns = group.shape("ia3_l", 2)
     group.check((rows, columns) in ((shape[0], 1), (1, shape[1])))
+    if columns == 1:
+        settings.refuse_bias(group, "IA3 scales the bias of the base, too")
     return dense_spec(group, settings, why, ("ia3_l",), _ia3, shape, needs_base=True)
 
 

@@ -50,6 +50,9 @@ class Fields:
     topk: int | None = None
     weight_tying: float | None = None
     projection_seed: int | None = None
+    variant: str | None = None
+    group_size: int | None = None
+    randlora_alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,15 @@ class Settings:
         if len(shape) != 2:
             group.refuse(f"the base weight has shape {list(shape)}", "leave this module out")
         return (shape[1], shape[0]) if self.config.fan_in_fan_out else (shape[0], shape[1])
+
+    def refuse_bias(self, group: Group, why: str) -> None:
+        """Refuse a module that has a bias in the base, where the tuner changes that, too.
+
+        Raises:
+            AdapterError: A LoRA has no place for it.
+        """
+        if self.header.base is not None and self.header.base.has_bias(group.module):
+            group.refuse(why, "merge it into its base with PEFT: a LoRA has no place for the bias")
 
     def refuse(self, why: str, remedy: str) -> NoReturn:
         """Refuse the whole file.
