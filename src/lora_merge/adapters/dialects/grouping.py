@@ -60,6 +60,14 @@ class Group:
         )
         raise AdapterError(f"{self.header.adapter}: {self.module}: {why} ({shapes})", remedy)
 
+    def dtype(self, *keys: str) -> str:
+        """The dtype that holds these tensors; refuses integers where factors are wanted."""
+        codes = [self.header.entries[key][0] for key in keys]
+        for key, code in zip(keys, codes, strict=True):
+            if code not in DTYPES:
+                self.refuse(f"{key} has dtype {code}", "dequantise the adapter first")
+        return widest_dtype(codes)
+
     def alpha(self, rank: int) -> float:
         """Alpha / rank; 1 where alpha is missing or zero, as every reader of such files has it."""
         stored = self.header.scalar(self.keys["alpha"]) if "alpha" in self.keys else 0.0

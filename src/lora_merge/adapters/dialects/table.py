@@ -10,12 +10,14 @@ from lora_merge.adapters.dialects.looks_like import refuse_unclaimed
 from lora_merge.adapters.dialects.peft_lora import PEFT_LORA
 from lora_merge.adapters.dialects.tuners.dialect import PEFT_TUNERS
 from lora_merge.adapters.dialects.tuners.lora_variants import LORA_VARIANTS
+from lora_merge.adapters.dialects.tuners.lora_xs import LORA_XS
 from lora_merge.adapters.identity.against_base import check_base
 
 # PEFT's own names are also those of its many variants, so its row stands last.
 DIALECTS: tuple[Dialect, ...] = (
     PEFT_TUNERS,
     LORA_VARIANTS,
+    LORA_XS,
     TINKER,
     GGUF,
     MLX,

@@ -16,7 +16,6 @@ from lora_merge.adapters.dialects.language.stacked import experts_apart
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.adapters.units import Recipe, Units
 from lora_merge.errors import AdapterError
-from lora_merge.files.tensor_file import widest_dtype
 
 ARCHITECTURE = "general.architecture"
 ALPHA = "adapter.lora.alpha"
@@ -90,7 +89,7 @@ def _module(group: Group, alpha: float) -> ModuleSpec:
         d_in=a[0] if vocabulary else a[-1],
         rank=rank,
         scaling=alpha / rank if alpha else 1.0,
-        dtype=widest_dtype(group.header.entries[key][0] for key in keys),
+        dtype=group.dtype(*keys),
         recipe=recipe,
         num_experts=a[0] if len(a) == 3 else 1,
     )

@@ -16,7 +16,6 @@ from lora_merge.adapters.forms import Form, ModuleSpec
 from lora_merge.adapters.units import Recipe, Units
 from lora_merge.errors import AdapterError
 from lora_merge.files.documents import validated
-from lora_merge.files.tensor_file import widest_dtype
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.(?P<part>lora_a|lora_b|m)$")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
@@ -104,7 +103,7 @@ def _module(group: Group, scaling: float) -> ModuleSpec:
         d_in=d_in,
         rank=rank,
         scaling=scaling,
-        dtype=widest_dtype(group.header.entries[key][0] for key in keys),
+        dtype=group.dtype(*keys),
         recipe=Recipe(keys, units),
         num_experts=experts,
     )

@@ -1,0 +1,170 @@
+"""Any tensor of any format renamed, lost, emptied, made an integer or joined by another: an error.
+
+What is left out below cannot be told from a sound file: a missing alpha means the rank, a shorter
+B another module.
+"""
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from builders import adapter_parts
+from lora_merge.adapters.adapter import Adapter, build_adapter
+from lora_merge.adapters.config import parse_config
+from lora_merge.errors import LoraMergeError
+from lora_merge.files.tensor_file import TensorDict
+
+
+class Told(TensorDict):
+    """Tensors with a header that says something."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], said: Mapping[str, str]) -> None:
+        super().__init__(tensors)
+        self.said = said
+
+    def metadata(self) -> Mapping[str, str]:
+        return self.said
+
+
+def named(stems: list[str], **parts: tuple[int, ...]) -> dict[str, Tensor]:
+    return {
+        f"{stem}.{part.replace('__', '.')}": torch.randn(*shape)
+        for stem in stems
+        for part, shape in parts.items()
+    }
+
+
+FLAT = ["lora_unet_a_b", "lora_unet_c_d"]
+PEFT = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+LLAMA = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
+TWO = ["base_model.model.l.0.q", "base_model.model.l.1.q"]
+EXPERTS = "base_model.model.l.mlp.experts"
+FILES: dict[str, Callable[[], tuple]] = {
+    "kohya": lambda: (named(FLAT, lora_down__weight=(4, 8), lora_up__weight=(6, 4)), None, {}),
+    "loha": lambda: (
+        named(FLAT, hada_w1_a=(6, 2), hada_w1_b=(2, 8), hada_w2_a=(6, 2), hada_w2_b=(2, 8)),
+        None,
+        {},
+    ),
+    "diffusers": lambda: (
+        named(["unet.x.q", "unet.x.k"], lora_A__weight=(4, 8), lora_B__weight=(6, 4)),
+        None,
+        {},
+    ),
+    "comfyui": lambda: (
+        named(["diffusion_model.x.q"], lora_A__weight=(4, 8), lora_B__weight=(6, 4)),
+        None,
+        {},
+    ),
+    "mlx": lambda: (
+        named(["model.layers.0.q", "model.layers.1.q"], lora_a=(8, 4), lora_b=(4, 6)),
+        {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 2.0}},
+        {},
+    ),
+    "gguf": lambda: (
+        named(["blk.0.attn_v.weight", "blk.1.attn_v.weight"], lora_a=(4, 8), lora_b=(6, 4)),
+        None,
+        LLAMA,
+    ),
+    "gguf experts": lambda: (
+        named(["blk.0.ffn_up_exps.weight"], lora_a=(3, 4, 8), lora_b=(3, 6, 4)),
+        None,
+        LLAMA,
+    ),
+    "peft": lambda: (
+        named(TWO, lora_A__weight=(4, 8), lora_B__weight=(6, 4)),
+        {**PEFT, "target_modules": ["q"]},
+        {},
+    ),
+    "lora-xs": lambda: (
+        named(
+            TWO,
+            lora_A__weight=(4, 8),
+            lora_B__weight=(6, 4),
+            default_lora_latent_mapping__weight=(4, 4),
+        ),
+        {**PEFT, "target_modules": ["q"]},
+        {},
+    ),
+    "peft experts": lambda: (
+        named([f"{EXPERTS}.base_layer"], lora_A__weight=(8, 8), lora_B__weight=(12, 8))
+        | named([EXPERTS], lora_A__weight=(8, 6), lora_B__weight=(8, 8)),
+        {
+            **PEFT,
+            "target_modules": [],
+            "peft_version": "0.21.2",
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+        {},
+    ),
+}
+LEAVES = (
+    "m", "magnitude_x", "lora_C.weight", "lora_diag", "lora_route.weight", "weight", "core", "s2",
+    "on_input", "reshape_weight", "bias", "scalar", "gate", "coefficients", "lora_embedding_A",
+    "adapter.linear_in.weight",
+)  # fmt: skip
+
+
+def opened(tensors: Mapping[str, Tensor], config: dict | None, said: Mapping[str, str]) -> Adapter:
+    parsed = None if config is None else parse_config(config, "mine")
+    return build_adapter("mine", parsed, Told(tensors, said))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_change_of_a_file_goes_unseen(name: str) -> None:
+    tensors, config, said = FILES[name]()
+    assert opened(tensors, config, said).modules
+    stems = {key.split(".lora_")[0].split(".hada_")[0] for key in tensors}
+    changed = {
+        f"and {s}.{x}": {**tensors, f"{s}.{x}": torch.ones(4, 4)} for s in stems for x in LEAVES
+    }
+    for key, tensor in tensors.items():
+        rest = {k: t for k, t in tensors.items() if k != key}
+        changed |= {
+            f"without {key}": rest,
+            f"suffix of {key}": {**rest, f"{key}_x": tensor},
+            f"prefix of {key}": {**rest, f"zz.{key}": tensor},
+            f"integers in {key}": {**rest, key: tensor.int()},
+            f"nothing in {key}": {**rest, key: tensor[:0]},
+            f"one axis of {key}": {**rest, key: tensor.flatten()},
+        }
+    for what, other in changed.items():
+        with pytest.raises(LoraMergeError) as refusal:
+            opened(other, config, said)
+            pytest.fail(f"{name} {what}: taken as sound")
+        assert refusal.value.remedy, what
+
+
+def test_lora_xs_has_its_core_between_a_and_b() -> None:
+    tensors, config, said = FILES["lora-xs"]()
+    adapter = opened(tensors, config, said)
+    for stem in TWO:
+        a, b, core = (
+            torch.nn.Linear(*t.mT.shape, bias=False).requires_grad_(False)
+            for t in (tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"],
+                      tensors[f"{stem}.default_lora_latent_mapping.weight"])
+        )  # fmt: skip
+        a.weight.copy_(tensors[f"{stem}.lora_A.weight"])
+        b.weight.copy_(tensors[f"{stem}.lora_B.weight"])
+        core.weight.copy_(tensors[f"{stem}.default_lora_latent_mapping.weight"])
+        theirs = 2 * b(core(a(torch.eye(8)))).mT
+        (stack,) = adapter.stacks(stem.removeprefix("base_model.model."))
+        torch.testing.assert_close(stack.delta(), theirs, rtol=1e-5, atol=1e-5)
+    only = {k: t for k, t in tensors.items() if "latent" in k}
+    with pytest.raises(LoraMergeError, match="A and B are not in the file"):
+        opened(only, config, said)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "what"),
+    [("adapter.linear_in.weight", "Megatron"), ("q.coefficients", "NOLA"), ("q.s2", "S2FT")],
+)
+def test_forms_that_are_not_read_are_named(leaf: str, what: str) -> None:
+    _, tensors = adapter_parts()
+    for given in ({f"decoder.layers.0.{leaf}": torch.ones(2, 4)}, None):
+        files = given or {**tensors, f"base_model.model.x.{leaf}": torch.ones(2, 4)}
+        with pytest.raises(LoraMergeError, match=what) as refusal:
+            opened(files, PEFT if given is None else None, {})
+        assert refusal.value.remedy
