@@ -110,7 +110,7 @@ def _module(group: Group, scaling: float) -> ModuleSpec:
 
 
 def _turned(a: Tensor, b: Tensor) -> Units:
-    return a.mT, b.mT
+    return a.mT.contiguous(), b.mT.contiguous()
 
 
 MLX = Dialect("mlx", "mlx-lm", _recognises, _claim)
