@@ -9,8 +9,8 @@ expert per task, 64 ranks together, a gate that knows each row's task while it t
 
 "styles" are the four text styles of `quality_mixture.py` (WORK is its folder too), measured by loss
 per token. "arena" is a folder with a BERT, five classification tasks and their frozen heads,
-measured by accuracy: 480 validation rows of each task train, 120 choose, the first 500 test rows
-are reported. All arms see the same rows in the same order. Of several
+measured by accuracy: 480 validation rows of each task train, 120 choose, the first --judged test
+rows are reported. All arms see the same rows in the same order. Of several
 learning rates of the experts (--rates) each arm has the one that is best on the rows that choose.
 """
 
@@ -42,7 +42,6 @@ from lora_merge.mixture.training.train import train_gate
 
 RANKS, ACTIVE, BIAS_RATE = 64, 8, 1e-3
 RATES = (3e-3, 1e-2)
-JUDGED = 500  # test rows of each task
 SIZES = {"train": 480, "dev": 120}
 
 
@@ -144,13 +143,11 @@ def _unlabelled(row: Example) -> Example:
 class Arena:
     """Rows, heads and the encoder."""
 
-    def __init__(self, place: str) -> None:
-        folder = Path(place)
+    def __init__(self, place: str, judged: int) -> None:
+        folder, self.judged = Path(place), judged
         self.tasks = list(json.loads((folder / "tasks.json").read_text())["tasks"])
         self.base = str(folder / "base")
-        self.model = AutoModel.from_pretrained(
-            self.base, dtype=torch.float32, add_pooling_layer=False
-        ).eval()
+        self.model = AutoModel.from_pretrained(self.base, dtype=torch.float32).eval()
         self.model.requires_grad_(False)
         self.heads = {t: load_file(folder / "heads" / f"{t}.safetensors") for t in self.tasks}
         self.rows: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]] = {}
@@ -180,7 +177,7 @@ class Arena:
         """Accuracy and mean loss of every task."""
         found = {}
         for task in self.tasks:
-            ids, lengths, labels = (part[:JUDGED] for part in self.rows[task, split])
+            ids, lengths, labels = (part[: self.judged] for part in self.rows[task, split])
             with torch.no_grad():
                 parts = zip(ids.split(200), lengths.split(200), strict=True)
                 logits = torch.cat([self.logits(task, *part)[0] for part in parts])
@@ -227,7 +224,7 @@ class Arena:
 
 
 def arena(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    place = Arena(options.place)
+    place = Arena(options.place, options.judged)
 
     def shown() -> dict[str, float]:
         return {task: 100 * right for task, (right, _) in place.judge("test").items()}
@@ -270,6 +267,7 @@ def main() -> None:
     parser.add_argument("place", help="The model, or the arena's folder.")
     parser.add_argument("work", type=Path)
     parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--judged", type=int, default=500, help="Test rows of each task.")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--out", type=Path, help="Markdown file to write.")
     options = parser.parse_args()

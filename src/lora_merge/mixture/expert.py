@@ -10,7 +10,7 @@ from lora_merge.adapters.access.coerce import open_adapters
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.alignment import Alignment, align
-from lora_merge.adapters.identity.expert_layout import all_one_by_one
+from lora_merge.adapters.identity.expert_layout import all_one_by_one, stacked_again
 from lora_merge.adapters.identity.twins import one_spelling
 from lora_merge.adapters.references import WEIGHTS_NAME, sha256
 from lora_merge.adapters.writer import AdapterWriter, plan_output
@@ -114,6 +114,7 @@ def write_expert(expert: Expert, folder: Path) -> str:
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
     """Write an adapter that exists in memory alone; its scaling is folded into B."""
+    adapter = stacked_again(adapter)
     modules = [AlignedModule(name, {0: spec}) for name, spec in adapter.modules.items()]
     ranks = {name: spec.rank for name, spec in adapter.modules.items()}
     plan = plan_output([adapter], modules, ranks, dtype="F32", layout="per-module")

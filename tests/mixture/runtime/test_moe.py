@@ -17,6 +17,8 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.identity.expert_layout import one_by_one
 from lora_merge.errors import AlignmentError, MethodError
 from lora_merge.mixture.append import append_experts
+from lora_merge.mixture.formats.plain import export_static
+from lora_merge.mixture.formats.xlora import export_xlora
 from lora_merge.mixture.gates.gate import PRESETS
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.attach import load_mixture
@@ -216,6 +218,8 @@ def test_both_layouts_compete_in_one_gate(folders: Any) -> None:
 
 
 def test_a_gate_over_experts_trains_and_comes_back(tmp_path: Path, folders: Any) -> None:
+    from peft import PeftModel
+
     examples = [Example(tuple(r.tolist()), 0, i % 3) for i, r in enumerate(tokens(9, 7, seed=3))]
     model = copy.deepcopy(moe("olmoe")).float()
     ways = (("meteora", {"task_loss": 20.0}), ("smora", {"bias_rate": 0.01, "train_experts": True}))
@@ -240,6 +244,14 @@ def test_a_gate_over_experts_trains_and_comes_back(tmp_path: Path, folders: Any)
         torch.testing.assert_close(*logits)
         seen = [m.tokens for n, m in usage.modules.items() if "layers.1.mlp.experts" in n]
         assert sum(seen) == 2 * IDS.numel() * 2  # experts per token, projections
+    one = sorted((tmp_path / "smora/experts").iterdir())[1]  # plain PEFT, also what was trained
+    handle = load_mixture(model, trained)
+    handle.set_gate(weights=[0.0, 1.0, 0.0])
+    expected = model(IDS).logits
+    handle.detach()
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(model, str(one))(IDS).logits, expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -268,6 +280,24 @@ def test_experts_one_by_one_are_the_stack(folders: Any) -> None:
             seen += 1
     assert seen == 2 * 2 * 4
     assert one_by_one(single) is single
+
+
+@torch.no_grad()
+def test_the_mean_is_written_as_peft_has_it(tmp_path: Path, folders: Any) -> None:
+    from peft import PeftModel
+
+    model = copy.deepcopy(moe("gpt_oss")).float()
+    mixture = sharp(folders("gpt_oss"), "xlora")
+    export_static(mixture, tmp_path / "static", weights=(0.5, 0.0, 0.25))
+    handle = load_mixture(model, mixture)
+    handle.set_gate(weights=(0.5, 0.0, 0.25))
+    expected = model(IDS).logits
+    handle.detach()
+    theirs = PeftModel.from_pretrained(model, str(tmp_path / "static"))(IDS).logits
+    torch.testing.assert_close(theirs, expected, rtol=1e-4, atol=1e-4)
+    order = [n for n, _ in model.named_modules() if n in mixture.modules]
+    with pytest.raises(MethodError, match="weighs modules of the base alone"):
+        export_xlora(mixture, tmp_path / "xlora", order)
 
 
 @torch.no_grad()

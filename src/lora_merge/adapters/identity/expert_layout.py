@@ -7,7 +7,7 @@ Stacking puts the units of gate and up beside each other, B block-diagonal, as P
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -107,9 +107,12 @@ def _stack(
     count: int,
     members: Sequence[tuple[int, int, ModuleSpec]],
     adapter: str,
+    *,
+    whole: bool = False,
 ) -> ModuleSpec:
-    """The stacked parameter's spec; the parts keep their own units."""
+    """The stacked parameter's spec; the parts, or whole projections, keep their own units."""
     places = 1 + max(place for owner, place in _PARTS.values() if owner == parameter)
+    places = 1 if whole else places
     shapes = {(spec.d_out, spec.d_in) for _, _, spec in members}
     if len(shapes) != 1:
         raise AdapterError(
@@ -288,8 +291,31 @@ def all_one_by_one(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def _has_parts_apart(adapter: Adapter) -> bool:
-    names = [name for name in adapter.modules if _MODULE.match(name)]
-    return bool(names) and not any(name.endswith(".gate_up_proj") for name in names)
+    return has_expert_modules(adapter) and not is_apart(adapter.modules)
+
+
+def is_apart(names: Iterable[str]) -> bool:
+    """Whether among modules are projections of single experts that no model has as modules."""
+    return any(name.endswith(".gate_up_proj") and _MODULE.match(name) for name in names)
+
+
+def stacked_again(adapter: Adapter) -> Adapter:
+    """The inverse of `one_by_one`, as PEFT has it; experts of smaller rank get units of zeros."""
+    if not is_apart(adapter.modules):
+        return adapter
+    groups: dict[tuple[str, str], list[tuple[int, int, ModuleSpec]]] = {}
+    modules = {}
+    for name, spec in adapter.modules.items():
+        match = _MODULE.match(name)
+        if match is None:
+            modules[name] = spec
+            continue
+        members = groups.setdefault((match["stem"], match["leaf"]), [])
+        members.append((int(match["expert"]), 0, spec))
+    for (stem, leaf), members in groups.items():
+        name, count = f"{stem}.{leaf}", 1 + max(expert for expert, _, _ in members)
+        modules[name] = _stack(name, leaf, count, members, adapter.name, whole=True)
+    return replace(adapter, modules=dict(sorted(modules.items())))
 
 
 class _Recent:

@@ -1,18 +1,20 @@
 """Mixtures for tools that know no gates: one folder per expert, or one static adapter."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lora_merge.adapters.alignment import read_stacks
+from lora_merge.adapters.identity.expert_layout import is_apart
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.writer import AdapterWriter, plan_output
 from lora_merge.errors import MethodError
 from lora_merge.files.atomic import atomic_directory
-from lora_merge.mixture.expert import Expert, slug, write_expert
+from lora_merge.mixture.expert import Expert, slug, write_adapter, write_expert
+from lora_merge.mixture.formats.experts_in_memory import plain_adapter
 from lora_merge.mixture.mixture import Mixture
 
 
@@ -68,17 +70,25 @@ def export_static(
     adapters = [e.adapter for e in mixture.experts]
     plan = plan_output(adapters, modules, ranks, dtype="F32", layout="uniform")
     lost = total = 0.0
-    place = atomic_directory(folder, force=force, inputs=mixture.files, needed=plan.num_bytes)
-    with place as staging, AdapterWriter(staging, plan) as writer:
+
+    def weighed() -> Iterator[tuple[str, RankStack]]:
+        nonlocal lost, total
         for module in modules:
-            results = []
-            for stack in read_stacks(mixture.alignment, module):
-                whole = stack.weighted(with_general(table[module.name], mixture))
-                part, missing = cut(whole, ranks[module.name])
-                results.append(part)
-                lost += missing
-                total += whole.inner(whole)
-            writer.add(module.name, results)
+            (stack,) = read_stacks(mixture.alignment, module)
+            whole = stack.weighted(with_general(table[module.name], mixture))
+            part, missing = cut(whole, ranks[module.name])
+            lost, total = lost + missing, total + whole.inner(whole)
+            yield module.name, part
+
+    place = atomic_directory(folder, force=force, inputs=mixture.files, needed=plan.num_bytes)
+    with place as staging:
+        if is_apart(ranks):  # what is one stack in a file comes expert by expert
+            parts = dict(weighed())
+            write_adapter(plain_adapter(mixture, adapters, parts, folder.name), staging)
+        else:
+            with AdapterWriter(staging, plan) as writer:
+                for name, part in weighed():
+                    writer.add(name, [part])
     return float((lost / total) ** 0.5) if total > 0 else 0.0
 
 

@@ -112,6 +112,12 @@ def export_xlora(
     spec = mixture.spec
     if spec.signal != "hidden" or spec.null_expert or spec.value == "sigmoid":
         raise MethodError(f"the {spec.preset} gate is no X-LoRA gate", "export xlora mixtures")
+    if spec.granularity == "module" and sorted(order) != mixture.modules:
+        lost = sorted(set(mixture.modules) - set(order))
+        raise MethodError(
+            f"PEFT's X-LoRA weighs modules of the base alone, and {lost[0]} is none",
+            "leave the experts and routers of MoE layers out of the adapters",
+        )
     count, depth = mixture.num_experts, spec.depth
     tensors: dict[str, Tensor] = {}
     for index in range(depth):
