@@ -24,12 +24,14 @@ class Bank:
         places: Name of a wrapped module -> its group and its place there.
         index: What chooses experts by a prompt, or None.
         narrow: Makes groups of some experts alone, by their numbers; None where nobody can.
+        marks: What tells each expert from another of its name: a hash, or its file's size and time.
     """
 
     names: tuple[str, ...]
     places: Places
     index: Any = None
     narrow: Callable[["Bank", tuple[int, ...]], Iterable[Modules] | None] | None = None
+    marks: tuple[str, ...] = ()
     _alone: dict[tuple[int, ...], "Bank"] = field(default_factory=dict)
 
     def may_narrow(self, active: int) -> bool:
@@ -48,11 +50,18 @@ class Bank:
             groups = self.narrow(self, active)
             if groups is None:
                 return None
-            found = Bank(tuple(self.names[e] for e in active), groups_by_name(groups))
+            names = tuple(self.names[e] for e in active)
+            marks = tuple(self.marks[e] for e in active)
+            found = Bank(names, groups_by_name(groups), marks=marks)
             while len(self._alone) >= _KEPT:
                 self._alone.pop(next(iter(self._alone)), None)
             self._alone[active] = found
         return found
+
+    @property
+    def identities(self) -> tuple[tuple[str, str], ...]:
+        """Name and mark of each expert."""
+        return tuple(zip(self.names, self.marks, strict=True))
 
     def forget(self) -> None:
         """What runs has been moved or changed: copies of it are none any more."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora_merge.errors import MethodError
+from lora_merge.mixture.runtime.call.cache_tags import check_tag, tag
 from lora_merge.mixture.runtime.call.generation import generation, refuse_schedulers
 from lora_merge.mixture.runtime.call.hooks import body_of
 from lora_merge.mixture.runtime.call.in_force import InForce, Switch
@@ -74,9 +75,13 @@ class Entry:
         """Forward pre-hook: begins the pass, or goes one stage deeper."""
         passed = self._pass_through(module)
         if passed is None:
+            if current(self.switch) is None:  # idle, not inside a first pass
+                check_tag(self._cache_in(args, kwargs), self.name, self.switch.now())
             return None
         gate = passed.gate
-        stage = passed.stage = Stage(module, passed.stage)
+        began = gate if passed.stage is None else passed.stage.gate
+        stage = passed.stage = Stage(module, began, passed.stage)
+        check_tag(self._cache_in(args, kwargs), self.name, began)
         if torch.is_grad_enabled() and module.training and not torch.compiler.is_compiling():
             carry_through(module, self.switch)
         if not gate.needs_tokens:
@@ -99,6 +104,15 @@ class Entry:
         if gate.spec.decides_before and self.first is not None:
             self.first.before(passed, module, args, kwargs)
         return args, kwargs
+
+    def _cache_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The cache among a call's arguments, or None."""
+        if self.cache is None:
+            return None
+        found = kwargs.get(self.cache)
+        if found is None and args and self.cache in self.names[: len(args)]:
+            found = args[self.names.index(self.cache)]
+        return found
 
     def _pass_through(self, module: nn.Module) -> Pass | None:
         """The pass that this call belongs to; None where there is nothing to tell it."""
@@ -172,6 +186,10 @@ class Entry:
         stage = None if passed is None else passed.stage
         if passed is None or stage is None or stage.module is not module:
             return
+        if output is not None and self.cache is not None:
+            cache = self._cache_in(args, kwargs)
+            made = getattr(output, self.cache, None) if cache is None else cache
+            tag(made, self.name, stage.gate)
         if output is not None and stage.tokens is not None:
             self._count(stage)
             if self.first is not None:

@@ -73,6 +73,7 @@ class InForce:
     lagged: bool = False
     bank: Bank | None = None
     _rules: dict[int, Rule] = field(default_factory=dict)
+    _tags: list[tuple[Any, ...]] = field(default_factory=list)
 
     def rule(self, num_scores: int) -> Rule:
         """How so many scores become weights; made once, as every module of every token asks."""
@@ -94,7 +95,7 @@ class InForce:
         narrow = bank.alone(active)
         if narrow is None:
             return self
-        return replace(self, weights=weights[:, list(active)], bank=narrow, _rules={})
+        return replace(self, weights=weights[:, list(active)], bank=narrow, _rules={}, _tags=[])
 
     def with_bank(self, bank: Bank, numbers: Mapping[int, int]) -> "InForce":
         """The same gate over other experts.
@@ -108,7 +109,22 @@ class InForce:
             moved = weights.new_zeros(len(weights), len(bank.names))
             moved[:, list(numbers.values())] = weights[:, list(numbers)]
             weights = moved
-        return replace(self, weights=weights, bank=bank, _rules={})
+        return replace(self, weights=weights, bank=bank, _rules={}, _tags=[])
+
+    @property
+    def tag(self) -> tuple[Any, ...]:
+        """What decides about keys and values: names and weights, or the gate and its experts."""
+        if not self._tags:
+            self._tags.append(self._made_tag())
+        return self._tags[0]
+
+    def _made_tag(self) -> tuple[Any, ...]:
+        experts = () if self.bank is None else self.bank.identities
+        if self.weights is None:
+            return "gate", self.spec, experts
+        table = self.weights[:, : len(experts)].tolist()
+        rows = [tuple((e, w) for e, w in zip(experts, r, strict=True) if w) for r in table]
+        return "rows", tuple(rows[:1] if len(set(rows)) == 1 else rows)
 
     @property
     def is_idle(self) -> bool:
@@ -231,4 +247,4 @@ def within(gates: Mapping[Switch, InForce]) -> Iterator[None]:
 
 def changed(switch: Switch, **changes: Any) -> InForce:
     """The gate in force here with some of its attributes changed."""
-    return replace(switch.now(), **changes, _rules={})
+    return replace(switch.now(), **changes, _rules={}, _tags=[])

@@ -28,6 +28,7 @@ class Stage:
 
     Attributes:
         module: The part.
+        gate: In force when the call entered the model; experts that act alone come later.
         outer: The part around it.
         tokens: What it reads, or None if its arguments do not tell.
         after: What the last part inside it has read: what a head sees.
@@ -38,6 +39,7 @@ class Stage:
     """
 
     module: nn.Module
+    gate: InForce
     outer: "Stage | None" = None
     tokens: Tokens | None = None
     after: Tokens | None = None

@@ -97,7 +97,8 @@ class LiveExperts(nn.Module):
         self.index = TextIndex(mixture.gate, self.device) if mixture.spec.signal == "text" else None
         tiled = mixture.spec.signal == "hidden" and mixture.spec.granularity == "module"
         narrow = None if tiled or self._joined else self._narrow
-        return Bank(tuple(mixture.names), groups_by_name(groups), self.index, narrow)
+        marks = tuple(expert.mark for expert in mixture.experts if not expert.general)
+        return Bank(tuple(mixture.names), groups_by_name(groups), self.index, narrow, marks)
 
     def _narrow(self, bank: Bank, active: tuple[int, ...]) -> list[Group] | None:
         """Groups of some experts alone; None while the experts are being trained."""
