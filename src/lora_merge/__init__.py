@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from lora_merge.errors import SourceError as SourceError
     from lora_merge.evaluation.evaluate import evaluate as evaluate
     from lora_merge.evaluation.search import search as search
+    from lora_merge.evaluation.soup import soup as soup
+    from lora_merge.evaluation.sweep import sweep as sweep
     from lora_merge.merge.api import merge as merge
     from lora_merge.merge.api import plan_merge as plan_merge
     from lora_merge.merge.api import plan_recipe as plan_recipe
@@ -127,8 +129,10 @@ _PUBLIC = {
     "run_recipe": "lora_merge.merge.api",
     "run_shard": "lora_merge.merge.shards.shard",
     "search": "lora_merge.evaluation.search",
+    "soup": "lora_merge.evaluation.soup",
     "spectra": "lora_merge.api.looking",
     "spectra_beside_base": "lora_merge.api.looking",
+    "sweep": "lora_merge.evaluation.sweep",
     "train": "lora_merge.api.mixing",
     "tune": "lora_merge.api.tuning",
     "usage": "lora_merge.api.texts",
@@ -191,8 +195,10 @@ __all__ = [
     "run_recipe",
     "run_shard",
     "search",
+    "soup",
     "spectra",
     "spectra_beside_base",
+    "sweep",
     "train",
     "tune",
     "usage",

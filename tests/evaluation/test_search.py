@@ -15,6 +15,7 @@ from builders import make_adapter, save_adapter
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.cli.app import run
 from lora_merge.errors import LoraMergeError, MethodError
+from lora_merge.evaluation.picture import draw_study
 from lora_merge.evaluation.search import search
 from lora_merge.evaluation.search_space import OVER, SearchSpace
 from lora_merge.merge.plan import plan_merge
@@ -54,6 +55,10 @@ def test_a_study_goes_on_as_if_nothing_had_happened(tmp_path) -> None:
         )
     assert [t.values for t in parts.trials] == [t.values for t in whole.trials]
     assert parts.recipe == whole.recipe
+    for _ in range(2):  # the second time over the first
+        drawn = draw_study(tmp_path / "study.db", tmp_path)
+    assert [file.name for file in drawn] == ["history.png", "values.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in drawn)
     with pytest.raises(LoraMergeError, match=r"of another search \(over differ"):
         search(recipe(), trials=6, over=["weights"], study=tmp_path / "study.db", **SETTINGS)
 

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import save_adapter
+from lora_merge.adapters.references import in_order
 from lora_merge.cli.app import run
 from lora_merge.errors import MethodError
-from lora_merge.merge.auto.schedule import in_order, schedule_weights
+from lora_merge.merge.auto.schedule import schedule_weights
 
 SCHEDULES = ["uniform", "linear", "last:2", "ema:0.95", "ema:0", "power:0.2", "power:0.05"]
 

@@ -22,6 +22,9 @@ PICKLE_NAME = "adapter_model.bin"
 OTHER_NAMES = ("adapters.safetensors", "pytorch_lora_weights.safetensors", "adapter.gguf")
 _WEIGHTS = (".safetensors", ".gguf")
 
+_NUMBER = re.compile(r"\d+")
+# transformers' and kohya's checkpoints, MLX's and kohya's numbers with zeros in front.
+_CHECKPOINT = re.compile(r"(?i)(checkpoint|ckpt|step|epoch|iter)[-_]?\d+|(?<!\d)0\d{5,}")
 _HUB_ID = re.compile(
     r"^(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^:@]+))?(?::(?P<subfolder>[^:@]+))?$"
 )
@@ -105,6 +108,22 @@ def expand(refs: Sequence[str]) -> list[str]:
             raise SourceError(f"{ref}: no file matches this pattern", "check the pattern")
         expanded.extend(matches)
     return expanded
+
+
+def in_order(names: Sequence[str]) -> list[str]:
+    """Checkpoints by the numbers in their names: checkpoint-500 before checkpoint-1000.
+
+    Names that differ in more than numbers stay in the order given.
+    """
+    if len({_NUMBER.sub("#", name) for name in names}) > 1:
+        return list(names)
+    return sorted(names, key=lambda name: [int(number) for number in _NUMBER.findall(name)])
+
+
+def is_run(names: Sequence[str]) -> bool:
+    """Whether names are those of one run's checkpoints, as trainers call them."""
+    alike = len({_NUMBER.sub("#", name) for name in names}) == 1
+    return alike and all(_CHECKPOINT.search(name) for name in names)
 
 
 def resolve(ref: str, *, allow_pickle: bool = False) -> Source:

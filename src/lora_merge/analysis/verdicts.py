@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lora_merge.analysis.compare import Comparison, PairMatrices
 from lora_merge.analysis.families import RELATED, Tree, tree_of
+from lora_merge.analysis.trajectory import Trajectory, trajectory_of
 from lora_merge.printing import Report, Summary
 
 Kind = Literal["same", "opposite", "agree", "independent", "entangled", "conflict", "apart"]
@@ -35,7 +36,7 @@ MEANING: dict[Kind, str] = {
     "conflict": "work against each other: gate them instead of merging",
 }
 
-Action = Literal["merge", "reweight", "prune", "gate"]
+Action = Literal["merge", "reweight", "prune", "gate", "last"]
 
 # So many times the median norm, and one adapter drowns the others.
 _DROWNING = 8.0
@@ -139,7 +140,8 @@ class SetVerdict:
     """What to do with a set of adapters.
 
     Attributes:
-        action: Merge them, choose weights first, leave some out first, or keep them apart.
+        action: Merge them, choose weights first, leave some out first, keep them apart, or take
+            the last one of a run's checkpoints.
         reason: The numbers that say so.
         command: The next step, with ... for the adapters.
         adapters: Indices of those that it is about: to leave out, or that drown the others.
@@ -217,12 +219,14 @@ class Judgement(Report):
         pairs: One verdict per pair, the most alarming first.
         whole: What to do with all of them together.
         tree: Who is near whom; None of two adapters.
+        way: Of the checkpoints of one run, the way it went; None of other adapters.
     """
 
     adapters: tuple[str, ...]
     pairs: tuple[Verdict, ...]
     whole: SetVerdict
     tree: Tree | None
+    way: Trajectory | None = None
 
     def __iter__(self) -> Iterator[Verdict]:
         return iter(self.pairs)
@@ -253,12 +257,21 @@ class Judgement(Report):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        said = {"verdicts": [v.to_dict() for v in self.pairs], "set": self.whole.to_dict()}
-        return said if self.tree is None else {**said, "tree": self.tree.to_dict()}
+        said: dict[str, Any] = {
+            "verdicts": [v.to_dict() for v in self.pairs],
+            "set": self.whole.to_dict(),
+        }
+        tree = {} if self.tree is None else {"tree": self.tree.to_dict()}
+        way = {} if self.way is None else {"trajectory": self.way.to_dict()}
+        return {**said, **tree, **way}
 
 
 def judgement(comparison: Comparison) -> Judgement:
     """Verdicts on every pair and on all together, and the tree."""
     pairs = judge(comparison)
     tree = tree_of(comparison.total.cosine) if len(comparison.adapters) > 2 else None
-    return Judgement(comparison.adapters, tuple(pairs), judge_set(comparison, pairs), tree)
+    way = trajectory_of(comparison)
+    whole = judge_set(comparison, pairs)
+    if way is not None:
+        whole = SetVerdict("merge" if way.wandering else "last", way.reason, way.command)
+    return Judgement(comparison.adapters, tuple(pairs), whole, tree, way)

@@ -36,6 +36,8 @@ _COMMANDS = {
     "report": "One interactive page: spectra, heat maps, pairs, warnings.",
     "evaluate": "Score adapters, merges and mixtures on rows.",
     "search": "Find the recipe whose merge scores best on rows.",
+    "soup": "Average the checkpoints that score best together.",
+    "sweep": "Write candidates for eyes to choose from.",
     "gate": "Put adapters behind a gate: one mixture directory.",
     "train": "Train a mixture's gate, prune its ranks or train its experts.",
     "usage": "Show which expert speaks where, on your text.",

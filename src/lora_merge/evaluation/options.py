@@ -73,3 +73,18 @@ class Search(BenchOptions):
         0, "another number for each process that shares a study, to try different things", low=0
     )
     on_trial: Callable[[Any], None] | None = argument(None, "called with each `Trial`")
+
+
+@dataclass(frozen=True)
+class MakeSoup(BenchOptions):
+    """Arguments of `soup`."""
+
+    adapters: Annotated[
+        Any, Needed("checkpoints of a run or runs of one task: what `open_adapters` takes")
+    ]
+    _: KW_ONLY
+    rank: int | str | None = argument(
+        None, "rank of the means, or a rule; default: the largest of the adapters'"
+    )
+    held_out: float = option(0.3, "share of the rows that choose nothing", above=0, below=1)
+    seed: int = option(0, "of the split")

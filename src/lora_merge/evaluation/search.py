@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
 _FAILED = "failed"
+STUDY = "lora-merge"  # its name in the file
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _open_study(
     path: str | os.PathLike[str] | None, wanted: dict[str, Any], count: int, higher: bool
 ) -> "Study":
     """The study in a file, made if it is not there; refused if it is of something else."""
-    optuna = _optuna()
+    optuna = optuna_module()
     direction = "maximize" if higher else "minimize"
     storage = None
     if path is not None:
@@ -195,7 +196,7 @@ def _open_study(
     try:
         study: Study = optuna.create_study(
             storage=storage,
-            study_name="lora-merge",
+            study_name=STUDY,
             directions=[direction] * count,
             load_if_exists=True,
         )
@@ -214,7 +215,12 @@ def _open_study(
     return study
 
 
-def _optuna() -> Any:
+def optuna_module() -> Any:
+    """Optuna, quiet.
+
+    Raises:
+        LoraMergeError: If it is not installed.
+    """
     try:
         import optuna
     except ModuleNotFoundError as error:
@@ -247,7 +253,7 @@ def _ended(study: "Study") -> list[Any]:
 
 def _sampler(name: str, seed: int) -> Any:
     """A sampler of its own for every trial, so that a resumed study goes the same way."""
-    samplers = _optuna().samplers
+    samplers = optuna_module().samplers
     if name == "cmaes":
         return samplers.CmaEsSampler(seed=seed)
     if name == "random":

@@ -115,8 +115,8 @@ def command(parameters: tuple[str, ...], **arguments: Any) -> None:
 
 def _scheduled(schedule: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """The adapters in the order of the run, and their weights."""
-    from lora_merge.adapters.references import expand
-    from lora_merge.merge.auto.schedule import in_order, schedule_weights
+    from lora_merge.adapters.references import expand, in_order
+    from lora_merge.merge.auto.schedule import schedule_weights
 
     if arguments["weights"]:
         raise click.UsageError("--schedule gives the weights: leave -w out")

@@ -1,5 +1,6 @@
 """`lora-merge search`: the scale, weights, method and masks that score best on your rows."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,16 +8,13 @@ import click
 
 from lora_merge.cli.shared.fields import options_of
 from lora_merge.cli.shared.options import force_option, json_option
+from lora_merge.cli.shared.texts import words
 from lora_merge.evaluation.options import Search
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from lora_merge.evaluation.search import SearchResult
-
-
-def _words(_: Any, __: Any, value: str | None) -> tuple[str, ...]:
-    return tuple(word.strip() for word in value.split(",") if word.strip()) if value else ()
 
 
 @click.command(
@@ -34,16 +32,17 @@ kinds of modules of which adapter to leave out).
 
 OUT.search/study.db is an Optuna study: a search that was interrupted goes on
 with the same command, several processes may share it (--worker 1, 2, ...), and
-optuna-dashboard shows it. OUT.search/report.json has every trial.
+optuna-dashboard shows it. OUT.search/report.json has every trial, history.png
+and values.png show them.
 """,
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="RECIPE|ADAPTER...")
 @click.option("-M", "--method", default="svd", show_default=True, help="Method to start from.")
 @click.option("--rank", help="Rank of the result, or a rank rule.")
 @click.option(
-    "--over", callback=_words, default="scale,weights", show_default=True, help="What may vary."
+    "--over", callback=words, default="scale,weights", show_default=True, help="What may vary."
 )
-@click.option("--methods", callback=_words, help="Methods to choose from, with --over method.")
+@click.option("--methods", callback=words, help="Methods to choose from, with --over method.")
 @options_of(Search)
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="Directory to make."
@@ -67,6 +66,7 @@ def command(
     from lora_merge.cli.shared.api import shown_progress
     from lora_merge.cli.shared.open import check_out
     from lora_merge.cli.shared.output import Output
+    from lora_merge.evaluation.picture import draw_study
     from lora_merge.evaluation.search import save_report, save_winner
 
     output = Output(as_json)
@@ -81,8 +81,12 @@ def command(
         result = lora_merge.search(recipe, study=folder / "study.db", **given, progress=progress)
     save_winner(result, out, force=force)
     save_report(result, folder / "report.json")
+    drawn = draw_study(folder / "study.db", folder) if find_spec("matplotlib") else []
     output.data(result.to_dict(), *search_view(result))
-    output.note(f"wrote {out} and {folder / 'report.json'}")
+    for file in (out, folder / "report.json", *drawn):
+        output.note(f"wrote {file}")
+    if not drawn:
+        output.note("pictures of the search need matplotlib: pip install 'lora-merge[plot]'")
 
 
 def search_view(result: "SearchResult") -> "list[RenderableType]":

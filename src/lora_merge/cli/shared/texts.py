@@ -1,7 +1,7 @@
 """What commands share that read rows: the argument, and telling which rows were left out."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,11 @@ if TYPE_CHECKING:
 
 mixture_argument = click.argument("mixture", type=click.Path(path_type=Path))
 _MOST = 5  # faults that are shown
+
+
+def words(_: Any, __: Any, value: str | None) -> tuple[str, ...]:
+    """Words between commas, for click."""
+    return tuple(word.strip() for word in value.split(",") if word.strip()) if value else ()
 
 
 class Rows:

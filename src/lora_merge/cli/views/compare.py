@@ -8,6 +8,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from lora_merge.analysis.compare import Comparison, PairMatrices
+from lora_merge.analysis.trajectory import Trajectory
 from lora_merge.analysis.verdicts import MEANING, Judgement, Kind, Verdict
 from lora_merge.cli.views.angles import angles_view, degrees
 from lora_merge.cli.views.dendrogram import dendrogram
@@ -48,6 +49,8 @@ def comparison_view(
         parts.append(angles_view(comparison.modules, pairs, names, width=width, plain=plain))
     if len(comparison.kinds) > 1:
         parts += [_kinds(comparison, width, plain), Text("")]
+    if verdict.way:
+        parts += [_way(verdict.way, width, plain), Text("")]
     if tree:
         parts.append(dendrogram(tree, names, width, plain=plain))
     parts.append(advice_view(comparison, verdict, names))
@@ -107,6 +110,7 @@ def advice_view(comparison: Comparison, judged: Judgement, names: Sequence[str])
         )
     who = " ".join(names[i] for i in whole.adapters)
     heads = {"prune": f"leave out {who}, then merge", "reweight": f"reweight ({who})"}
+    heads["last"] = "take the last checkpoint"
     what = heads.get(whole.action, whole.action)
     text = Text.assemble((f"all together: {what}", "bold"), f": {whole.reason}")
     parts += [text, _indent(whole.command)]
@@ -184,6 +188,22 @@ def _kinds(comparison: Comparison, width: int, plain: bool) -> RenderableType:
         )
     heads = ["module", "count", "cos min", "mean", "max", "interf", "sum of all"]
     return grid(heads, rows, gap=2, plain=plain)
+
+
+def _way(way: Trajectory, width: int, plain: bool) -> RenderableType:
+    """Checkpoints in their order: how far each moved, and how far it was from the last."""
+    names = short_names([step.name for step in way.steps])
+    rows = [
+        [
+            shorten(name, max(16, width - 34)),
+            number(step.norm),
+            f"{100 * step.moved:.1f} %" if place else "-",
+            f"{100 * step.left:.1f} %",
+            _cosine(step.cosine),
+        ]
+        for place, (name, step) in enumerate(zip(names, way.steps, strict=True))
+    ]
+    return grid(["checkpoint", "norm", "moved", "to last", "cos"], rows, gap=2, plain=plain)
 
 
 def _upper(count: int) -> tuple[list[int], list[int]]:

@@ -1,8 +1,5 @@
 """Weights over the checkpoints of one run: averages that the end of the run counts more in."""
 
-import re
-from collections.abc import Sequence
-
 from lora_merge.errors import MethodError
 
 _REMEDY = "write uniform, linear, last:K, ema:BETA (0.95), or power:SIGMA (0.2)"
@@ -45,16 +42,6 @@ def schedule_weights(schedule: str, count: int) -> list[float]:
         raise MethodError(f"{schedule!r} is no schedule of weights", _REMEDY)
     total = sum(raw)
     return [weight / total for weight in raw]
-
-
-def in_order(names: Sequence[str]) -> list[str]:
-    """Checkpoints by the numbers in their names: checkpoint-500 before checkpoint-1000.
-
-    Names that differ in more than numbers stay in the order given.
-    """
-    if len({re.sub(r"\d+", "#", name) for name in names}) > 1:
-        return list(names)
-    return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
 
 
 def _gamma(sigma: float) -> float:
