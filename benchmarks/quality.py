@@ -123,7 +123,7 @@ ENTRIES = (
 
 AFTER = """
 The scale of rows with scale=auto is the rule's (docs/which-method.md), and no labels were used.
-Those of lego-refit were chosen with --val 150.
+Those of lego-refit and regmean-iso were chosen with --val 150, of dc-merge and esm with --val 100.
 
 cat, svd, mean, fedavg and model-stock are task arithmetic up to a scale (per module for
 model-stock), core-tsv and core-iso are tsv and iso-c. linear-factors, robustmerge and aligned-mean
