@@ -40,7 +40,8 @@ def command(
     import lora_merge
     from lora_merge.cli.shared.api import shown_progress
     from lora_merge.cli.shared.open import check_out
-    from lora_merge.cli.shared.output import Output, percent, table
+    from lora_merge.cli.shared.output import Output, percent
+    from lora_merge.cli.shared.table import table
     from lora_merge.printing import short_names
 
     output = Output(as_json)

@@ -47,7 +47,8 @@ def command(
     Each candidate is an adapter with its recipe; look at what they make, and keep one.
     """
     import lora_merge
-    from lora_merge.cli.shared.output import Output, table
+    from lora_merge.cli.shared.output import Output
+    from lora_merge.cli.shared.table import table
     from lora_merge.evaluation.sweep import said
 
     output = Output(as_json)
