@@ -41,6 +41,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             left_out += ["  set LORA_MERGE_SHARED to a folder that holds adapters/ and arena/"]
     if not find_spec("triton"):
         left_out += ["all tests of the Triton kernels: triton is not installed"]
+    if not find_spec("ray"):
+        left_out += ["merges on a Ray cluster: ray is not installed"]
     if left_out:
         terminalreporter.section("NOT TESTED", sep="=", yellow=True, bold=True)
         for line in left_out:

@@ -40,6 +40,7 @@ ALLOWED = {
     "peft": {"adapters", "mixture"},
     "transformers": {"mixture"},
     "triton": {"kernels"},
+    "ray": {"merge"},
     "gguf": {"files", "reshape"},
 }
 # Libraries that may be imported only inside functions.
@@ -52,6 +53,7 @@ LAZY = {
     "sklearn",
     "accelerate",
     "pydantic",
+    "ray",
     "gguf",
 }
 # What a reader can hold in mind; `cli/commands` is a list.

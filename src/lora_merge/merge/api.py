@@ -6,7 +6,7 @@ from typing import Any
 from lora_merge.adapters.access.coerce import open_adapters
 from lora_merge.adapters.in_memory import MadeAdapter
 from lora_merge.arguments import takes
-from lora_merge.errors import MethodError, OutputError
+from lora_merge.errors import MethodError
 from lora_merge.files.targets import check_target
 from lora_merge.machine.device import pick_device
 from lora_merge.merge.auto.scale import with_scale
@@ -17,8 +17,7 @@ from lora_merge.merge.recipe.read import as_recipe, inputs_of, open_recipe
 from lora_merge.merge.recipe.recipe import AdapterItem, Recipe
 from lora_merge.merge.report import MergeReport
 from lora_merge.merge.run import PlannedMerge
-from lora_merge.merge.shards.join import join
-from lora_merge.merge.shards.shard import run_shard
+from lora_merge.merge.shards.parts import run_in_parts
 
 
 def _of_methods(word: str, value: Any) -> str:
@@ -139,8 +138,8 @@ def run_recipe(given: takes_of.RunRecipe) -> MadeAdapter[MergeReport]:
     """
     pick_device(given.device)
     recipe = as_recipe(given.recipe)
-    if given.resume:
-        return _resume(recipe, given)
+    if given.resume or given.devices or given.address or given.engine != "local":
+        return run_in_parts(recipe, given)
     if given.out is not None:
         check_target(Path(given.out), force=given.force, inputs=inputs_of(recipe))
     plan = plan_recipe(
@@ -155,22 +154,3 @@ def run_recipe(given: takes_of.RunRecipe) -> MadeAdapter[MergeReport]:
         device=given.device,
         progress=given.progress,
     )
-
-
-def _resume(recipe: Recipe, given: takes_of.RunRecipe) -> MadeAdapter[MergeReport]:
-    """The merge as its only shard, which keeps what is done, and the end."""
-    if given.out is None:
-        raise OutputError("a merge that may be resumed is made in a directory", "give one")
-    run_shard(
-        recipe,
-        given.out,
-        "1/1",
-        force=given.force,
-        resume=True,
-        allow_pickle=given.allow_pickle,
-        jobs=given.jobs,
-        device=given.device,
-        on_plan=given.on_plan,
-        progress=given.progress,
-    )
-    return join(given.out, force=given.force, strict=given.strict, jobs=given.jobs)

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,20 @@ class Spool:
         with safe_open(str(self._file(module)), framework="pt") as file:
             names = [f"{expert}.scale" for expert in range(len(_numbers(file)))]
             return max(int(file.get_slice(name).get_shape()[0]) for name in names)
+
+    def packed(self) -> dict[str, bytes]:
+        """All files as bytes, by name, to be sent elsewhere."""
+        return {path.name: path.read_bytes() for path in self.folders[0].glob("*.part")}
+
+    def receive(self, files: Mapping[str, bytes]) -> None:
+        """Store what another process `packed`."""
+        for name, data in files.items():
+            part = (self.folders[0] / name).with_suffix(".tmp")
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.folders[0] / name)
 
     def _write(
         self, key: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None

@@ -11,8 +11,8 @@ _GROUPS = {
         weights""",
     "Result": """csv dtype each explain extras force html into out plot png
         print_recipe sort svg to top""",
-    "Run": """as_json batch_size bf16 device dry_run eval_every help jobs max_length
-        cache quiet resume save_every seed shard strict verbose worker""",
+    "Run": """address as_json batch_size bf16 device devices dry_run engine eval_every help jobs
+        max_length cache quiet resume save_every seed shard strict verbose worker""",
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}
 OWN = "Options"

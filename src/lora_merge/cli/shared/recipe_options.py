@@ -45,7 +45,8 @@ semantics_options = together(
     options_of(Semantics, without=("scale",)),
     options_of(Recipe, only=("statistics",)),
 )
-_HOW = ("out", "force", "device", "jobs", "resume", "allow_pickle")
+_PLACES = ("devices", "engine", "address")
+_HOW = ("out", "force", "device", "jobs", "resume", *_PLACES, "allow_pickle")
 run_options = together(
     options_of(
         RunRecipe,
@@ -188,6 +189,8 @@ def run_merge(
         _show_plan(recipe, output, how)
     elif shard is not None:
         how.pop("strict", None)
+        if any(how.pop(name) not in (None, "local") for name in _PLACES):
+            raise click.UsageError("--shard is one part, here: leave --devices and --engine out")
         report = run_shown(output, lora_merge.run_shard, recipe, shard=shard, **how)
         from rich.markup import escape
 

@@ -110,6 +110,16 @@ class RunRecipe(RunningRecipe, Strictness):
     out: Folder | None = option(
         None, "directory to make", flags=OUT, unset="the result stays in memory"
     )
+    _: KW_ONLY
+    devices: str | None = option(
+        None, "several devices of this machine, a process for each: cuda:0,cuda:1", unset="--device"
+    )
+    engine: Literal["local", "ray"] = option(
+        "local", "where modules are merged: ray is a Ray cluster (extra `ray`)"
+    )
+    address: str | None = option(
+        None, "of the Ray cluster; auto finds it", unset="one is started here"
+    )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ them for the others; ranks that depend on all results are chosen when these are 
 
 import contextlib
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,23 @@ def decided(plan: MergePlan, folder: Path, *, jobs: int | None, device: str) -> 
         if shared is not None and not isinstance(shared, Statistics):
             return replace(found, shared=shared)  # another package's: every shard finds its own
         folder.mkdir(parents=True, exist_ok=True)
-        _leave(path, _to_json(found, shared))
+        _leave(path, decision_of(replace(found, shared=shared)))
         known = read_json(path)
     if known is None:
         raise OutputError(f"{path} is damaged", "delete it, and run the shards again")
-    if automatic:
-        plan = decided_scale(plan, known["scale"], known["reason"])
-    return replace(plan, shared=_statistics(known["shared"]))
+    return with_decision(plan, known)
 
 
-def _to_json(plan: MergePlan, shared: Statistics | None) -> dict[str, Any]:
+def with_decision(plan: MergePlan, decision: Mapping[str, Any]) -> MergePlan:
+    """The plan with what another run decided."""
+    if plan.semantics.scale == "auto":
+        plan = decided_scale(plan, decision["scale"], decision["reason"])
+    return replace(plan, shared=_statistics(decision["shared"]))
+
+
+def decision_of(plan: MergePlan) -> dict[str, Any]:
+    """What was decided of a plan, as JSON values."""
+    shared = plan.shared if isinstance(plan.shared, Statistics) else None
     statistics = None
     if shared is not None:
         names = ("low", "high", "rescale", "energy", "variance", "majority")
@@ -65,7 +73,7 @@ def _to_json(plan: MergePlan, shared: Statistics | None) -> dict[str, Any]:
     }
 
 
-def _statistics(known: dict[str, Any] | None) -> Statistics | None:
+def _statistics(known: Mapping[str, Any] | None) -> Statistics | None:
     if known is None:
         return None
     lists = {name: tuple(known[name]) for name in ("low", "high", "rescale", "energy")}

@@ -195,6 +195,15 @@ def remove_shards(out: Path) -> None:
         folder.rmdir()
 
 
+def discard_shards(out: Path) -> None:
+    """Delete what a run that failed left of its shards."""
+    for shard in found_shards(out):
+        folder = shard.folder(out)
+        if is_unfinished(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    remove_shards(out)
+
+
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a file that appears whole."""
     part = path.with_name(f".{path.name}.{os.getpid()}")

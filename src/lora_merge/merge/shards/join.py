@@ -9,11 +9,9 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.in_memory import MadeAdapter
 from lora_merge.arguments import takes
 from lora_merge.errors import OutputError
-from lora_merge.merge.auto.scale import decided_scale
 from lora_merge.merge.executor import chosen_ranks
-from lora_merge.merge.plan import MergePlan, plan_merge
+from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.recipe.arguments import Join
-from lora_merge.merge.recipe.read import as_recipe, open_recipe
 from lora_merge.merge.report import MergeReport
 from lora_merge.merge.run import PlannedMerge
 from lora_merge.merge.shards.facts import difference, facts_of
@@ -25,6 +23,7 @@ from lora_merge.merge.shards.folder import (
     remove_shards,
     shards_of,
 )
+from lora_merge.merge.shards.shard import planned_again
 from lora_merge.merge.waiting_results import Spool
 
 
@@ -55,7 +54,7 @@ def join(given: Join) -> MadeAdapter[MergeReport]:
     shards = _complete(out)
     headers, manifests = zip(*(read_shard(shard.folder(out)) for shard in shards), strict=True)
     _refuse_mixture(shards, headers)
-    plan = _planned_again(headers[0])
+    plan = planned_again(headers[0])
     folders = tuple(shard.folder(out) for shard in shards)
     changed = difference(facts_of(plan), headers[0]["facts"])
     if changed:
@@ -127,17 +126,6 @@ def _refuse_holes(plan: MergePlan, spool: Spool, out: Path) -> None:
             f"no shard in {shards_of(out)} holds {missing[0]} ({len(missing)} are missing)",
             "run the shards again with --force",
         )
-
-
-def _planned_again(header: Mapping[str, Any]) -> MergePlan:
-    """The plan that a shard's header tells of, from the adapters as they are now."""
-    import yaml
-
-    recipe = as_recipe(yaml.safe_load(header["recipe"]))
-    plan = plan_merge(recipe, open_recipe(recipe, allow_pickle=header["allow_pickle"]))
-    if plan.semantics.scale == "auto":
-        plan = decided_scale(plan, *header["scale"])
-    return plan
 
 
 def _with_hashes(plan: MergePlan, hashes: Mapping[str, str]) -> MergePlan:

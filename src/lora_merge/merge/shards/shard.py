@@ -1,10 +1,12 @@
 """`lora_merge.run_shard`: one part of a merge, on this machine, for `join` to put together."""
 
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.arguments import takes
 from lora_merge.errors import OutputError
 from lora_merge.files.targets import check_target
@@ -13,7 +15,7 @@ from lora_merge.merge.plan import MergePlan, plan_merge
 from lora_merge.merge.recipe.arguments import RunShard
 from lora_merge.merge.recipe.read import as_recipe, inputs_of, open_recipe
 from lora_merge.merge.run import PlannedMerge
-from lora_merge.merge.shards.decided import decided
+from lora_merge.merge.shards.decided import decided, decision_of, with_decision
 from lora_merge.merge.shards.facts import changed_file, digest_of, facts_of
 from lora_merge.merge.shards.folder import (
     Shard,
@@ -76,6 +78,31 @@ class ShardReport(Report):
         }
 
 
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What of a shard is to be done.
+
+    Attributes:
+        plan: The plan, everything decided.
+        header: What a process that plans again needs to come to the same.
+        spool: Where results go.
+        modules: Those that are not done.
+        extras: Tensors that are not factors and are not done.
+        jobs: Worker threads.
+        device: Where to compute.
+        step: Called after each module.
+    """
+
+    plan: MergePlan
+    header: Mapping[str, Any]
+    spool: Spool
+    modules: tuple[AlignedModule, ...]
+    extras: tuple[str, ...]
+    jobs: int | None
+    device: str
+    step: Callable[[], None]
+
+
 @takes(RunShard)
 def run_shard(given: RunShard) -> ShardReport:
     """Merge one part of a recipe's modules, for `join`; the parts need to know nothing of another.
@@ -99,29 +126,40 @@ def run_shard(given: RunShard) -> ShardReport:
         >>> report.missing
         ()
     """
+    return fill_shard(given, here)
+
+
+def here(work: Work) -> None:
+    """Do a shard's work in this process."""
+    compute(
+        work.plan,
+        work.spool,
+        work.modules,
+        extras=work.extras,
+        jobs=work.jobs,
+        device=work.device,
+        on_module=lambda _: work.step(),
+    )
+
+
+def fill_shard(given: RunShard, engine: Callable[[Work], None]) -> ShardReport:
+    """`run_shard`, of which an engine computes what is left, into the work's spool."""
     part, out = Shard.parse(given.shard), Path(given.out)
     plan, header = plan_for_shards(given)
     folder = part.folder(out)
     with shard_folder(folder, header, force=given.force, resume=given.resume) as complete:
         names, extras = part.of(plan)
         spool = Spool((folder,), keep=True)
-        left = [m for m in plan.alignment.modules if m.name in set(names) and not spool.has(m.name)]
+        mine = set(names)
+        left = [m for m in plan.alignment.modules if m.name in mine and not spool.has(m.name)]
         step = counted(given.progress, "merging", len(left))
         if given.on_plan:
             given.on_plan(PlannedMerge(plan))
         if not complete:
+            rest = tuple(name for name in extras if not spool.has_extra(name))
             with ThreadPoolExecutor(1) as beside:
                 hashes = beside.submit(_hashes, part, plan)
-                extras = [name for name in extras if not spool.has_extra(name)]
-                compute(
-                    plan,
-                    spool,
-                    left,
-                    extras=extras,
-                    jobs=given.jobs,
-                    device=given.device,
-                    on_module=lambda _: step(),
-                )
+                engine(Work(plan, header, spool, tuple(left), rest, given.jobs, given.device, step))
             changed = changed_file(plan, header["facts"])
             if changed:
                 raise OutputError(
@@ -131,7 +169,7 @@ def run_shard(given: RunShard) -> ShardReport:
                 "shard": [part.number, part.count],
                 "plan": digest_of(header["facts"]),
                 "modules": names,
-                "extras": part.of(plan)[1],
+                "extras": extras,
                 "sha256": hashes.result(),
             }
             finish_shard(folder, manifest)
@@ -149,10 +187,23 @@ def plan_for_shards(given: RunShard) -> tuple[MergePlan, dict[str, Any]]:
     header = {
         "facts": facts_of(plan),
         "recipe": recipe.to_yaml(),
-        "scale": [plan.semantics.scale, plan.scale_reason],
+        "decided": decision_of(plan),
         "allow_pickle": allow_pickle,
     }
     return plan, header
+
+
+def planned_again(header: Mapping[str, Any]) -> MergePlan:
+    """The plan that a shard's header tells of, from the adapters as they are now.
+
+    Raises:
+        LoraMergeError: If they cannot be opened, or do not fit any more.
+    """
+    import yaml
+
+    recipe = as_recipe(yaml.safe_load(header["recipe"]))
+    plan = plan_merge(recipe, open_recipe(recipe, allow_pickle=header["allow_pickle"]))
+    return with_decision(plan, header["decided"])
 
 
 def _hashes(part: Shard, plan: MergePlan) -> dict[str, str]:
