@@ -38,6 +38,9 @@ class Parameter:
     about: str
 
 
+LARGEST_SEED = 2**32 - 1  # what torch, NumPy and Optuna all take
+
+
 def option(
     default: Any,
     about: str,

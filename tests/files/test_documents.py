@@ -97,5 +97,7 @@ def test_a_file_says_how_large_it_is_before_it_is_read(tmp_path: Path) -> None:
     os.truncate(path, 1 << 40)  # a hole
     with pytest.raises(SourceError, match="bytes long"):
         read_json(path, "it")
+    with pytest.raises(SourceError, match="bytes long"):
+        read_json(Path("/dev/zero"), "it")
     with pytest.raises(SourceError, match="cannot read"):
         read_json(tmp_path / "missing", "it")

@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, Literal
 
 from lora_merge.merge.recipe.recipe import Recipe
-from lora_merge.options import Needed, argument, option
+from lora_merge.options import LARGEST_SEED, Needed, argument, option
 from lora_merge.planning import Progress
 
 # Given what a model said to prompts, a number.
@@ -65,7 +65,7 @@ class Search(BenchOptions):
     )
     held_out: float = option(0.3, "share of the rows that no trial sees", above=0, below=1)
     sampler: Sampler = option("tpe", "Optuna's")
-    seed: int = option(0, "of sampler and split")
+    seed: int = option(0, "of sampler and split", low=0, high=LARGEST_SEED)
     study: str | os.PathLike[str] | None = argument(
         None, "SQLite file to keep the study in; default: in memory"
     )

@@ -179,7 +179,7 @@ def save_winner(result: SearchResult, out: Path, *, force: bool = False) -> None
 
 def save_report(result: SearchResult, path: Path) -> None:
     """Write everything a search found as one JSON file."""
-    with atomic_file(path, "choose another place") as staging:
+    with atomic_file(path, "choose another place", mark=b'"schema": 1') as staging:
         staging.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 

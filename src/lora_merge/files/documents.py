@@ -86,9 +86,13 @@ def _read(
     note_input(path)
     try:
         size = path.stat().st_size
-        if size > _LARGEST[kind]:
-            raise error(f"{what}: {path} is {size} bytes long", "is it the right file?")
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:  # a device says nothing of its size
+            data = file.read(_LARGEST[kind] + 1) if size <= _LARGEST[kind] else b""
+        if max(size, len(data)) > _LARGEST[kind]:
+            raise error(
+                f"{what}: {path} is {max(size, len(data))} bytes long", "is it the right file?"
+            )
+        text = data.decode("utf-8")
     except OSError as fault:
         raise error(f"{what}: cannot read {path}: {fault.strerror}", _RIGHTS) from fault
     except ValueError as fault:

@@ -7,7 +7,7 @@ from typing import Literal
 from lora_merge.adapters.config import ExpertLayout, RankLayout
 from lora_merge.errors import ArgumentError
 from lora_merge.files.header import DTypeName
-from lora_merge.options import option
+from lora_merge.options import LARGEST_SEED, option
 from lora_merge.ranks.options import RankOptions
 
 Format = Literal["peft", "kohya", "diffusers", "comfyui", "mlx", "gguf"]
@@ -76,7 +76,7 @@ class ExtractOptions:
         switch=True,
     )
     dtype: DTypeName | None = option(None, "dtype of the factors", unset="the tuned model's")
-    seed: int = option(0, "of the randomised SVD")
+    seed: int = option(0, "of the randomised SVD", low=0, high=LARGEST_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)

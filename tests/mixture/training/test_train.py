@@ -11,6 +11,7 @@ from lora_merge.errors import MethodError, OutputError
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.attach import load_mixture
 from lora_merge.mixture.runtime.call.in_force import Decision
+from lora_merge.mixture.training.checkpoint import add_metrics, cut_metrics
 from lora_merge.mixture.training.data import DataError, Example, batches, collate, read_examples
 from lora_merge.mixture.training.loop import mean_loss
 from lora_merge.mixture.training.losses import GateLosses
@@ -389,3 +390,19 @@ def test_what_cannot_be_trained_is_said_first(setting, tmp_path: Path) -> None:
         train_gate(model, Mixture(loud(model), "meteora"), plain, TrainSettings(task_loss=1))
     assert not hasattr(model, "mixture")
     assert saved_experts(tmp_path, model)
+
+
+def test_a_file_of_steps_that_is_somebody_elses_stays(tmp_path: Path) -> None:
+    path = tmp_path / "work.metrics.jsonl"
+    for text in ("my notes\n", "[1]\n"):
+        path.write_text(text)
+        with pytest.raises(OutputError, match="did not write it"):
+            cut_metrics(tmp_path / "work", 0)
+        assert path.read_text() == text
+    path.unlink()
+    for step in (1, 2, 3):
+        add_metrics(tmp_path / "work", {"step": step})
+    with path.open("a") as file:
+        file.write('{"step": 4')  # a kill in the middle of a line
+    cut_metrics(tmp_path / "work", 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from lora_merge.adapters.access.opening import BaseOptions, OpenOptions
-from lora_merge.options import Needed, argument, option
+from lora_merge.options import LARGEST_SEED, Needed, argument, option
 from lora_merge.planning import Folder, Telling
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Compare(Telling, BaseOptions, BaseNames, ModuleOptions):
     adapters: Annotated["AdaptersLike", Needed(ADAPTERS)]
     _: KW_ONLY
     angles: bool = argument(False, "keep every module's principal cosines, not only the largest")
-    seed: int = option(0, "of the sampled sign conflicts")
+    seed: int = option(0, "of the sampled sign conflicts", low=0, high=LARGEST_SEED)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lora_merge.api.arguments.looking import BaseNames
-from lora_merge.options import Needed, argument, option
+from lora_merge.options import LARGEST_SEED, Needed, argument, option
 from lora_merge.planning import OUT, Folder
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ class AppendExperts(BaseNames):
     adapters: Annotated["AdaptersLike", Needed("new experts, as `open_adapters` takes them")]
     _: KW_ONLY
     names: Sequence[str] | None = argument(None, "their names")
-    seed: int = option(0, "of the rows of modules that no expert touched before")
+    seed: int = option(
+        0, "of the rows of modules that no expert touched before", low=0, high=LARGEST_SEED
+    )
 
 
 @dataclass(frozen=True)

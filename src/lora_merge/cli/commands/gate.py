@@ -14,6 +14,7 @@ from lora_merge.cli.shared.options import (
     pickle_option,
 )
 from lora_merge.mixture.gates.gate import PRESETS, GateSpec
+from lora_merge.options import LARGEST_SEED
 
 
 @click.command(
@@ -55,7 +56,13 @@ Examples:
 )
 @click.option("--base", help="Base model: --fresh adapts its layers, --from asks their order.")
 @click.option("--hidden-size", type=click.IntRange(min=1), help="xlora: width of the base model.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of gates that are drawn.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, LARGEST_SEED),
+    default=0,
+    show_default=True,
+    help="Of gates that are drawn.",
+)
 @click.option(
     "-o",
     "--out",

@@ -4,16 +4,17 @@ import io
 import json
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_merge.errors import MethodError, OutputError
+from lora_merge.errors import MethodError, OutputError, SourceError
 from lora_merge.files.atomic import atomic_directory, atomic_file
-from lora_merge.files.targets import check_target
+from lora_merge.files.documents import parse_json, validated
+from lora_merge.files.targets import check_file, check_target
 from lora_merge.mixture.training.settings import TrainSettings
 
 _STATE, _METRICS = "state.pt", "metrics.jsonl"
@@ -100,6 +101,11 @@ def _read_state(work: Path) -> dict[str, Any]:
     return state
 
 
+@dataclass(frozen=True)
+class _Row:
+    step: int
+
+
 def add_metrics(work: Path, metrics: Mapping[str, Any]) -> None:
     """Append one step's line."""
     with _metrics_of(work).open("a", encoding="utf-8") as file:
@@ -111,13 +117,14 @@ def cut_metrics(work: Path, step: int) -> None:
     path = _metrics_of(work)
     if not path.is_file():
         return
+    check_file(path, b'"step": ')  # somebody else's has no steps
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = validated(_Row, parse_json(line, str(path)), str(path))
+        except SourceError:
             continue  # cut in the middle by the kill
-        if row["step"] <= step:
+        if row.step <= step:
             kept.append(line + "\n")
     with atomic_file(path) as staging:
         staging.write_text("".join(kept), encoding="utf-8")

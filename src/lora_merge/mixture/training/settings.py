@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_merge.options import check_options, option
+from lora_merge.options import LARGEST_SEED, check_options, option
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TrainSettings:
         None, "step of the proximal gradient", above=0, unset="2 / (rank_l1 * steps)"
     )
     bf16: bool = option(False, "run the passes in bfloat16; the gate's weights stay float32")
-    seed: int = option(0, "of the order of the rows and of dropout")
+    seed: int = option(0, "of the order of the rows and of dropout", low=0, high=LARGEST_SEED)
     save_every: int = option(50, "steps between checkpoints; 0 for none but the last", low=0)
     eval_every: int = option(0, "steps between evaluations; 0 for the last step only", low=0)
 
