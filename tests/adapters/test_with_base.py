@@ -135,3 +135,12 @@ def test_forms_that_need_the_base_go_through_every_command(tmp_path: Path, capsy
     assert run(["run", str(tmp_path / "merged" / "lora_merge.yaml"), "-o", again]) == 0
     one, two = (Path(p) / "adapter_model.safetensors" for p in (tmp_path / "merged", again))
     assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("command", ["merge", "compare", "spectra", "resize", "convert"])
+def test_what_was_trained_beside_the_adapter_is_told(command, tmp_path: Path, capsys) -> None:
+    base = save_base(tmp_path / "base")
+    adapter, other = (str(save_adapter(tmp_path / name, seed=i)) for i, name in enumerate("ab"))
+    (tmp_path / "a" / "value_head.safetensors").write_bytes(b"not read")
+    assert run(commands(adapter, other, base=base, out=tmp_path)[command]) == 0
+    assert "value_head.safetensors lies beside the adapter" in capsys.readouterr().err

@@ -135,6 +135,11 @@ class ResizePlan(Plan[MadeAdapter[ResizeReport]]):
     ranks: RankPlan
     output: OutputPlan
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is odd about the adapter's files."""
+        return self.adapter.notes
+
     def summary(self) -> Summary:
         """The ranks, and the size of the result."""
         size = ("size", f"{self.output.num_bytes:,} bytes, {self.output.dtype}")

@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 import click
 
+from lora_merge.adapters.access.opening import BaseOptions
 from lora_merge.api.arguments.looking import Compare
-from lora_merge.cli.shared.fields import options_of
+from lora_merge.cli.shared.fields import names_of, options_of
 from lora_merge.cli.shared.options import adapters_argument, json_option, width_option
 
 
@@ -56,7 +57,7 @@ def command(
     """
     groups, chosen = _groups(cluster), bool(given["modules"])
     import lora_merge
-    from lora_merge.cli.shared.api import shown_progress
+    from lora_merge.cli.shared.api import show_notes_of, shown_progress
     from lora_merge.cli.shared.output import Output
     from lora_merge.cli.views.compare import comparison_view
     from lora_merge.files.pages.pictures import check_pictures, write_pictures
@@ -66,11 +67,14 @@ def command(
     check_pictures(svg, png)
     if html:
         check_file(html, MARK.encode())
+    opening = {name: given.pop(name) for name in names_of(BaseOptions)}
+    opened = lora_merge.open_adapters(adapters, **opening)
+    show_notes_of(output, opened)
     with shown_progress(output) as progress:
-        comparison = lora_merge.compare(adapters, **given, angles=chosen, progress=progress)
+        comparison = lora_merge.compare(opened, **given, angles=chosen, progress=progress)
         if html:
             shared = {name: value for name, value in given.items() if name != "seed"}
-            lora_merge.report(adapters, html, **shared, comparison=comparison, progress=progress)
+            lora_merge.report(opened, html, **shared, comparison=comparison, progress=progress)
     if svg or png:
         from lora_merge.analysis.comparison_figure import draw_comparison
 

@@ -86,7 +86,7 @@ def command(
     import lora_merge
     from lora_merge.analysis.export import CSV_MARK, spectra_document, write_csv
     from lora_merge.analysis.figures import draw
-    from lora_merge.cli.shared.api import shown_progress
+    from lora_merge.cli.shared.api import show_notes_of, shown_progress
     from lora_merge.cli.shared.output import Output
     from lora_merge.files.pages.pictures import check_pictures, write_pictures
     from lora_merge.files.targets import MARK, check_file
@@ -98,6 +98,7 @@ def command(
     if html:
         check_file(html, MARK.encode())
     opened = lora_merge.open_adapters(adapters, **opening)
+    show_notes_of(output, opened)
     with shown_progress(output) as progress:
         results = [
             lora_merge.spectra(one, modules=modules, keep_cores=base is not None, progress=progress)

@@ -1,10 +1,11 @@
 """Call a public function from a command, with progress and notes shown."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora_merge.adapters.adapter import Adapter
     from lora_merge.cli.shared.output import Output
     from lora_merge.planning import Plan, Progress
 
@@ -29,6 +30,13 @@ def show_notes(output: "Output", report: Any, shown: Sequence[str] = ()) -> None
     for note in getattr(report, "notes", ()):
         if note not in shown:
             output.note(note)
+
+
+def show_notes_of(output: "Output", adapters: Iterable["Adapter"]) -> None:
+    """What is odd about adapters, trained files beside them among it."""
+    for adapter in adapters:
+        for note in adapter.notes:
+            output.note(f"{adapter.name}: {note}")
 
 
 def run_shown(output: "Output", function: Callable[..., Any], *given: Any, **more: Any) -> Any:
