@@ -101,6 +101,8 @@ def measure(folder: Path, model: torch.nn.Module) -> None:
     start = {"merge_method": "svd", "adapters": [ADAPTERS], "rank": 8}
     found = lora_merge.search(start, base=BASE, data=ROWS, metric="loss", trials=2)
     print(found.best.values)
+    print(lora_merge.soup(ADAPTERS, base=BASE, data=ROWS, metric="loss"))
+    print(lora_merge.sweep({**start, "scale": 0.5}, folder / "sweep", count=2))
     print(len(lora_merge.evaluate(ADAPTERS, base=BASE, data=ROWS, cache=False).lines), "scored")
 
 

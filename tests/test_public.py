@@ -219,6 +219,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Printed]:
         lora_merge.export(mixture, tmp / "static", "static"),
         lora_merge.evaluate(one, base=base, data=rows, metric="loss", cache=False),
         lora_merge.search({**start, "scale": 0.5}, base=base, data=rows, metric="loss", trials=2),
+        lora_merge.soup(here, base=base, data=rows, metric="loss"),
+        lora_merge.sweep({**start, "scale": 0.5}, tmp / "sweep", count=2),
     ]
 
 
