@@ -74,7 +74,7 @@ def mix(folder: Path, model: torch.nn.Module) -> None:
     arrow = lora_merge.append_experts(arrow, HERE / "adapters" / "reverse")
     handle = lora_merge.load_mixture(model, arrow)
     handle.detach()
-    print(lora_merge.fresh_mixture(BASE, 4).names)
+    print(lora_merge.fresh_mixture(str(BASE), 4).names)
     gate = lora_merge.Mixture(ADAPTERS, "meteora")
     print(lora_merge.train(gate, BASE, ROWS, lora_merge.TrainSettings(steps=2)))
     seen = lora_merge.usage(arrow, BASE, ROWS)
