@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from math import isfinite
+from os import PathLike
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -203,6 +204,8 @@ def _check(owner: str, name: str, kind: Any, limits: Mapping[str, Any], value: A
             choices = f"choose from: {', '.join(get_args(kind))}"
             said = f"did you mean {near[0]!r}?" if near else choices
             raise MethodError(f"{owner}: {name} is {value!r}", said)
+        return
+    if kind is str and isinstance(value, PathLike):
         return
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise MethodError(f"{owner}: {name} is {value!r}, not {kind.__name__}", "correct it")

@@ -23,6 +23,9 @@ RUNNING = {
     "allow_pickle",
     "resume",
     "shard",
+    "engine",
+    "address",
+    "devices",
 }
 RUNNING |= {"print_recipe", "strict"}
 # Option → what to write, and where the recipe says so.

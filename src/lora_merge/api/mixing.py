@@ -1,5 +1,6 @@
 """Mixtures: grow and import them, train them, and write them for others."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def fresh_mixture(given: takes_of.FreshMixture) -> Mixture:
         >>> start.names, start.spec.preset
         (['fresh'], 'smora')
     """
-    base = given.base
+    base = os.fspath(given.base)
     named = Path(base).name if Path(base).exists() else base
     experts = fresh_adapters(
         linear_modules(base), given.rank, given.names, base=named, seed=given.seed
@@ -136,7 +137,7 @@ def import_mixture(given: takes_of.ImportMixture) -> Mixture:
     return import_checkpoint(
         Path(given.checkpoint),
         experts=places,
-        base=given.base,
+        base=None if given.base is None else os.fspath(given.base),
         top_k=given.top_k,
         temperature=given.temperature,
         allow_pickle=given.allow_pickle,
@@ -221,7 +222,9 @@ def export(given: takes_of.Export) -> Exported:
     if given.to == "experts":
         return Exported(out, "experts", tuple(export_experts(mixture, out, force=given.force)))
     if given.base is not None:
-        export_xlora(mixture, out, layer_order(given.base, mixture.modules), force=given.force)
+        export_xlora(
+            mixture, out, layer_order(os.fspath(given.base), mixture.modules), force=given.force
+        )
         return Exported(out, "xlora", (out,))
     seen = given.weights
     table: Sequence[float] | Mapping[str, Tensor] | None

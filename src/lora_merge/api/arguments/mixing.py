@@ -34,7 +34,8 @@ class FreshMixture:
     """Arguments of `fresh_mixture`."""
 
     base: Annotated[
-        str, Needed("base model: a directory or a Hub id, of which the config is read", ("--base",))
+        Folder,
+        Needed("base model: a directory or a Hub id, of which the config is read", ("--base",)),
     ]
     rank: Annotated[int, Needed("of every expert in every linear module")]
     preset: str = argument("smora", "the gate")
@@ -56,7 +57,7 @@ class ImportMixture:
         (), "references to its adapters in its order, where they are elsewhere"
     )
     _: KW_ONLY
-    base: str | None = argument(None, "base model, for X-LoRA's order of layers")
+    base: Folder | None = argument(None, "base model, for X-LoRA's order of layers")
     top_k: int | None = argument(None, "MeteoRA's, which no checkpoint records")
     temperature: float | None = argument(None, "the same")
     allow_pickle: bool = argument(False, "read X-LoRA's classifier from a `.pt` file")
@@ -82,5 +83,7 @@ class Export:
         "for static: one per expert, or the usage whose mean weights they are; default: 1 / N each",
     )
     rank: int | None = option(None, "for static: largest rank", low=1, unset="all, which is exact")
-    base: str | None = option(None, "for xlora: base model, whose class tells the order of layers")
+    base: "Folder | None" = option(
+        None, "for xlora: base model, whose class tells the order of layers"
+    )
     force: bool = option(False, "replace an output that lora-merge wrote")

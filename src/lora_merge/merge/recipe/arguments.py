@@ -49,8 +49,8 @@ class AnyMerge(Computing, Strictness, RecipeOptions):
     def recipe_options(self) -> dict[str, Any]:
         """The fields that a recipe has under the same name."""
         said = {spec.name: getattr(self, spec.name) for spec in fields(RecipeOptions)}
-        base = None if self.base is None else os.fspath(self.base)
-        return {**said, "rename": tuple(self.rename), "base": base}
+        paths = {n: os.fspath(v) for n, v in said.items() if isinstance(v, os.PathLike)}
+        return {**said, **paths, "rename": tuple(self.rename)}
 
 
 @dataclass(frozen=True)
