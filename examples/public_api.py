@@ -23,6 +23,7 @@ def look() -> None:
     several = lora_merge.open_adapters([upper, str(HERE / "adapters" / "[dr]*")])
     print(lora_merge.info(upper))
     print(lora_merge.spectra(upper))
+    print(lora_merge.plan_compare(several))
     comparison = lora_merge.compare(several)
     print(comparison)
     print([verdict.kind for verdict in lora_merge.judge(comparison)])

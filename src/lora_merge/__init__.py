@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_merge.api.looking import group as group
     from lora_merge.api.looking import info as info
     from lora_merge.api.looking import judge as judge
+    from lora_merge.api.looking import plan_compare as plan_compare
     from lora_merge.api.looking import spectra as spectra
     from lora_merge.api.looking import spectra_beside_base as spectra_beside_base
     from lora_merge.api.merging import cluster as cluster
@@ -102,6 +103,7 @@ _PUBLIC = {
     "consolidate": "lora_merge.api.texts",
     "convert": "lora_merge.api.reshaping",
     "pack": "lora_merge.api.packing",
+    "plan_compare": "lora_merge.api.looking",
     "plan_convert": "lora_merge.api.reshaping",
     "describe": "lora_merge.api.texts",
     "evaluate": "lora_merge.evaluation.evaluate",
@@ -184,6 +186,7 @@ __all__ = [
     "open_adapter",
     "open_adapters",
     "pack",
+    "plan_compare",
     "plan_convert",
     "plan_extract",
     "plan_fuse",

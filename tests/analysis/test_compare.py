@@ -13,10 +13,12 @@ from builders import SHAPES, adapter_parts, make_adapter, random_stack
 from lora_merge.adapters.adapter import Adapter, build_adapter
 from lora_merge.adapters.config import parse_config
 from lora_merge.adapters.rank_stack import RankStack
-from lora_merge.analysis import overlap
 from lora_merge.analysis.compare import compare
 from lora_merge.analysis.families import cluster_adapters, tree_of
-from lora_merge.analysis.overlap import PairTables, pair_tables
+from lora_merge.analysis.pairs import overlap
+from lora_merge.analysis.pairs.matrices import PairMatrices
+from lora_merge.analysis.pairs.overlap import PairTables, pair_tables
+from lora_merge.analysis.pairs.plan import plan_comparison
 from lora_merge.analysis.verdicts import judge
 from lora_merge.errors import AdapterError, AlignmentError, MethodError
 from lora_merge.files.tensor_file import TensorDict
@@ -116,7 +118,7 @@ def test_reference_value_of_the_cosine():
 def test_many_units_take_the_fast_grams_with_the_same_result(monkeypatch):
     stack = random_stack([4, 3, 4, 2], 300, 200, seed=1, dtype=torch.float32)
     exact = tables(stack)
-    monkeypatch.setattr(overlap, "_EXACT_UNITS", 1)
+    monkeypatch.setattr(overlap, "EXACT_UNITS", 1)
     monkeypatch.setattr("lora_merge.linalg.factors._CHUNK_BYTES", 256)
     monkeypatch.setattr("lora_merge.linalg.factors._BLOCK", 5)
     fast = tables(random_stack([4, 3, 4, 2], 300, 200, seed=1, dtype=torch.float32))
@@ -136,7 +138,7 @@ def test_many_units_take_the_fast_grams_with_the_same_result(monkeypatch):
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])
 def test_fast_grams_do_not_depend_on_an_adapters_size(monkeypatch, scale):
-    monkeypatch.setattr(overlap, "_EXACT_UNITS", 1)
+    monkeypatch.setattr(overlap, "EXACT_UNITS", 1)
     stack = random_stack([3, 4, 2], 30, 20, seed=1)
     first = stack.owner == 0
     changed = RankStack(
@@ -150,7 +152,7 @@ def test_fast_grams_do_not_depend_on_an_adapters_size(monkeypatch, scale):
 def test_bfloat16_adapters_are_compared_without_losing_digits(monkeypatch):
     opened = [adapter(str(i), seed=i // 2, r=4, dtype=torch.bfloat16) for i in range(4)]
     exact = compare(opened).total.cosine
-    monkeypatch.setattr(overlap, "_EXACT_UNITS", 1)
+    monkeypatch.setattr(overlap, "EXACT_UNITS", 1)
     assert float((compare(opened).total.cosine - exact).abs().max()) < 2e-6
     assert torch.get_float32_matmul_precision() == "highest"
 
@@ -167,7 +169,7 @@ class Bfloat16Products(TorchDispatchMode):
 
 def test_bfloat16_hardware_costs_no_digits(monkeypatch):
     stack = random_stack([4, 3, 4], 300, 200, seed=1, dtype=torch.bfloat16)
-    monkeypatch.setattr(overlap, "_EXACT_UNITS", 1)
+    monkeypatch.setattr(overlap, "EXACT_UNITS", 1)
     exact = pair_tables(stack, 3, samples=500, seed=0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
@@ -262,7 +264,7 @@ def test_cosine_laws(seed, factor, r):
         assert float(matrix.min()) >= 0 and float(matrix.max()) <= 1
         torch.testing.assert_close(matrix, matrix.mT)
         assert matrix[0, 1] == pytest.approx(1, abs=1e-6)
-    products = torch.stack([t.products for t in comparison.tables.values()]).sum(0)
+    products = comparison.products
     assert float(torch.linalg.eigvalsh(products).min()) > -1e-9 * float(products.max())
     assert comparison.merged_norm([factor, -1, 0, 0]) < 1e-5 * float(total.norms[1])
     kinds = {(v.first, v.second): v.kind for v in judge(comparison)}
@@ -292,9 +294,10 @@ def test_absent_modules_count_as_zero_and_nothing_is_nan():
             adapter("a", shapes={n: SHAPES[n] for n in names[:2]}),
             adapter("b", shapes={n: SHAPES[n] for n in names[2:]}),
             scaled("zero", 0.0),
-        ]
+        ],
+        per_module=True,
     )
-    text = json.dumps(comparison.to_dict(per_module=True), allow_nan=False)
+    text = json.dumps(comparison.to_dict(), allow_nan=False)
     assert json.loads(text)["total"]["cosine"][0][1] == 0
     assert float(comparison.total.norms[2]) == 0
     assert [v.kind for v in judge(comparison)] == ["independent", "independent", "apart"]
@@ -331,7 +334,7 @@ def test_conflict_is_found_where_it_is():
 
 def test_jobs_do_not_change_a_bit():
     opened = [adapter(str(i), seed=i) for i in range(3)]
-    one, many = (compare(opened, jobs=n).to_dict(per_module=True) for n in (1, 3))
+    one, many = (compare(opened, jobs=n, per_module=True).to_dict() for n in (1, 3))
     assert json.dumps(one) == json.dumps(many)
 
 
@@ -391,9 +394,9 @@ def test_tree_joins_the_closest_first():
 
 def test_angles_are_kept_for_chosen_modules_of_many_adapters():
     many = [adapter(str(i), seed=i, r=2 + i % 3) for i in range(10)]
-    chosen = compare(many, modules=["0.*.up_proj"], angles=True)
-    assert list(chosen.tables) == ["model.layers.0.mlp.up_proj"]
-    document = json.loads(json.dumps(chosen.to_dict(per_module=True), allow_nan=False))
+    chosen = compare(many, modules=["0.*.up_proj"], angles=True, per_module=True)
+    assert [m.label for m in chosen.modules] == ["model.layers.0.mlp.up_proj"]
+    document = json.loads(json.dumps(chosen.to_dict(), allow_nan=False))
     (module,) = document["modules"]
     stack = RankStack.of([factors(a, module["label"]) for a in many])
     for i in range(10):
@@ -402,7 +405,7 @@ def test_angles_are_kept_for_chosen_modules_of_many_adapters():
             assert module["angles_out"][i][j] == pytest.approx(expected.tolist(), abs=1e-6)
             mean = sum(c**2 for c in module["angles_in"][i][j]) / len(expected)
             assert module["overlap_in"][i][j] == pytest.approx(mean, abs=1e-6)
-    assert "angles_out" not in compare(many).to_dict(per_module=True)["modules"][0]
+    assert "angles_out" not in compare(many, per_module=True).to_dict()["modules"][0]
     with pytest.raises(MethodError, match="no module matches"):
         compare(many, modules=["nothing"])
 
@@ -417,3 +420,39 @@ def test_interference_of_the_whole_set_is_said_for_any_number():
 def factors(one: Adapter, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
     a, b = one.read(name)
     return a.double(), b.double(), one.modules[name].scaling
+
+
+def test_modules_are_kept_only_where_asked_for_and_add_up_to_the_whole():
+    many = [adapter(str(i), seed=i, r=2 + i % 3) for i in range(4)]
+    seen: list[PairMatrices] = []
+    summed = compare(many, on_matrices=seen.append)
+    kept = compare(many, per_module=True)
+    assert summed.modules == () and not summed.whole_modules
+    assert [m.label for m in kept.modules] == [m.label for m in seen] == sorted(SHAPES)
+    assert summed.to_dict() == {k: v for k, v in kept.to_dict().items() if k != "modules"}
+    products = sum(m.cosine * m.norms[:, None] * m.norms for m in kept.modules)
+    torch.testing.assert_close(summed.products, products)
+    assert judge(summed) == judge(kept)
+
+
+def test_the_telling_modules_are_those_of_the_strongest_conflict(monkeypatch):
+    one = adapter("one", seed=1)
+    many = [one, *(scaled(str(i), -1.0, seed=1) for i in range(2))]
+    kept = compare(many, per_module=True)
+    scores = sorted((float(m.cosine[0, 1]), m.label) for m in kept.modules)
+    assert kept.telling.where("conflict", 0, 1) == tuple(label for _, label in scores[:3])
+    assert kept.telling.where("conflict", 1, 2) == ()
+
+
+@pytest.mark.parametrize("per_module", [False, True])
+def test_a_plan_foretells_units_bytes_and_memory(per_module):
+    many = [adapter(str(i), seed=i, r=2 + i % 3) for i in range(5)]
+    plan = plan_comparison(many, per_module=per_module)
+    assert (plan.adapters, plan.modules, plan.units) == (5, len(SHAPES), 2 + 3 + 4 + 2 + 3)
+    assert plan.reads == sum(a.num_parameters for a in many) * 4
+    kept = (2 * len(SHAPES) if per_module else 0) + 2
+    assert plan.result_bytes >= kept * 8 * 25 * 19
+    alone = plan_comparison(many, per_module=per_module, jobs=1)
+    assert plan_comparison(many, per_module=per_module, jobs=2).peak_bytes - alone.peak_bytes == (
+        plan.working_bytes
+    )

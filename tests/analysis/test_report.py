@@ -30,7 +30,7 @@ def document_of(count: int = 3, *, names: list[str] | None = None, **parts) -> R
     names = names or ["one", "two", "three"][:count]
     adapters = [make_adapter(n, seed=i, **parts) for i, n in enumerate(names)]
     spectra = [adapter_spectra(a) for a in adapters]
-    return report_document(spectra, compare(adapters) if count > 1 else None)
+    return report_document(spectra, compare(adapters, per_module=True) if count > 1 else None)
 
 
 def embedded(text: str) -> dict:
@@ -40,7 +40,7 @@ def embedded(text: str) -> dict:
 
 def test_the_page_holds_the_numbers_of_spectra_and_compare():
     adapters = [make_adapter(n, seed=i) for i, n in enumerate("abc")]
-    spectra, comparison = [adapter_spectra(a) for a in adapters], compare(adapters)
+    spectra, comparison = [adapter_spectra(a) for a in adapters], compare(adapters, per_module=True)
     data = embedded(page(report_document(spectra, comparison)))
     assert [m["name"] for m in data["modules"]] == sorted(SHAPES)
     for one, shown in zip(spectra, data["adapters"], strict=True):
@@ -49,7 +49,7 @@ def test_the_page_holds_the_numbers_of_spectra_and_compare():
     assert data["pairs"]["cosine"][0][2] == pytest.approx(
         float(comparison.total.cosine[0, 2]), rel=1e-3
     )
-    first = comparison.by_whole_module[sorted(SHAPES)[0]]
+    first = comparison.whole_modules[sorted(SHAPES)[0]]
     assert data["pairs"]["modules"]["cosine"]["0,2"][0] == pytest.approx(
         float(first.cosine[0, 2]), rel=1e-2
     )
@@ -149,7 +149,7 @@ def test_in_chromium_by_slider_and_keyboard(tmp_path):
     """The slider's numbers are those of `choose_ranks`; keys do what a pointer does."""
     adapters = [make_adapter(n, seed=i, r=5, **UNEVEN) for i, n in enumerate(["a b", "c", EVIL])]
     spectra = [adapter_spectra(a) for a in adapters]
-    document = report_document(spectra, compare(adapters))
+    document = report_document(spectra, compare(adapters, per_module=True))
     seen = in_browser(page(document), tmp_path)
     assert seen["errors"] == [] and seen["requests"] == [] and seen["hidden"] == 0
     assert not seen["wide"] and seen["unnamed"] == 0

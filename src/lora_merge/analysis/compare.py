@@ -2,9 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,89 +13,15 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import Alignment, align, read_stacks
 from lora_merge.adapters.module_names import labels, place_of
 from lora_merge.adapters.patterns import select_names
-from lora_merge.analysis.overlap import PairTables, pair_tables
+from lora_merge.analysis.pairs.matrices import PairMatrices, matrices_of
+from lora_merge.analysis.pairs.overlap import PairSums, PairTables, pair_tables
+from lora_merge.analysis.pairs.telling import Telling
 from lora_merge.errors import AdapterError, MethodError
 from lora_merge.machine.parallel import in_order
 from lora_merge.printing import Report, Summary
 
 # Total samples for sign conflicts: a standard error below 0.2 % for every pair.
 _SAMPLES = 65_536
-_TABLES = [f.name for f in fields(PairTables) if not f.name.startswith(("total", "angles"))]
-
-
-@dataclass(frozen=True, eq=False)
-class PairMatrices:
-    """All pairs, over some modules; every matrix has shape (N, N), float64, and no NaN.
-
-    Attributes:
-        label: Which modules.
-        modules: How many they are.
-        norms: Frobenius norm of each adapter, shape (N,).
-        shared: Modules that both have.
-        cosine: <D_i, D_j> / (|D_i| |D_j|).
-        overlap_out: Mean squared cosine of principal angles between output spaces.
-        overlap_in: The same of input spaces.
-        chance_out: What random subspaces would show.
-        chance_in: The same for inputs.
-        dimensions: Principal angles per module, on average.
-        cosine_out: Largest principal cosine of output spaces, averaged.
-        cosine_in: The same of input spaces.
-        interference: Singular task interference over the sum of nuclear norms.
-        chance_interference: What random subspaces with the same spectra would show.
-        conflict: Share of entries whose signs differ.
-        conflict_error: Standard error of that.
-        conflict_mass: Share of min(|D_i|, |D_j|) that is in conflict.
-        factor_a: Cosine of the raw A (0 for different ranks): shared initialisation shows here.
-        factor_b: Cosine of the raw B.
-        unit_match: Mean best match of the units of i among those of j; for i = j, in itself.
-        cancellation: |D_i + D_j| / (|D_i| + |D_j|): 1 if they add up, 0 if they cancel.
-        set_cancellation: The same of all adapters together.
-        set_interference: Interference of all, over (N - 1)^2 and the sum of nuclear norms.
-        angles_out: All principal cosines of the output spaces of one module, descending, shape
-            (N, N, K), zero beyond `dimensions`; None where not asked for.
-        angles_in: The same of the input spaces.
-    """
-
-    label: str
-    modules: int
-    norms: Tensor
-    shared: Tensor
-    cosine: Tensor
-    overlap_out: Tensor
-    overlap_in: Tensor
-    chance_out: Tensor
-    chance_in: Tensor
-    dimensions: Tensor
-    cosine_out: Tensor
-    cosine_in: Tensor
-    interference: Tensor
-    chance_interference: Tensor
-    conflict: Tensor
-    conflict_error: Tensor
-    conflict_mass: Tensor
-    factor_a: Tensor
-    factor_b: Tensor
-    unit_match: Tensor
-    cancellation: Tensor
-    set_cancellation: float
-    set_interference: float
-    angles_out: Tensor | None = None
-    angles_in: Tensor | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; principal cosines only where they were asked for."""
-        document = {
-            name: value.tolist() if isinstance(value, Tensor) else value
-            for name, value in self.__dict__.items()
-            if value is not None
-        }
-        sizes = self.dimensions.long().tolist()
-        for name in {"angles_out", "angles_in"} & document.keys():
-            document[name] = [
-                [cosines[:size] for cosines, size in zip(*rows, strict=True)]
-                for rows in zip(document[name], sizes, strict=True)
-            ]
-        return document
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,52 +31,27 @@ class Comparison(Report):
     Attributes:
         adapters: Their names.
         base_model: The base model they share.
-        tables: Module (or expert) name → its pair tables.
+        total: Over all modules.
+        kinds: By kind of module.
+        products: <D_i, D_j> over all modules, float64, shape (N, N).
+        telling: Where pairs conflict or are entangled.
+        modules: Module by module (expert by expert); empty unless they were to be kept.
+        whole_modules: Module → its matrices, all its experts together; empty like `modules`.
     """
 
     adapters: tuple[str, ...]
     base_model: str | None
-    tables: dict[str, PairTables]
-
-    @cached_property
-    def total(self) -> PairMatrices:
-        """Over all modules."""
-        return _matrices("all modules", list(self.tables.values()))
-
-    @cached_property
-    def kinds(self) -> tuple[PairMatrices, ...]:
-        """By kind of module."""
-        places = {name: place_of(name.partition("[")[0]) for name in self.tables}
-        names = labels(places.values())
-        grouped: dict[str, list[PairTables]] = {}
-        for name, tables in self.tables.items():
-            place = places[name]
-            grouped.setdefault(names[place.stack, place.kind], []).append(tables)
-        return tuple(_matrices(label, tables) for label, tables in grouped.items())
-
-    @cached_property
-    def modules(self) -> tuple[PairMatrices, ...]:
-        """Module by module."""
-        return tuple(_matrices(name, [tables]) for name, tables in self.tables.items())
-
-    @cached_property
-    def by_whole_module(self) -> dict[str, PairMatrices]:
-        """Module → its matrices, all its experts together."""
-        grouped: dict[str, list[PairTables]] = {}
-        for name, tables in self.tables.items():
-            grouped.setdefault(name.partition("[")[0], []).append(tables)
-        return {name: _matrices(name, tables) for name, tables in grouped.items()}
-
-    @property
-    def has_angles(self) -> bool:
-        """Whether all principal cosines of every module were kept."""
-        return all(tables.angles_out is not None for tables in self.tables.values())
+    total: PairMatrices
+    kinds: tuple[PairMatrices, ...]
+    products: Tensor
+    telling: Telling
+    modules: tuple[PairMatrices, ...] = ()
+    whole_modules: Mapping[str, PairMatrices] = field(default_factory=dict)
 
     def merged_norm(self, weights: Sequence[float]) -> float:
         """Frobenius norm of sum_i w_i D_i, from the inner products."""
-        products = torch.stack([t.products for t in self.tables.values()]).sum(0)
         w = torch.tensor(weights, dtype=torch.float64)
-        return math.sqrt(max(float(w @ products @ w), 0.0))
+        return math.sqrt(max(float(w @ self.products @ w), 0.0))
 
     def summary(self) -> Summary:
         """The pairs with the largest cosines, up to six."""
@@ -190,8 +90,8 @@ class Comparison(Report):
             for j in range(i + 1, count)
         ]
 
-    def to_dict(self, *, per_module: bool = False) -> dict[str, Any]:
-        """JSON-ready; matrices of single modules only where asked for."""
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; matrices of single modules only where they were kept."""
         document: dict[str, Any] = {
             "schema": 1,
             "adapters": list(self.adapters),
@@ -199,7 +99,7 @@ class Comparison(Report):
             "total": self.total.to_dict(),
             "kinds": [kind.to_dict() for kind in self.kinds],
         }
-        if per_module:
+        if self.modules:
             document["modules"] = [module.to_dict() for module in self.modules]
         return document
 
@@ -209,36 +109,35 @@ def compare(
     *,
     modules: Sequence[str] = (),
     angles: bool = False,
+    per_module: bool = False,
     accept_base_models: bool = False,
     seed: int = 0,
     jobs: int | None = None,
     on_module: Callable[[], None] | None = None,
+    on_matrices: Callable[[PairMatrices], None] | None = None,
 ) -> Comparison:
     """Compare all pairs of adapters, module by module, without dense deltas.
+
+    Modules are summed up as they are read: memory is that of a few tables of N x N numbers.
 
     Args:
         adapters: At least two, of one base model.
         modules: Shell patterns; only modules that match one. Default: all.
-        angles: Keep every module's principal cosines, not only the largest.
+        angles: Measure all principal cosines of every module, not only the largest.
+        per_module: Keep every module's matrices: memory grows with modules x N x N.
         accept_base_models: Accept different base model names.
         seed: Of the sampled sign conflicts.
         jobs: Worker threads.
         on_module: Called after each module.
+        on_matrices: Called with every module's (expert's) matrices, in order.
 
     Raises:
         MethodError: If there are fewer than two adapters, or the patterns match no module.
         AlignmentError: If they do not fit together.
         AdapterError: If a tensor is not finite; names adapter and module.
     """
-    if len(adapters) < 2:
-        raise MethodError("a comparison needs at least two adapters", "name another one")
-    alignment = align(adapters, accept_base_models=accept_base_models)
-    if modules:
-        chosen = set(select_names([m.name for m in alignment.modules], modules, "the adapters"))
-        kept = tuple(m for m in alignment.modules if m.name in chosen)
-        alignment = replace(alignment, modules=kept)
+    alignment = chosen_modules(adapters, modules, accept_base_models=accept_base_models)
     samples = min(max(_SAMPLES // len(alignment.modules), 256), 8192)
-
     specs = [spec for module in alignment.modules for spec in module.specs.values()]
     sixteen_bit = all(spec.dtype == "BF16" and spec.recipe.is_stored for spec in specs)
     dtype = torch.bfloat16 if sixteen_bit else torch.float32  # half the memory traffic
@@ -246,13 +145,84 @@ def compare(
     def one(index: int) -> list[tuple[str, PairTables]]:
         return _compare_module(alignment, index, dtype, samples, seed, angles)
 
-    tables: dict[str, PairTables] = {}
+    sums = _Sums(alignment, per_module)
     with _bfloat16_products(sixteen_bit):
         for results in in_order(one, range(len(alignment.modules)), jobs=jobs):
-            tables.update(results)
+            for name, tables in results:
+                sums.add(name, tables, on_matrices)
             if on_module:
                 on_module()
-    return Comparison(tuple(a.name for a in adapters), alignment.base_model, tables)
+    return sums.comparison()
+
+
+def chosen_modules(
+    adapters: Sequence[Adapter], modules: Sequence[str], *, accept_base_models: bool
+) -> Alignment:
+    """The adapters side by side, with the modules that are to be compared; from headers.
+
+    Raises:
+        MethodError: If there are fewer than two adapters, or the patterns match no module.
+        AlignmentError: If they do not fit together.
+    """
+    if len(adapters) < 2:
+        raise MethodError("a comparison needs at least two adapters", "name another one")
+    alignment = align(adapters, accept_base_models=accept_base_models)
+    if not modules:
+        return alignment
+    chosen = set(select_names([m.name for m in alignment.modules], modules, "the adapters"))
+    return replace(alignment, modules=tuple(m for m in alignment.modules if m.name in chosen))
+
+
+def kinds_of(alignment: Alignment) -> dict[str, str]:
+    """Module → label of its kind."""
+    places = {module.name: place_of(module.name) for module in alignment.modules}
+    names = labels(places.values())
+    return {name: names[place.stack, place.kind] for name, place in places.items()}
+
+
+class _Sums:
+    """A comparison as it grows, module by module."""
+
+    def __init__(self, alignment: Alignment, per_module: bool) -> None:
+        self.alignment, self.per_module = alignment, per_module
+        self.kind = kinds_of(alignment)
+        self.total = PairSums()
+        self.kinds: dict[str, PairSums] = {}
+        self.wholes: dict[str, PairSums] = {}
+        self.modules: list[PairMatrices] = []
+        self.telling = Telling(len(alignment.adapters))
+
+    def add(
+        self, name: str, tables: PairTables, on_matrices: Callable[[PairMatrices], None] | None
+    ) -> None:
+        module = name.partition("[")[0]
+        self.total.add(tables)
+        self.kinds.setdefault(self.kind[module], PairSums()).add(tables)
+        self.telling.add(name, tables)
+        if not (self.per_module or on_matrices):
+            return
+        alone = PairSums()
+        alone.add(tables)
+        matrices = replace(
+            matrices_of(name, alone), angles_out=tables.angles_out, angles_in=tables.angles_in
+        )
+        if on_matrices:
+            on_matrices(matrices)
+        if self.per_module:
+            self.modules.append(matrices)
+            self.wholes.setdefault(module, PairSums()).add(tables)
+
+    def comparison(self) -> Comparison:
+        return Comparison(
+            adapters=tuple(a.name for a in self.alignment.adapters),
+            base_model=self.alignment.base_model,
+            total=matrices_of("all modules", self.total),
+            kinds=tuple(matrices_of(label, sums) for label, sums in self.kinds.items()),
+            products=self.total.tables["products"],
+            telling=self.telling,
+            modules=tuple(self.modules),
+            whole_modules={name: matrices_of(name, sums) for name, sums in self.wholes.items()},
+        )
 
 
 @contextlib.contextmanager
@@ -287,56 +257,3 @@ def _compare_module(
             ) from error
         results.append((name, tables))
     return results
-
-
-def _matrices(label: str, tables: Sequence[PairTables]) -> PairMatrices:
-    total = {name: torch.stack([getattr(t, name) for t in tables]).sum(0) for name in _TABLES}
-    count = total["products"].shape[0]
-    products = total["products"]
-    norms = products.diagonal().clamp_min(0).sqrt()
-    present, samples = total["present"], total["samples"]
-    conflict = _divide(total["conflicts"], samples)
-    added = (products.diagonal()[:, None] + products.diagonal() + 2 * products).clamp_min(0).sqrt()
-    nuclear = sum(t.total_nuclear for t in tables) * (count - 1) ** 2
-    both = norms[:, None] * norms
-    return PairMatrices(
-        label=label,
-        modules=len(tables),
-        norms=norms,
-        shared=present,
-        cosine=_divide(products, both).clamp(-1, 1),
-        overlap_out=_divide(total["overlap_out"], present),
-        overlap_in=_divide(total["overlap_in"], present),
-        chance_out=_divide(total["chance_out"], present),
-        chance_in=_divide(total["chance_in"], present),
-        dimensions=_divide(total["dimensions"], present),
-        cosine_out=_divide(total["cosine_out"], present),
-        cosine_in=_divide(total["cosine_in"], present),
-        interference=_divide(total["interference"], total["nuclear"]),
-        chance_interference=_divide(total["chance_interference"], total["nuclear"]),
-        conflict=conflict,
-        conflict_error=_divide(conflict * (1 - conflict), samples).sqrt(),
-        conflict_mass=_divide(total["conflict_mass"], total["mass"]),
-        factor_a=_correlation(total["factor_a"]),
-        factor_b=_correlation(total["factor_b"]),
-        unit_match=_divide(total["unit_match"], present),
-        cancellation=_divide(added, norms[:, None] + norms),
-        set_cancellation=_ratio(math.sqrt(max(float(products.sum()), 0.0)), float(norms.sum())),
-        set_interference=_ratio(sum(t.total_interference for t in tables), nuclear),
-        angles_out=tables[0].angles_out if len(tables) == 1 else None,
-        angles_in=tables[0].angles_in if len(tables) == 1 else None,
-    )
-
-
-def _divide(part: Tensor, whole: Tensor) -> Tensor:
-    """`part / whole`, 0 where there is nothing."""
-    return torch.where(whole > 0, part / whole.clamp_min(1e-300), 0.0)
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
-
-
-def _correlation(products: Tensor) -> Tensor:
-    norms = products.diagonal().clamp_min(0).sqrt()
-    return _divide(products, norms[:, None] * norms).clamp(-1, 1)

@@ -6,8 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lora_merge.analysis.compare import Comparison, PairMatrices
+import torch
+
+from lora_merge.analysis.compare import Comparison
 from lora_merge.analysis.families import RELATED, Tree, tree_of
+from lora_merge.analysis.pairs.matrices import PairMatrices
+from lora_merge.analysis.pairs.telling import CONFLICT, entangled
 from lora_merge.analysis.trajectory import Trajectory, trajectory_of
 from lora_merge.printing import Report, Summary
 
@@ -15,9 +19,6 @@ Kind = Literal["same", "opposite", "agree", "independent", "entangled", "conflic
 
 _SAME = 0.99
 _AGREE = RELATED
-_CONFLICT = -0.05
-# Interference of unrelated adapters scatters around chance; this far above it, they meet.
-_ENTANGLED = 1.5
 _SHARED_FACTOR = 1 - 1e-6
 _SHARED_INIT = 0.5
 
@@ -90,25 +91,14 @@ def _judge_pair(comparison: Comparison, i: int, j: int) -> Verdict:
         kind = "opposite"
     elif cosine > _AGREE:
         kind = "agree"
-    elif cosine < _CONFLICT:
+    elif cosine < CONFLICT:
         kind = "conflict"
     else:
         kind = "entangled" if _entangled(total, i, j) else "independent"
-    return Verdict(i, j, kind, cosine, excess, _where(comparison, i, j, kind), _shared(total, i, j))
-
-
-def _where(comparison: Comparison, i: int, j: int, kind: Kind) -> tuple[str, ...]:
-    """The modules that show most of what a verdict says, at most three."""
-    if kind not in ("conflict", "entangled"):
-        return ()
-    scored = []
-    for module in comparison.modules:
-        cosine, excess = float(module.cosine[i, j]), _excess(module, i, j)
-        score = -cosine if kind == "conflict" else excess
-        telling = cosine < _CONFLICT if kind == "conflict" else _entangled(module, i, j)
-        if telling:
-            scored.append((-score, module.label))
-    return tuple(label for _, label in sorted(scored)[:3])
+    where: tuple[str, ...] = ()
+    if kind == "conflict" or kind == "entangled":
+        where = comparison.telling.where(kind, i, j)
+    return Verdict(i, j, kind, cosine, excess, where, _shared(total, i, j))
 
 
 def _excess(matrices: PairMatrices, i: int, j: int) -> float:
@@ -118,12 +108,10 @@ def _excess(matrices: PairMatrices, i: int, j: int) -> float:
 
 def _entangled(matrices: PairMatrices, i: int, j: int) -> bool:
     """Whether both spaces and the interference lie well above chance."""
-    pairs = (
-        (matrices.overlap_in, matrices.chance_in),
-        (matrices.overlap_out, matrices.chance_out),
-        (matrices.interference, matrices.chance_interference),
-    )
-    return all(float(value[i, j]) > _ENTANGLED * float(chance[i, j]) for value, chance in pairs)
+    values = (matrices.overlap_in, matrices.overlap_out, matrices.interference)
+    chances = (matrices.chance_in, matrices.chance_out, matrices.chance_interference)
+    met = entangled(*(torch.stack([x[i, j] for x in both]) for both in (values, chances)))
+    return bool(met)
 
 
 def _shared(total: PairMatrices, i: int, j: int) -> str | None:

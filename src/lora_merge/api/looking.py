@@ -8,6 +8,7 @@ from lora_merge.analysis import compare as comparing
 from lora_merge.analysis.beside_base import BaseReport, default_cache, relate_to_base
 from lora_merge.analysis.families import Algorithm, cluster_adapters
 from lora_merge.analysis.info import AdapterInfo, describe
+from lora_merge.analysis.pairs.plan import ComparisonPlan, plan_comparison
 from lora_merge.analysis.verdicts import Judgement, judgement
 from lora_merge.api.arguments import looking as takes_of
 from lora_merge.api.arguments.reshaping import ChooseRanks
@@ -118,10 +119,39 @@ def compare(given: takes_of.Compare) -> comparing.Comparison:
         opened,
         modules=given.modules,
         angles=given.angles,
+        per_module=given.per_module,
+        on_matrices=given.on_matrices,
         accept_base_models=given.accept_base_models,
         seed=given.seed,
         jobs=given.jobs,
         on_module=counted(given.progress, "comparing", len(names)),
+    )
+
+
+@takes(takes_of.Compare)
+def plan_compare(given: takes_of.Compare) -> ComparisonPlan:
+    """What `compare` would take, from the adapters' headers: pairs, bytes to read, memory.
+
+    Returns:
+        The numbers; `peak_bytes` is about the process's peak.
+
+    Raises:
+        MethodError: If there are fewer than two adapters, or the patterns match no module.
+        AlignmentError: If they do not fit together.
+
+    Examples:
+        >>> import lora_merge
+        >>> plan = lora_merge.plan_compare("examples/adapters/*")
+        >>> plan.adapters, plan.modules
+        (3, 14)
+    """
+    return plan_comparison(
+        open_adapters(given.adapters, **given.opening),
+        modules=given.modules,
+        angles=given.angles,
+        per_module=given.per_module,
+        accept_base_models=given.accept_base_models,
+        jobs=given.jobs,
     )
 
 

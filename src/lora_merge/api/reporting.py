@@ -5,7 +5,7 @@ from pathlib import Path
 from lora_merge.adapters.access.coerce import open_adapters
 from lora_merge.adapters.measured.spectra import adapter_spectra
 from lora_merge.analysis.compare import compare
-from lora_merge.analysis.report.document import ReportDocument, report_document
+from lora_merge.analysis.report.document import ReportDocument, report_document, shows_modules
 from lora_merge.analysis.report.page import page
 from lora_merge.api.arguments import looking as takes_of
 from lora_merge.arguments import takes
@@ -49,6 +49,7 @@ def report(given: takes_of.Report) -> ReportDocument:
         comparison = compare(
             opened,
             modules=given.modules,
+            per_module=shows_modules(len(opened), len(names)),
             accept_base_models=given.accept_base_models,
             jobs=given.jobs,
             on_module=counted(given.progress, "comparing", len(names)),

@@ -175,12 +175,17 @@ def _pairs(comparison: Comparison, modules: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def shows_modules(adapters: int, modules: int) -> bool:
+    """Whether the page has room for every pair's numbers module by module."""
+    return adapters * (adapters - 1) * modules <= _MOST_CELLS
+
+
 def _by_module(comparison: Comparison, modules: Sequence[str]) -> dict[str, Any] | None:
     """Pair (i, j), i < j, as "i,j" → one number per module of the page; experts together."""
     count = len(comparison.adapters)
-    if count * (count - 1) * len(modules) > _MOST_CELLS:
+    merged = comparison.whole_modules
+    if not merged or not shows_modules(count, len(modules)):
         return None
-    merged = comparison.by_whole_module
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
 
     def numbers(table: dict[str, list[list[float]]], i: int, j: int) -> list[float | None]:

@@ -1,6 +1,6 @@
 """Arguments of what looks at adapters: info, spectra, compare, report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lora_merge.adapters.access.adapter_like import AdaptersLike
     from lora_merge.adapters.measured.spectra import AdapterSpectra
     from lora_merge.analysis.compare import Comparison
+    from lora_merge.analysis.pairs.matrices import PairMatrices
 
 ADAPTER = "one adapter, as `open_adapter` takes it"
 ADAPTERS = "the adapters, as `open_adapters` takes them"
@@ -74,7 +75,15 @@ class Compare(Telling, BaseOptions, BaseNames, ModuleOptions):
 
     adapters: Annotated["AdaptersLike", Needed(ADAPTERS)]
     _: KW_ONLY
-    angles: bool = argument(False, "keep every module's principal cosines, not only the largest")
+    angles: bool = argument(
+        False, "measure all principal cosines of every module, not only the largest"
+    )
+    per_module: bool = option(
+        False, "keep every module's matrices, too: memory then grows with their number"
+    )
+    on_matrices: "Callable[[PairMatrices], None] | None" = argument(
+        None, "called with every module's matrices, in order"
+    )
     seed: int = option(0, "of the sampled sign conflicts", low=0, high=LARGEST_SEED)
 
 

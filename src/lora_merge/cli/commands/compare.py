@@ -1,7 +1,7 @@
 """`lora-merge compare`: which adapters agree, which conflict, and where."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -9,6 +9,14 @@ from lora_merge.adapters.access.opening import BaseOptions
 from lora_merge.api.arguments.looking import Compare
 from lora_merge.cli.shared.fields import names_of, options_of
 from lora_merge.cli.shared.options import adapters_argument, json_option, width_option
+
+if TYPE_CHECKING:
+    from lora_merge.analysis.pairs.matrices import PairMatrices
+
+# Modules whose principal angles are shown; --json has all.
+MOST_MODULES = 4
+# Adapters from which on tables of pairs are what memory goes into.
+MANY = 100
 
 
 @click.command(
@@ -30,14 +38,20 @@ Examples:
     show_default=True,
     help="How to group them.",
 )
-@options_of(Compare, about={"modules": "only these modules, with all principal angles; repeatable"})
-@click.option("--per-module", is_flag=True, help="Every module's matrices in --json.")
+@options_of(
+    Compare,
+    about={
+        "modules": "only these modules, with all principal angles; repeatable",
+        "per_module": "every module's matrices in --json",
+    },
+)
 @width_option
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw cosines, interference and tree.")
 @click.option("--png", type=click.Path(path_type=Path), help="The same as pixels.")
 @click.option(
     "--html", type=click.Path(path_type=Path), help="Write the page of `lora-merge report`."
 )
+@click.option("--dry-run", is_flag=True, help="Say what it would take, from the headers.")
 @json_option
 def command(
     adapters: tuple[str, ...],
@@ -48,6 +62,7 @@ def command(
     svg: Path | None,
     png: Path | None,
     html: Path | None,
+    dry_run: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -58,8 +73,8 @@ def command(
     groups, chosen = _groups(cluster), bool(given["modules"])
     import lora_merge
     from lora_merge.cli.shared.api import show_notes_of, shown_progress
-    from lora_merge.cli.shared.output import Output
-    from lora_merge.cli.views.compare import comparison_view
+    from lora_merge.cli.shared.output import LongList, Output
+    from lora_merge.cli.views.compare import comparison_view, plan_lines
     from lora_merge.files.pages.pictures import check_pictures, write_pictures
     from lora_merge.files.targets import MARK, check_file
 
@@ -69,9 +84,32 @@ def command(
         check_file(html, MARK.encode())
     opening = {name: given.pop(name) for name in names_of(BaseOptions)}
     opened = lora_merge.open_adapters(adapters, **opening)
+    if dry_run:
+        plan = lora_merge.plan_compare(opened, **given, angles=chosen, per_module=bool(html))
+        output.data(plan.to_dict(), *plan_lines(plan))
+        return
     show_notes_of(output, opened)
+    _spare_memory(len(opened))
+    single: list[PairMatrices] = []  # the modules whose angles a terminal shows
+    every = None
+    if as_json and (per_module or chosen):
+        every = click.get_current_context().with_resource(LongList())
+
+    def take(matrices: "PairMatrices") -> None:
+        if every is not None:
+            every.append(matrices.to_dict())
+        elif chosen and len(single) < MOST_MODULES:
+            single.append(matrices)
+
     with shown_progress(output) as progress:
-        comparison = lora_merge.compare(opened, **given, angles=chosen, progress=progress)
+        comparison = lora_merge.compare(
+            opened,
+            **given,
+            angles=chosen,
+            per_module=bool(html),
+            on_matrices=take if every is not None or chosen else None,
+            progress=progress,
+        )
         if html:
             shared = {name: value for name, value in given.items() if name != "seed"}
             lora_merge.report(opened, html, **shared, comparison=comparison, progress=progress)
@@ -80,17 +118,26 @@ def command(
 
         write_pictures(lambda: draw_comparison(comparison), svg=svg, png=png)
     verdict = lora_merge.judge(comparison)
-    document = {**comparison.to_dict(per_module=per_module or chosen), **verdict.to_dict()}
-    lines = []
+    document, lines = {}, []
     if cluster is not None:
         found = lora_merge.group(comparison, groups, algorithm=algorithm)
         document["clusters"] = found
         lines = _cluster_lines(found, comparison.adapters)
     if as_json:
-        output.data(document)
+        document = {**comparison.to_dict(), **verdict.to_dict(), **document}
+        document.pop("modules", None)
+        output.data(document, lists={"modules": every} if every else {})
         return
-    view = comparison_view(comparison, verdict, width=output.width, plain=output.plain)
+    view = comparison_view(comparison, verdict, single, width=output.width, plain=output.plain)
     output.data(document, view, *lines)
+
+
+def _spare_memory(count: int) -> None:
+    """Give tables of many adapters back to the system, which otherwise stay on heaps."""
+    from lora_merge.cli.shared.malloc import return_large_blocks
+
+    if count > MANY:
+        return_large_blocks(1 << 30, block=1 << 18)
 
 
 def _groups(text: str | None) -> int | None:

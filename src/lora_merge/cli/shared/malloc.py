@@ -8,8 +8,8 @@ _BLOCK = 4 << 20
 _LARGE = 64 << 20
 
 
-def return_large_blocks(working_bytes: int) -> None:
-    """Let glibc unmap freed blocks of 4 MiB and more, if a worker needs that much memory.
+def return_large_blocks(working_bytes: int, *, block: int = _BLOCK) -> None:
+    """Let glibc unmap freed blocks of a size (4 MiB) and more, if a worker needs so much memory.
 
     glibc raises the size from which on it unmaps blocks to 32 MiB as they are freed, and then keeps
     the smaller ones on its heaps. With 64 adapters of rank 16 (Grams of 8 MB) that was a quarter of
@@ -19,6 +19,6 @@ def return_large_blocks(working_bytes: int) -> None:
     if working_bytes < _LARGE:
         return
     try:
-        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _BLOCK)
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, block)
     except (OSError, AttributeError):
         return  # not glibc: nothing to set

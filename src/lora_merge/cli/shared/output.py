@@ -1,10 +1,12 @@
 """Where commands put what they have to say: data on stdout, everything else on stderr."""
 
 import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.segment import Segment
@@ -45,10 +47,20 @@ class Output:
         """Whether the terminal cannot show block characters."""
         return not self._out.encoding.startswith("utf")
 
-    def data(self, data: Mapping[str, Any], *renderables: RenderableType) -> None:
-        """The command's result: `data` as JSON, or the renderables."""
+    def data(
+        self,
+        data: Mapping[str, Any],
+        *renderables: RenderableType,
+        lists: Mapping[str, "LongList"] | None = None,
+    ) -> None:
+        """The result: `data` as JSON, with `lists` that are too long for it, or the renderables."""
         if self.as_json:
-            sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+            text = json.dumps(data, indent=2, allow_nan=False)
+            for name, items in (lists or {}).items():
+                sys.stdout.write(text.removesuffix("\n}") + f',\n  "{name}": [\n')
+                items.copy_to(sys.stdout)
+                text = "\n  ]\n}"
+            sys.stdout.write(text + "\n")
             return
         with self._out.capture() as captured:
             for renderable in renderables:
@@ -89,6 +101,33 @@ class Output:
         with Progress(*columns, console=self._err, transient=True) as bar:
             task = bar.add_task(what, total=total)
             yield lambda: bar.advance(task)
+
+
+class LongList:
+    """Items of a JSON document that are too many for memory; they wait in a temporary file.
+
+    Use as a context manager.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        self._size = 0
+
+    def __enter__(self) -> "LongList":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, item: Mapping[str, Any]) -> None:
+        """Take in one item, as JSON in a line."""
+        self._file.write((",\n" if self._size else "") + json.dumps(item, allow_nan=False))
+        self._size += 1
+
+    def copy_to(self, stream: TextIO) -> None:
+        """Write all items, separated by commas."""
+        self._file.seek(0)
+        shutil.copyfileobj(self._file, stream)
 
 
 def percent(value: float | None) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lora_merge.analysis.compare import PairMatrices
+from lora_merge.analysis.pairs.matrices import PairMatrices
 from lora_merge.cli.views.format import shorten
 from lora_merge.cli.views.glyphs import bar, share_line
 from lora_merge.cli.views.grid import grid
@@ -15,7 +15,6 @@ from lora_merge.cli.views.grid import grid
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MOST_MODULES = 4
 _MOST_PAIRS = 10
 
 
@@ -27,6 +26,7 @@ def degrees(cosine: "Tensor | float", plain: bool) -> str:
 
 def angles_view(
     modules: Sequence[PairMatrices],
+    hidden: int,
     pairs: Sequence[tuple[int, int]],
     names: Sequence[str],
     *,
@@ -37,13 +37,14 @@ def angles_view(
 
     Args:
         modules: Single modules, compared with `angles=True`.
+        hidden: Further modules that are not shown.
         pairs: Indices of the pairs, the most telling first.
         names: Short names of the adapters.
         width: Columns.
         plain: Without block characters.
     """
     parts: list[RenderableType] = []
-    for module in modules[:_MOST_MODULES]:
+    for module in modules:
         parts.append(Text(f"principal angles of {shorten(module.label, width - 20)}", style="bold"))
         if not bool(module.dimensions[tuple(zip(*pairs, strict=True))].any()):
             parts += [Text("no two adapters have a space there"), Text("")]
@@ -51,7 +52,6 @@ def angles_view(
             parts += [_all_angles(module, width, plain), Text("")]
         else:
             parts += [_profiles(module, pairs[:_MOST_PAIRS], names, width, plain), Text("")]
-    hidden = len(modules) - _MOST_MODULES
     if hidden > 0 or len(pairs) > _MOST_PAIRS:
         parts.append(Text("--json has the angles of all modules and pairs\n", style="dim"))
     return Group(*parts)

@@ -7,9 +7,12 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from lora_merge.analysis.compare import Comparison, PairMatrices
+from lora_merge.analysis.compare import Comparison
+from lora_merge.analysis.pairs.matrices import PairMatrices
+from lora_merge.analysis.pairs.plan import ComparisonPlan
 from lora_merge.analysis.trajectory import Trajectory
 from lora_merge.analysis.verdicts import MEANING, Judgement, Kind, Verdict
+from lora_merge.cli.shared.output import size as bytes_text
 from lora_merge.cli.views.angles import angles_view, degrees
 from lora_merge.cli.views.dendrogram import dendrogram
 from lora_merge.cli.views.format import number, shorten
@@ -31,9 +34,14 @@ _LEGEND = (
 
 
 def comparison_view(
-    comparison: Comparison, verdict: Judgement, *, width: int, plain: bool
+    comparison: Comparison,
+    verdict: Judgement,
+    modules: Sequence[PairMatrices] = (),
+    *,
+    width: int,
+    plain: bool,
 ) -> RenderableType:
-    """Everything on a screen or two."""
+    """Everything on a screen or two; principal angles of the modules that are given."""
     verdicts, tree = verdict.pairs, verdict.tree
     names = short_names(comparison.adapters)
     total = comparison.total
@@ -44,9 +52,10 @@ def comparison_view(
         parts.append(Text(f"{len(shown)} of {len(verdicts)} pairs; --json has all", style="dim"))
     error = 100 * float(total.conflict_error.max())
     parts += [Text(_LEGEND.format(error=error), style="dim"), Text("")]
-    if comparison.has_angles:
+    if modules:
         pairs = [(v.first, v.second) for v in verdicts]
-        parts.append(angles_view(comparison.modules, pairs, names, width=width, plain=plain))
+        hidden = total.modules - len(modules)
+        parts.append(angles_view(modules, hidden, pairs, names, width=width, plain=plain))
     if len(comparison.kinds) > 1:
         parts += [_kinds(comparison, width, plain), Text("")]
     if verdict.way:
@@ -57,10 +66,21 @@ def comparison_view(
     return Group(*parts)
 
 
+def plan_lines(plan: ComparisonPlan) -> list[str]:
+    """What a comparison would take."""
+    return [
+        f"{plan.adapters} adapters, {plan.pairs} pairs, {plan.modules} modules of up to "
+        f"{plan.units} units; reads {bytes_text(plan.reads)}",
+        f"about {bytes_text(plan.peak_bytes)} of memory with {plan.jobs} workers",
+    ]
+
+
 def matrix_view(cosine: "Tensor", names: Sequence[str], width: int) -> RenderableType:
     """Cosines in hundredths: numbers where they fit, one digit and sign per cell otherwise."""
     count = len(names)
     label = min(max(map(len, names)), 24)
+    if count + label + 4 > width:
+        return Text(f"{count} x {count} cosines do not fit here; --json has them\n", style="dim")
     size = 6 if count <= _MOST_COLUMNS else 3
     if 3 * count + label + 4 > width:
         size = 1

@@ -6,7 +6,8 @@ dense delta is formed.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from lora_merge.linalg.factors import gram
 # Up to so many units, everything is float64; beyond, products are float32 (those of Grams in chunks
 # that are summed in float64), and directions below 1e-3 of an adapter's largest are left out of
 # subspaces.
-_EXACT_UNITS = 256
+EXACT_UNITS = 256
 _SHORTEST_SQUARE = 1e-24
+# Numbers of a module that are worked on at a time, where there are many units.
+_PART = 1 << 18
 # How often eighth powers are taken to bring out a matrix's largest eigenvalue: what one competitor
 # can hide of it is less than 1 / (e 8^4) = 1e-4.
 _POWERS = 4
@@ -81,6 +84,31 @@ class PairTables:
     angles_in: Tensor | None = None
 
 
+NUM_TABLES = len(fields(PairTables)) - 4
+_SUMMED = [f.name for f in fields(PairTables) if not f.name.startswith(("total", "angles"))]
+
+
+class PairSums:
+    """The sums of several modules' tables; what they are, see `PairTables`."""
+
+    def __init__(self) -> None:
+        self.modules = 0
+        self.tables: dict[str, Tensor] = {}
+        self.interference = self.nuclear = 0.0
+
+    def add(self, tables: PairTables) -> None:
+        """Take in one module."""
+        for name in _SUMMED:
+            table: Tensor = getattr(tables, name)
+            if name in self.tables:
+                self.tables[name] += table
+            else:
+                self.tables[name] = table.clone()
+        self.modules += 1
+        self.interference += tables.total_interference
+        self.nuclear += tables.total_nuclear
+
+
 def pair_tables(
     stack: RankStack, count: int, *, samples: int, seed: int, angles: bool = False
 ) -> PairTables:
@@ -100,20 +128,24 @@ def pair_tables(
     owners = ranks.nonzero().squeeze(1)
     ranks = ranks[owners]
     mask = torch.arange(int(ranks.max())) < ranks[:, None]  # which slots of the padded layout exist
-    exact = stack.num_units <= _EXACT_UNITS
-    gram_of = gram if exact else _fast_gram
-    gram_up, gram_down = _blocks(gram_of(stack.up.mT), mask), _blocks(gram_of(stack.down), mask)
+    exact = stack.num_units <= EXACT_UNITS
+    (gram_up, own_up), (gram_down, own_down) = (
+        _grams(x, mask, exact) for x in (stack.up.mT, stack.down)
+    )
     # A diagonal is a sum of squares: finite only if every entry is.
-    squares = torch.einsum("iaia->", gram_up) + torch.einsum("iaia->", gram_down)
-    if not bool(torch.isfinite(squares)):
+    if not bool(torch.isfinite(own_up.sum() + own_down.sum())):
         raise FloatingPointError("the factors are not finite")
     scale = stack.scale[ranks.cumsum(0) - 1]
-    units = gram_up * gram_down
-    values, to_up, to_down = _cores(gram_up, gram_down, scale)
+    squares = torch.einsum("iaa,iaa->ia", own_up, own_down)
+    inner, unit_match = _unit_tables(gram_up, gram_down, squares, ranks)
+    factor_a, factor_b = _factor_products(gram_down, ranks), _factor_products(gram_up, ranks)
+    values, to_up, to_down = _cores(own_up, own_down, scale)
     keep = values > (1e-7 if exact else 1e-3) * values[:, :1]
     precise = torch.float64 if exact or _rounds_float32() else torch.float32
     cross_up = _cross(to_up * keep[:, None, :], gram_up, precise)
+    del gram_up  # of many units, these numbers are what memory goes into
     cross_down = _cross(to_down * keep[:, None, :], gram_down, precise)
+    del gram_down
     kept = keep.sum(1)
     smaller = torch.minimum(kept[:, None], kept)
     larger = torch.maximum(kept[:, None], kept)
@@ -132,7 +164,7 @@ def pair_tables(
 
     nuclear = values.sum(1)
     return PairTables(
-        products=spread(units.sum((1, 3)) * scale[:, None] * scale),
+        products=spread(inner * scale[:, None] * scale),
         overlap_out=spread((cross_up.square().sum((2, 3)) / fewest).clamp(0, 1)),
         overlap_in=spread((cross_down.square().sum((2, 3)) / fewest).clamp(0, 1)),
         chance_out=spread((larger / stack.d_out).clamp(max=1)),
@@ -147,9 +179,9 @@ def pair_tables(
         samples=spread(signs[1]),
         conflict_mass=spread(signs[2]),
         mass=spread(signs[3]),
-        factor_a=spread(_factor_products(gram_down, ranks)),
-        factor_b=spread(_factor_products(gram_up, ranks)),
-        unit_match=spread(_unit_match(units, ranks)),
+        factor_a=spread(factor_a),
+        factor_b=spread(factor_b),
+        unit_match=spread(unit_match),
         present=spread(torch.ones(len(owners), len(owners))),
         total_interference=everyone,
         total_nuclear=float(nuclear.sum()),
@@ -164,14 +196,25 @@ def _rounds_float32() -> bool:
     return allowed and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def _fast_gram(x: Tensor) -> Tensor:
-    """Gram of many rows from float32 products.
+def _grams(x: Tensor, mask: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """The R x R Gram of the units as (N, r, N, r), and its diagonal blocks (N, r, r) in float64.
 
-    Rows so short that float32 would lose their squares are a reason to take float64 throughout.
+    Of many units the former is kept in float32. Rows so short that float32 would lose their squares
+    are a reason to take float64 throughout.
     """
-    products = gram(x, precise=torch.float32)
+    products = gram(x, precise=torch.float64 if exact else torch.float32)
     short = products.diagonal() < _SHORTEST_SQUARE
-    return gram(x) if bool(x[short].any()) else products
+    if not exact and bool(x[short].any()):
+        products, exact = gram(x), True
+    whole = _blocks(products, mask)
+    index = torch.arange(len(mask))
+    return whole if exact else whole.to(torch.float32), whole[index, :, index, :]
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    """Adapters in slices, for numbers of which each adapter has so many."""
+    step = max(_PART // size, 1)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def _blocks(matrix: Tensor, mask: Tensor) -> Tensor:
@@ -184,11 +227,9 @@ def _blocks(matrix: Tensor, mask: Tensor) -> Tensor:
     return matrix.reshape(*mask.shape, *mask.shape)
 
 
-def _cores(gram_up: Tensor, gram_down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cores(own_up: Tensor, own_down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular values (N, r) and the matrices that make U_i of B_i and V_i of A_i^T, (N, r, r)."""
-    index = torch.arange(len(scale))
-    root_up = _square_root(gram_up[index, :, index, :])
-    root_down = _square_root(gram_down[index, :, index, :])
+    root_up, root_down = _square_root(own_up), _square_root(own_down)
     u, values, vh = torch.linalg.svd(root_up.mT @ root_down)
     inverse = torch.where(values > 1e-14 * values[:, :1], 1 / values.clamp_min(1e-300), 0.0)
     to_up = root_down @ vh.mT * (inverse * torch.sign(scale)[:, None])[:, None, :]
@@ -211,11 +252,15 @@ def _cross(to_basis: Tensor, blocks: Tensor, precise: torch.dtype) -> Tensor:
     """U_i^T U_j of all pairs, shape (N, N, r, r), from factors' Grams and what makes U of them."""
     count, width = to_basis.shape[:2]
     # Factors of length one: neither half then leaves the range of float32.
-    size = torch.einsum("iaia->ia", blocks).amax(1).clamp_min(1e-300).sqrt()
+    size = torch.einsum("iaia->ia", blocks).double().amax(1).clamp_min(1e-300).sqrt()
     to_basis = (to_basis * size[:, None, None]).to(precise)
-    blocks = (blocks / (size[:, None] * size)[:, None, :, None]).to(precise)
-    left = to_basis.mT @ blocks.reshape(count, width, count * width)
-    return left.reshape(count, width, count, width).transpose(1, 2) @ to_basis
+    cross = to_basis.new_empty(count, count, width, width)
+    for part in _parts(count, width * count * width):
+        scaled = (blocks[part] / (size[part, None] * size)[:, None, :, None]).to(precise)
+        left = to_basis[part].mT @ scaled.flatten(2)
+        left = left.unflatten(2, (count, width)).transpose(1, 2)
+        torch.matmul(left, to_basis, out=cross[part])
+    return cross
 
 
 def _principal_cosines(cross: Tensor) -> Tensor:
@@ -234,12 +279,14 @@ def _largest_cosines(cross: Tensor) -> Tensor:
     """
     count = len(cross)
     i, j = torch.triu_indices(count, count)
-    half = cross[i, j]
-    squares = half.mT @ half
-    power = squares
-    for _ in range(_POWERS):
-        power = torch.linalg.matrix_power(power / _traces(power), 8)
-    found = (squares * (power / _traces(power))).sum((1, 2))
+    found = cross.new_empty(len(i))
+    for part in _parts(len(i), cross[0, 0].numel()):
+        half = cross[i[part], j[part]]
+        squares = half.mT @ half
+        power = squares
+        for _ in range(_POWERS):
+            power = torch.linalg.matrix_power(power / _traces(power), 8)
+        found[part] = (squares * (power / _traces(power))).sum((1, 2))
     largest = cross.new_zeros(count, count, 1)
     largest[i, j, 0] = largest[j, i, 0] = found.clamp(0, 1).sqrt()
     return largest
@@ -257,10 +304,16 @@ def _interference(cross_up: Tensor, cross_down: Tensor, values: Tensor) -> tuple
     """
     size = values.numel()
     others = 1 - torch.eye(len(values), dtype=values.dtype)[:, :, None, None]
-    up, down = cross_up * (others * values[:, None, :]), cross_down * others
-    one = (up @ down.mT).abs().sum((2, 3), dtype=torch.float64)
-    rows, columns = (x.transpose(1, 2).reshape(size, size) for x in (up, down))
-    return one + one.mT, float((rows @ columns).abs().sum(dtype=torch.float64))
+    columns = (cross_down * others).transpose(1, 2).reshape(size, size)
+    one = torch.empty(len(values), len(values), dtype=torch.float64)
+    everyone = 0.0
+    for part in _parts(len(values), size * values.shape[1]):
+        up = cross_up[part] * (others[part] * values[:, None, :])
+        down = cross_down[part] * others[part]
+        one[part] = (up @ down.mT).abs().sum((2, 3), dtype=torch.float64)
+        rows = up.transpose(1, 2).reshape(-1, size)
+        everyone += float((rows @ columns).abs().sum(dtype=torch.float64))
+    return one + one.mT, everyone
 
 
 def _chance_interference(kept: Tensor, values: Tensor, entries: int) -> Tensor:
@@ -277,35 +330,54 @@ def _signs(
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(stack.d_out, (samples,), generator=generator)
     columns = torch.randint(stack.d_in, (samples,), generator=generator)
-    units = stack.up[rows].double() * stack.down.mT[columns].double() * stack.scale
-    entries = units.new_zeros(len(ranks), samples)
-    entries.index_add_(0, torch.arange(len(ranks)).repeat_interleave(ranks), units.mT)
-    sign, size = entries.sign(), entries.abs()
-    both = sign.abs() @ sign.abs().mT
-    conflicts = (both - sign @ sign.mT) / 2
+    owner = torch.arange(len(ranks)).repeat_interleave(ranks)
+    both, agreed, apart, opposed = torch.zeros(4, len(ranks), len(ranks), dtype=torch.float64)
+    norms = torch.zeros(len(ranks), dtype=torch.float64)
+    for part in _parts(samples, stack.num_units):
+        up, down = stack.up[rows[part]].double(), stack.down.mT[columns[part]].double()
+        entries = up.new_zeros(len(ranks), len(up))
+        entries.index_add_(0, owner, (up * down * stack.scale).mT)
+        sign, size = entries.sign(), entries.abs()
+        both += sign.abs() @ sign.abs().mT
+        agreed += sign @ sign.mT
+        norms += size.sum(1)
+        apart += torch.cdist(size, size, p=1)
+        opposed += torch.cdist(entries, entries, p=1)
+    conflicts = (both - agreed) / 2
     # |x| + |y| - ||x| - |y|| is twice the smaller of |x| and |y|; |x - y| is more than ||x| - |y||
     # where the signs differ, by the same. Rounding may leave less than nothing.
-    norms, apart = size.sum(1), torch.cdist(size, size, p=1)
     mass = (norms[:, None] + norms - apart).clamp_min(0) / 2
-    conflict_mass = (torch.cdist(entries, entries, p=1) - apart).clamp_min(0) / 2
+    conflict_mass = (opposed - apart).clamp_min(0) / 2
     return conflicts, both, torch.minimum(conflict_mass, mass), mass
 
 
 def _factor_products(blocks: Tensor, ranks: Tensor) -> Tensor:
     """sum_a <row a of i, row a of j>: raw factors, meaningful for equal ranks only."""
-    products = torch.einsum("iaja->ij", blocks)
+    products = torch.einsum("iaja->ij", blocks).double()
     return torch.where(ranks[:, None] == ranks, products, 0.0)
 
 
-def _unit_match(units: Tensor, ranks: Tensor) -> Tensor:
-    """How well each unit of i is found among those of j (for i = j: among the others).
+def _unit_tables(up: Tensor, down: Tensor, squares: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """Inner products of adapters without their scalings, and how well units find a match.
 
     Args:
-        units: Inner products of all units, float64, shape (N, r, N, r), zero where there is none.
+        up: Inner products of all columns of B, shape (N, r, N, r), zero where there is none.
+        down: Those of all rows of A.
+        squares: Squared norms of the units, float64, shape (N, r).
         ranks: Units of each adapter, int64, shape (N,).
+
+    Returns:
+        Two tables, float64, shape (N, N): sums of units' inner products; how well each unit of i is
+        found among those of j (for i = j: among the others), on average.
     """
-    length = torch.einsum("iaia->ia", units).clamp_min(1e-300).sqrt()
-    match = units.abs() / length
-    match.view(length.numel(), -1).fill_diagonal_(0)
-    best = (match.amax(3) / length[:, :, None]).clamp(0, 1)
-    return best.sum(1) / ranks[:, None]
+    count, width = up.shape[:2]
+    length = squares.clamp_min(1e-300).sqrt()
+    inner, best = (torch.empty(count, count, dtype=torch.float64) for _ in range(2))
+    for part in _parts(count, width * count * width):
+        units = up[part].double() * down[part]
+        inner[part] = units.sum((1, 3))
+        match = units.abs_().div_(length)
+        match.flatten(2).flatten(0, 1).diagonal(part.start * width).zero_()
+        found = (match.amax(3) / length[part][:, :, None]).clamp_(0, 1)
+        best[part] = found.sum(1) / ranks[part, None]
+    return inner, best
