@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import random_stack
-from lora_merge.analysis.overlap import pair_tables
+from lora_merge.analysis.pairs.overlap import pair_tables
 from lora_merge.linalg.core_svd import core_svd
 from lora_merge.ranks.choose import choose_ranks
 

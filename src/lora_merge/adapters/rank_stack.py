@@ -106,6 +106,18 @@ class RankStack:
         """Inner products of the columns of `up`, float64, shape (R, R)."""
         return gram(self.up.mT)
 
+    def measured(self, precise: torch.dtype = torch.float64) -> "RankStack":
+        """The stack with both Grams computed.
+
+        Args:
+            precise: Of the products within a chunk of columns: float32 is twice as fast, and right
+                to 1e-6 of the units' lengths.
+        """
+        stack = replace(self)
+        stack.__dict__["gram_down"] = gram(self.down, precise=precise)
+        stack.__dict__["gram_up"] = gram(self.up.mT, precise=precise)
+        return stack
+
     def units(self, index: Tensor) -> "RankStack":
         """The sub-stack of some units. `index` is a bool mask or int64 indices, shape (n,)."""
         return RankStack(self.down[index], self.up[:, index], self.scale[index], self.owner[index])

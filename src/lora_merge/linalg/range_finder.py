@@ -18,6 +18,10 @@ from lora_merge.linalg.factors import gram, thin_qr, thin_svd
 Bands = Callable[[], Iterator[tuple[int, Tensor]]]
 # Columns beyond the rank: the last triplets asked for converge as fast as the gap to these.
 _OVERSAMPLE = 16
+# Matrices smaller than this, or ranks larger than that share of them, are decomposed whole.
+_LEAST_SIZE, _LEAST_RATIO = 256, 6
+# Share of the energy by which one more sweep would have to improve a cut.
+CUT_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +92,35 @@ def leading_svd_in_bands(
     return LeadingSVD(u[:, :rank], s[:rank], vh[:rank], square, sweep)
 
 
-def leading_svd(matrix: Tensor, rank: int, *, sweeps: int = 12, seed: int = 0) -> LeadingSVD:
+def is_worth_it(size: int, rank: int) -> bool:
+    """Whether the leading triplets are found sooner than all: a matter of shapes alone.
+
+    Args:
+        size: Smaller side of the matrix.
+        rank: Triplets that are wanted.
+    """
+    return size >= _LEAST_SIZE and _LEAST_RATIO * (rank + _OVERSAMPLE) <= size
+
+
+def cut_svd(matrix: Tensor, rank: int | None, *, exact: bool = False) -> LeadingSVD:
+    """The best approximation of a rank: the leading triplets alone where that is worth it.
+
+    They keep the energy of the exact cut less about `CUT_TOLERANCE` of the matrix's.
+
+    Args:
+        matrix: Shape (m, n), float64.
+        rank: Largest rank; None keeps all.
+        exact: Decompose the whole matrix whatever the rank.
+    """
+    if rank is not None and not exact and is_worth_it(min(matrix.shape), rank):
+        return leading_svd(matrix, rank, tolerance=CUT_TOLERANCE)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return LeadingSVD(u[:, :rank], s[:rank], vh[:rank], float(s.square().sum()), 0)
+
+
+def leading_svd(
+    matrix: Tensor, rank: int, *, sweeps: int = 12, seed: int = 0, tolerance: float = 1e-12
+) -> LeadingSVD:
     """The leading singular triplets of a dense matrix, to rounding; seeded.
 
     Args:
@@ -96,6 +128,7 @@ def leading_svd(matrix: Tensor, rank: int, *, sweeps: int = 12, seed: int = 0) -
         rank: k; at most min(m, n) triplets are returned.
         sweeps: Krylov iterations at most; stops earlier where nothing is gained.
         seed: Of the first guess.
+        tolerance: Share of the matrix's energy below which a sweep is the last.
     """
     m, n = matrix.shape
     random = torch.Generator().manual_seed(seed)
@@ -105,7 +138,7 @@ def leading_svd(matrix: Tensor, rank: int, *, sweeps: int = 12, seed: int = 0) -
         yield 0, matrix
 
     return leading_svd_in_bands(
-        whole, m, start.to(matrix.device), min(rank, m, n), tolerance=1e-12, max_sweeps=sweeps
+        whole, m, start.to(matrix.device), min(rank, m, n), tolerance=tolerance, max_sweeps=sweeps
     )
 
 

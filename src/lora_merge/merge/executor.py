@@ -82,7 +82,7 @@ def merged_modules(plan: MergePlan, device: torch.device) -> Iterator[Finished]:
     for module in plan.alignment.modules:
         rank = None if plan.measured else plan.ranks[module.name]
         for merged in _merge(plan, module, device, shared):
-            yield finish(merged, rank)
+            yield finish(merged, rank, exact=plan.semantics.exact)
 
 
 def settle(
@@ -188,8 +188,8 @@ def _merge(
 ) -> Iterator[Merged]:
     for stack, job in _stacks(plan, module, device, shared):
         # The report needs both Grams of the stack; computed first, everything else shares them.
-        _ = stack.gram_down, stack.gram_up
-        yield merge_stack(stack, job, plan.method, plan.options, plan.semantics)
+        precise = torch.float32 if plan.only_sums(module) else torch.float64
+        yield merge_stack(stack.measured(precise), job, plan.method, plan.options, plan.semantics)
 
 
 def _write_module(
@@ -216,7 +216,7 @@ def _spool_module(
             if plan.measured:
                 results.append(merged.whole() if uncut else merged.decomposed())
             else:
-                results.append(finish(merged, rank))
+                results.append(finish(merged, rank, exact=plan.semantics.exact))
         spool.put(module.name, results, _merge_bias(plan, module))
     return module.name
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.linalg.gram_krylov import leading_triplets
+from lora_merge.linalg.range_finder import cut_svd, is_worth_it
 from lora_merge.merge import calibrate
 from lora_merge.merge.methods.method import Job, Method, Outcome
 from lora_merge.merge.methods.spaces import (
@@ -66,18 +68,42 @@ class Merged:
         square = stack.scale @ ((down @ down_mix.mT) * (up @ up_mix.mT)) @ stack.scale
         return float(square), float(stack.scale @ (down * up) @ exact.scale)
 
-    def decomposed(self) -> "Decomposed":
-        """The result's singular units."""
+    def leading(self, rank: int) -> "Finished":
+        """The cut of a result in units to a rank far below their number, nothing decomposed."""
+        stack, exact = self.stack, self.exact
+        u, s, vh = leading_triplets(
+            stack.up, stack.scale, stack.down, stack.gram_up, stack.gram_down, rank
+        )
+        root = s.sqrt()
+        kept = RankStack.single(u * root.to(u.dtype), root[:, None].to(vh.dtype) * vh)
+        square = float(s.square().sum())
+        same = stack.up is exact.up and stack.down is exact.down
+        # A projection's product with what was projected is its square.
+        same = same and torch.allclose(stack.scale, exact.scale, rtol=1e-12, atol=0)
+        cross = square if same else exact.inner(kept)
+        full = max(stack.inner(stack), square) / (self.outcome.energy or 1.0)
+        return Finished(kept, exact.norm(), square, cross, full, self.squares, self.outcome.details)
+
+    def decomposed(self, rank: int | None = None) -> "Decomposed":
+        """The result's singular units; the leading ones alone where a rank allows it."""
         stack, left, right = self._small()
-        u, s, vh = torch.linalg.svd(stack.delta(), full_matrices=False)
+        found = cut_svd(stack.delta(), rank)
+        s = found.s
         on_left = left.coordinates_of(self.exact.up, self.exact.up)
         on_right = right.coordinates_of(self.exact.down.mT, self.exact.down)
-        exact = RankStack(on_right.mT, on_left, self.exact.scale, self.exact.owner)
-        cross = s * torch.einsum("pk,pq,kq->k", u, exact.delta(), vh)
+        met = (found.u.mT @ on_left) * self.exact.scale * (found.vh @ on_right)
         root = s.sqrt()
-        units = RankStack.single(u * root, root[:, None] * vh)
-        place = Coordinates(units, left, right)
-        return Decomposed(units, place, s, cross, self.exact.norm(), self.squares, self.outcome)
+        units = RankStack.single(found.u * root, root[:, None] * found.vh)
+        return Decomposed(
+            units,
+            Coordinates(units, left, right),
+            s,
+            s * met.sum(dim=1),
+            found.square,
+            self.exact.norm(),
+            self.squares,
+            self.outcome,
+        )
 
     def _small(self) -> tuple[RankStack, Basis, Basis]:
         """The result in coordinates of both sides, float64."""
@@ -106,6 +132,7 @@ class Decomposed:
         place: What lifts them.
         values: Singular values, float64, shape (k,).
         cross: Inner product of each unit with the exact sum, float64, shape (k,).
+        square: Squared norm of all of the result.
         exact_norm: Frobenius norm of the exact sum.
         squares: Squared norm of each weighted adapter.
         outcome: What the combiner said besides.
@@ -115,6 +142,7 @@ class Decomposed:
     place: Coordinates
     values: Tensor
     cross: Tensor
+    square: float
     exact_norm: float
     squares: tuple[float, ...]
     outcome: Outcome
@@ -129,7 +157,7 @@ class Decomposed:
             self.exact_norm,
             float(energy[:keep].sum()),
             float(self.cross[:keep].sum()),
-            float(energy.sum()) / (self.outcome.energy or 1.0),
+            self.square / (self.outcome.energy or 1.0),
             self.squares,
             self.outcome.details,
         )
@@ -177,7 +205,7 @@ def merge_stack(
     wanted = calibrate.wanted_norm(source, weights, semantics.restore_norm)
     source, view, place = _view(source, method, semantics)
     space = semantics.space or method.space
-    job = replace(job, weights=weights, space=space, source=stack)
+    job = replace(job, weights=weights, space=space, source=stack, exact=semantics.exact)
     outcome = method.combine(view, job, options)
     own = exact.adapter_products().diagonal().tolist()
     squares = tuple(own) + (0.0,) * (len(weights) - len(own))
@@ -187,11 +215,19 @@ def merge_stack(
     return _scaled(merged, semantics.factor, wanted)
 
 
-def finish(merged: Merged, rank: int | None) -> Finished:
-    """The result at the module's size, cut to a rank if it has more units."""
+def finish(merged: Merged, rank: int | None, *, exact: bool = False) -> Finished:
+    """The result at the module's size, cut to a rank if it has more units.
+
+    Args:
+        merged: The result.
+        rank: Rank; None keeps all units.
+        exact: Cut by the whole decomposition, whatever the rank.
+    """
     if rank is None or merged.stack.num_units <= rank:
         return merged.whole()
-    return merged.decomposed().cut(rank)
+    if merged.place is None and not exact and is_worth_it(merged.stack.num_units, rank):
+        return merged.leading(rank)
+    return merged.decomposed(None if exact else rank).cut(rank)
 
 
 def prepare_view(

@@ -18,6 +18,7 @@ from lora_merge.adapters.module_names import count_layers
 from lora_merge.adapters.writer import OutputPlan, plan_output
 from lora_merge.errors import MethodError
 from lora_merge.files.tensor_file import DTYPE_CODES, DTYPES, widest_dtype
+from lora_merge.linalg.range_finder import is_worth_it
 from lora_merge.merge.auto.method import choose
 from lora_merge.merge.elementwise.delta import working_bytes
 from lora_merge.merge.extras import plan_extras
@@ -165,6 +166,20 @@ class MergePlan:
         )
         return replace(self, ranks=ranks, output=output, spool=spool)
 
+    def searches(self, module: AlignedModule) -> bool:
+        """Whether a module's result is cut by a search for its leading directions alone."""
+        if self.semantics.exact or self.rule.kind != "fixed":
+            return False
+        if self.method.makes_rank and not self.method.searches:
+            return False
+        return is_worth_it(module.num_units, self.ranks[module.name])
+
+    def only_sums(self, module: AlignedModule) -> bool:
+        """Whether it is all that happens to a module that its units are summed and searched."""
+        how = self.semantics
+        plain = self.method.sums and not (how.svc or how.pico or how.smooth != "none")
+        return plain and self.searches(module)
+
     def peak_bytes(self, jobs: int) -> int:
         """Estimated working memory in bytes.
 
@@ -254,7 +269,7 @@ def plan_merge(recipe: Recipe, adapters: Sequence[Adapter]) -> MergePlan:
         *sorted(f"{a.name}: {n}" for a in alignment.adapters for n in a.notes),
     ]
     _LOG.info("%s of %d adapters on %d modules", chosen.name, len(adapters), len(ranks))
-    return MergePlan(
+    plan = MergePlan(
         recipe=recipe,
         given=tuple(adapters),
         alignment=alignment,
@@ -270,6 +285,19 @@ def plan_merge(recipe: Recipe, adapters: Sequence[Adapter]) -> MergePlan:
         semantics=semantics,
         statistics=_statistics(chosen, recipe.statistics),
     )
+    return replace(plan, notes=(*plan.notes, *_search_notes(plan)))
+
+
+def _search_notes(plan: MergePlan) -> list[str]:
+    """Where results are not decomposed whole."""
+    searched = [m for m in plan.alignment.modules if plan.searches(m)]
+    if not searched:
+        return []
+    units, ranks = max(m.num_units for m in searched), max(plan.ranks[m.name] for m in searched)
+    return [
+        f"{len(searched)} modules of up to {units} units are cut to rank {ranks} by a search for "
+        "their leading directions, within 0.1 % of the exact cut's energy; --exact decomposes them"
+    ]
 
 
 def _weights(recipe: Recipe, adapters: Sequence[Adapter]) -> tuple[ByModule, ...]:

@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.linalg.factors import thin_svd
+from lora_merge.linalg.range_finder import cut_svd
 from lora_merge.merge.methods.method import Job, Outcome
-from lora_merge.merge.methods.spectral import flatten, share_of_energy, triplets, truncated_svd
+from lora_merge.merge.methods.spectral import (
+    RTOL,
+    flatten,
+    share_of_energy,
+    triplets,
+    truncated_svd,
+)
 from lora_merge.options import option
 
 
@@ -54,9 +62,9 @@ def wudi(stack: RankStack, job: Job, options: WudiOptions) -> Outcome:
     if options.side == "both":
         outcome = _both_sides(parts, _energy_shares(parts), job.rank, options.ridge)
     elif options.side == "output":
-        outcome = _one_side(parts, job.rank, options)
+        outcome = _one_side(parts, job.rank, options, job.exact)
     else:
-        outcome = _one_side(parts.transposed(), job.rank, options)
+        outcome = _one_side(parts.transposed(), job.rank, options, job.exact)
         outcome = replace(outcome, stack=outcome.stack.transposed())
     # An adapter that is alone in a module disturbs nobody: it stays as it is.
     if options.beta == 0 or len(parts.adapters) < 2:
@@ -72,22 +80,24 @@ class Target:
     within some span, is found by plain least squares on `scaled`.
 
     Attributes:
-        vectors: Eigenvectors of S = sum of output metrics plus ridge, float64, shape (p, p).
-        root: Square roots of its eigenvalues, shape (p,); ones for the plain error.
-        scaled: S^(1/2) X* in those eigenvectors, shape (p, q).
+        root: Some L with L L^T = S, the sum of output metrics plus ridge, float64, shape (p, p);
+            None for the plain error.
+        scaled: L^T X*, shape (p, q).
     """
 
-    vectors: Tensor
-    root: Tensor
+    root: Tensor | None
     scaled: Tensor
 
     def from_metric(self, left: Tensor) -> Tensor:
-        """Columns of S^(1/2) X as columns of X, shape (p, n)."""
-        return self.vectors @ (left / self.root[:, None])
+        """Columns of L^T X as columns of X, shape (p, n)."""
+        if self.root is None:
+            return left
+        columns: Tensor = torch.linalg.solve_triangular(self.root.mT, left, upper=True)
+        return columns
 
     def to_metric(self, left: Tensor) -> Tensor:
-        """Columns of X as columns of S^(1/2) X."""
-        return self.root[:, None] * (self.vectors.mT @ left)
+        """Columns of X as columns of L^T X."""
+        return left if self.root is None else self.root.mT @ left
 
 
 def output_target(
@@ -102,12 +112,27 @@ def output_target(
     """
     share = _energy_shares(parts)
     metric = (parts.up * share) @ parts.up.mT
-    pull = ridge * (metric.diagonal().mean() if metric.any() else 1.0)  # deltas of zero: anything
+    # Deltas of zero: anything will do.
+    mean = metric.diagonal().mean() if bool(metric.any()) else metric.new_ones(())
+    pull = ridge * mean
     wanted = (parts.up * (parts.scale * (share + pull))) @ parts.down
+    root = _triangular_root(metric, pull)
+    half = torch.linalg.solve_triangular(root, wanted, upper=False)
+    if compress == "metric":
+        return Target(root, half)
+    return Target(None, torch.linalg.solve_triangular(root.mT, half, upper=True))
+
+
+def _triangular_root(metric: Tensor, pull: Tensor) -> Tensor:
+    """Lower L with L L^T = metric + pull, float64: by Cholesky, or of a root where that fails."""
+    lower: Tensor
+    lower, info = torch.linalg.cholesky_ex(metric + pull * torch.eye(len(metric)).to(metric))
+    if int(info) == 0:
+        return lower
     values, vectors = torch.linalg.eigh(metric)
-    values = values.clamp_min(0) + pull
-    root = values.sqrt() if compress == "metric" else torch.ones_like(values)
-    return Target(vectors, root, root[:, None] * ((vectors.mT @ wanted) / values[:, None]))
+    root = (values.clamp_min(0) + pull).sqrt()[:, None] * vectors.mT
+    lower = torch.linalg.qr(root, mode="r").R.mT
+    return lower
 
 
 def _energy_shares(parts: RankStack) -> Tensor:
@@ -117,13 +142,15 @@ def _energy_shares(parts: RankStack) -> Tensor:
     return parts.scale.square() / energy.masked_fill(energy == 0, 1.0)[parts.owner]
 
 
-def _one_side(parts: RankStack, rank: int | None, options: WudiOptions) -> Outcome:
+def _one_side(parts: RankStack, rank: int | None, options: WudiOptions, exact: bool) -> Outcome:
     """The output-side minimiser, cut to a rank in its metric."""
     target = output_target(parts, options.ridge, options.compress)
-    u, s, vh = truncated_svd(target.scaled, None)
-    left = target.from_metric(u[:, :rank])
+    found = cut_svd(target.scaled, rank, exact=exact)
+    alive = found.s > RTOL * found.s[:1]
+    left = target.from_metric(found.u[:, alive])
     # Both parts of a cut in the metric are orthogonal in it, so their energies there add up.
-    return Outcome(RankStack.single(left, vh[:rank], s[:rank]), energy=share_of_energy(s[:rank], s))
+    energy = float(found.s.square().sum()) / found.square if found.square > 0 else 1.0
+    return Outcome(RankStack.single(left, found.vh[alive], found.s[alive]), energy=min(energy, 1.0))
 
 
 def _both_sides(parts: RankStack, share: Tensor, rank: int | None, ridge: float) -> Outcome:
@@ -142,6 +169,8 @@ def _both_sides(parts: RankStack, share: Tensor, rank: int | None, ridge: float)
 
 def _flattened(result: RankStack, beta: float) -> RankStack:
     """The same directions and norm with a flatter spectrum, as Iso-C's."""
-    u, s, vh = truncated_svd(result.delta(), None)
+    u, s, vh = thin_svd(result.up * result.scale, result.down)
+    alive = s > RTOL * s[:1]
+    u, s, vh = u[:, alive], s[alive], vh[alive]
     values = flatten(s, beta)
     return RankStack.single(u, vh, values * (s.norm() / values.norm()) if len(s) else values)

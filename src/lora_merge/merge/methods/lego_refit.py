@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
-from lora_merge.linalg.factors import pivot_sign
+from lora_merge.linalg.factors import pivot_sign, thin_svd
 from lora_merge.linalg.kmeans import KMeansResult, kmeans
 from lora_merge.merge.methods.least_squares import Target, output_target
 from lora_merge.merge.methods.lego import members_of
 from lora_merge.merge.methods.method import Job, Outcome
 from lora_merge.merge.methods.spaces import core_of
-from lora_merge.merge.methods.spectral import flatten, triplets, truncated_svd
+from lora_merge.merge.methods.spectral import RTOL, flatten, triplets, truncated_svd
 from lora_merge.options import option
 
 
@@ -77,7 +77,7 @@ def lego_refit(stack: RankStack, job: Job, options: LegoRefitOptions) -> Outcome
     members[found.labels, torch.arange(len(size), device=size.device)] = size * found.signs
     up, down = _refitted(parts, members, target, options)
     if len(parts.adapters) > 1:
-        down = down @ _flattening(up @ down, options.beta)
+        down = _flattened(up, down, options.beta)
     result = RankStack.single(up, down)
     energy = _energy_kept(target, up, down) if options.beta == 0 else 1.0
     sizes = torch.bincount(found.labels, minlength=count).tolist()
@@ -143,15 +143,16 @@ def _pinv(x: Tensor) -> Tensor:
     return inverse
 
 
-def _flattening(result: Tensor, beta: float) -> Tensor:
-    """What flattens the singular values of a result from the right, its norm kept, as Iso-C's."""
-    _, s, vh = truncated_svd(result, None)
-    if beta == 0 or not s.numel():
-        return torch.eye(result.shape[1], dtype=result.dtype, device=result.device)
+def _flattened(up: Tensor, down: Tensor, beta: float) -> Tensor:
+    """`down` such that up @ down has flatter singular values, its norm kept, as Iso-C's."""
+    if beta == 0:
+        return down
+    _, s, vh = thin_svd(up, down)
+    alive = s > RTOL * s[:1]
+    s, vh = s[alive], vh[alive]
     values = flatten(s, beta)
-    values = values * (s.norm() / values.norm())
-    turned: Tensor = (vh.mT * (values / s)) @ vh
-    return turned
+    ratio = values / s * (s.norm() / values.norm()) if s.numel() else s
+    return ((down @ vh.mT) * ratio) @ vh
 
 
 def _energy_kept(target: Target, up: Tensor, down: Tensor) -> float:

@@ -96,19 +96,17 @@ def np_lora(stack: RankStack, job: Job, options: NpLoraOptions) -> Outcome:
 def _equal_groups(factors: list[Tensor]) -> list[list[int]]:
     """Indices of equal tensors together, in order of first appearance."""
     groups: list[list[int]] = []
+    alike: dict[tuple[object, ...], list[list[int]]] = {}
     for index, factor in enumerate(factors):
-        for group in groups:
-            first = factors[group[0]]
-            # Almost all pairs differ in their first entries already.
-            if (
-                first.shape == factor.shape
-                and torch.equal(first[:1, :8], factor[:1, :8])
-                and torch.equal(first, factor)
-            ):
+        # Almost all differ in their first entries already.
+        key = (factor.shape, *factor[:1, :8].flatten().tolist())
+        for group in alike.setdefault(key, []):
+            if torch.equal(factors[group[0]], factor):
                 group.append(index)
                 break
         else:
             groups.append([index])
+            alike[key].append(groups[-1])
     return groups
 
 

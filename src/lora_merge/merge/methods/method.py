@@ -29,6 +29,7 @@ class Job:
         source: The stack as it was read, before any step or change of coordinates.
         shared: What `Method.prepare` found out about all modules together.
         statistics: Collected activations of this module by name; empty where none were given.
+        exact: Decompose whole matrices, also where the leading directions would do.
     """
 
     module: str
@@ -40,6 +41,7 @@ class Job:
     source: RankStack | None = None
     shared: Any = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    exact: bool = False
 
     def rng(self) -> np.random.Generator:
         """Random numbers of this module: the same whatever else is merged, and in what order."""
@@ -99,6 +101,8 @@ class Method:
         gauge_free: The result depends on the deltas alone, not on how they are factored.
         adapters: Smallest and largest number of adapters.
         ordered: The order of the adapters means something.
+        sums: The result is the weighted sum of the deltas and nothing else.
+        searches: It makes the rank by the cut of a matrix, of which the leading directions do.
         needs: What it needs besides the adapters, in words; "" for nothing.
         cost: Work per module, in words.
         aliases: Other names.
@@ -126,6 +130,8 @@ class Method:
     gauge_free: bool = True
     adapters: tuple[int, int | None] = (1, None)
     ordered: bool = False
+    sums: bool = False
+    searches: bool = False
     needs: str = ""
     cost: str = "(d_in + d_out) R²"
     aliases: tuple[str, ...] = ()

@@ -37,6 +37,7 @@ _TABLE = (
         combine=linear.weighted_sum,
         space="units",
         aliases=("task-arithmetic", "linear"),
+        sums=True,
     ),
     Method(
         name="cat",
@@ -53,6 +54,7 @@ _TABLE = (
         summary="weighted mean of the deltas, cut to the largest input rank",
         paper="Wortsman et al. 2022, arXiv 2203.05482",
         combine=linear.weighted_sum,
+        sums=True,
         space="units",
         normalize="sum",
         exact=True,
@@ -177,6 +179,7 @@ _TABLE = (
         combine=least_squares.wudi,
         options=least_squares.WudiOptions,
         makes_rank=True,
+        searches=True,
     ),
     Method(
         name="wudi-iso",
@@ -186,6 +189,7 @@ _TABLE = (
         options=least_squares.WudiOptions,
         presets={"side": "output", "ridge": 0.01, "beta": 0.25},
         makes_rank=True,
+        searches=True,
         separates=True,
     ),
     Method(

@@ -61,6 +61,9 @@ class Semantics:
     basis: Anchor = option(
         "deltas", "core bases: of the deltas (gauge-free), or of the factors' stacks (the authors')"
     )
+    exact: bool = option(
+        False, "decompose sums of many units whole, not their leading directions alone"
+    )
 
     @property
     def factor(self) -> float:
