@@ -14,7 +14,7 @@ from lora_merge.evaluation.options import MakeSoup
     epilog="""\b
 Examples:
   lora-merge soup 'run/checkpoint-*' --base ./llama --data rows.jsonl -o soup
-  lora-merge soup seed-1 seed-2 seed-3 --base ./llama --data rows.jsonl -o soup
+  lora-merge soup one two three --base ./llama --data rows.jsonl -o soup
 """,
 )
 @adapters_argument

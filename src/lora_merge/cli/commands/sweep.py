@@ -14,7 +14,7 @@ from lora_merge.cli.shared.texts import words
 Examples:
   lora-merge sweep style.safetensors person.safetensors -o look
   lora-merge sweep a b --over scale,weights --count 16 -o look
-  lora-merge sweep a b --over method --methods svd,ties,np-lora --count 6 -o look
+  lora-merge sweep a b --over method --methods svd,ties --count 6 -o look
 """,
 )
 @adapters_argument

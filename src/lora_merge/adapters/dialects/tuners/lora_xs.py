@@ -46,7 +46,8 @@ def _module(group: Group) -> ModuleSpec:
         )
     core = group.shape(_CORE, 2)
     (r, d_in), (d_out, columns) = group.shape("lora_A", 2), group.shape("lora_B", 2)
-    group.check(core == (columns, r))
+    if core != (columns, r):
+        group.refuse(f"{group.keys[_CORE]} does not fit between B and A", "save the adapter again")
     return group.spec(
         ("lora_A", "lora_B", _CORE),
         _with_core,
