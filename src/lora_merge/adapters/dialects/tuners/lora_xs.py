@@ -34,15 +34,24 @@ def _claim(header: Header) -> Claims:
         if match is not None:
             part = _CORE if match["part"].endswith(_CORE) else match["part"]
             keys.setdefault(match["module"], {})[part] = key
-    modules = {name: _module(Group(header, name, parts)) for name, parts in sorted(keys.items())}
+    first = next(key for key in sorted(header.entries) if key.endswith(f"{_CORE}.weight"))
+    modules = {
+        name: _module(Group(header, name, parts), first) for name, parts in sorted(keys.items())
+    }
     return Claims(config, modules)
 
 
-def _module(group: Group) -> ModuleSpec:
+def _module(group: Group, first: str) -> ModuleSpec:
     if "lora_A" not in group or "lora_B" not in group:
         group.refuse(
-            "its A and B are not in the file; they were made from W by a randomised SVD",
+            f"the A and B of {group.keys.get(_CORE, first)} are not in the file; they were made "
+            "from W by a randomised SVD",
             "save the adapter with its frozen A and B",
+        )
+    if _CORE not in group:
+        group.refuse(
+            f"it has no core, though {first} makes the file one of LoRA-XS",
+            "save the adapter again, or leave that tensor out",
         )
     core = group.shape(_CORE, 2)
     (r, d_in), (d_out, columns) = group.shape("lora_A", 2), group.shape("lora_B", 2)
