@@ -185,8 +185,10 @@ def _relate(
         if deep:
             key = f"{content} intruders {_content(down, up)} {module.spec.scaling!r}"
             if key not in known:
-                delta = module.spec.scaling * (up.float() @ down.float())
-                known[key] = count_intruders(weight, delta)
+                largest = max(measures.frobenius, base_frobenius)  # so that nothing overflows
+                values = module.core.values[:rank] * (module.spec.scaling / largest)
+                delta = (u * values).float() @ vh.float()
+                known[key] = count_intruders((weight / largest).float(), delta)
             intruders = int(known[key])
     return BaseRelation(
         module.name,
