@@ -45,6 +45,7 @@ FLAGS = {
     "space": (["--space", "core"], "space", "core"),
     "basis": (["--basis", "stacks"], "basis", "stacks"),
     "smooth": (["--smooth", "flat"], "smooth", "flat"),
+    "exact": (["--exact"], "exact", True),
     "statistics": (["--statistics", "file"], "statistics", "file"),
     "weights": (["-w", "1", "-w", "[0.0, 1.0]"], "adapters", {"weight": [0.0, 1.0]}),
     "alpha": (["--alpha", "8"], "adapters", {"alpha": 8}),

@@ -59,10 +59,11 @@ class ModuleHook:
     def __init__(self, enter: Callable[[], Any], name: str, *, in_place: bool) -> None:
         self.enter, self.name, self.in_place = enter, name, in_place
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> Any:
-        """Add the experts, if this pass wants them."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        """Add the experts, if this pass wants them; `rest` is the keywords and the output."""
+        if len(rest) == 1:  # torch calls so while another thread is registering it: not this pass
+            return None
+        kwargs, out = rest
         passed = self.enter()
         place = None if passed is None else passed.gate.place_of(self.name)
         if place is None:
@@ -142,21 +143,22 @@ class ModuleHooks:
         for module, number, hook in self._hooks:
             hooks: Any = module._forward_hooks
             hooks[number] = hook
-            module._forward_hooks_with_kwargs[number] = True
             for later in [n for n in hooks if n > number]:  # each in the place it registered for
                 hooks.move_to_end(later)
         self.inside = True
 
     def _take_out(self) -> None:
+        """The note that they want keywords stays: a call that has begun may still come to them."""
         for module, number, _ in self._hooks:
             module._forward_hooks.pop(number, None)
-            module._forward_hooks_with_kwargs.pop(number, None)
         self.inside = False
 
     def clear(self) -> None:
         """Take the hooks out for good."""
         with _LOCK:
             self._take_out()
+            for module, number, _ in self._hooks:
+                module._forward_hooks_with_kwargs.pop(number, None)
             self._hooks.clear()
 
 
