@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Self
 
 import torch
 from torch import Tensor
@@ -90,8 +90,8 @@ def write_at(file: IO[bytes], data: bytes | memoryview, offset: int) -> None:
         ) from error
 
 
-class SafetensorsStream:
-    """A safetensors file whose header is known before its tensors.
+class TensorStream:
+    """A file whose header is known before its tensors, which come in any order.
 
     Use as a context manager; leaving it flushes the file to disk and checks that every tensor was
     written.
@@ -99,23 +99,29 @@ class SafetensorsStream:
     Args:
         path: The file to create.
         entries: Name → (safetensors dtype code, shape) of every tensor there will be.
-        metadata: Text metadata for the header.
+        head: What the file begins with.
+        offsets: Name → where the tensor stands in the file.
+        padded: The file's size, where more than tensors must fill it.
     """
 
     def __init__(
         self,
         path: Path,
         entries: Mapping[str, tuple[str, tuple[int, ...]]],
-        metadata: Mapping[str, str] | None = None,
+        head: bytes,
+        offsets: Mapping[str, int],
+        *,
+        padded: int | None = None,
     ) -> None:
         self.path = path
-        self._entries = entries
-        head, self._offsets, self.size = header_of(entries, metadata or {"format": "pt"})
+        self._entries, self._offsets = entries, offsets
         self._missing = set(entries)
         self._file = path.open("wb")
         try:
             write_at(self._file, head, 0)
-        except OutputError:
+            if padded is not None:
+                self._file.truncate(padded)
+        except (OutputError, OSError):
             self._file.close()
             raise
 
@@ -131,7 +137,7 @@ class SafetensorsStream:
         write_at(self._file, tensor_bytes(cast_to(tensor, code, name)), self._offsets[name])
         self._missing.discard(name)
 
-    def __enter__(self) -> "SafetensorsStream":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -146,6 +152,25 @@ class SafetensorsStream:
         self._file.close()
         if kind is None and self._missing:
             raise ValueError(f"never written: {sorted(self._missing)[:3]}")
+
+
+class SafetensorsStream(TensorStream):
+    """A safetensors file, written tensor by tensor.
+
+    Args:
+        path: The file to create.
+        entries: Name → (safetensors dtype code, shape) of every tensor there will be.
+        metadata: Text metadata for the header.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        entries: Mapping[str, tuple[str, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        head, offsets, self.size = header_of(entries, metadata or {"format": "pt"})
+        super().__init__(path, entries, head, offsets)
 
 
 def write_tensors(

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lora_merge.adapters.forms import ModuleSpec, stored_shapes
-from lora_merge.files.tensor_stream import SafetensorsStream, header_of
+from lora_merge.files.tensor_stream import SafetensorsStream, TensorStream, header_of
 
 Entries = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -45,16 +45,6 @@ class Written(Protocol):
         """What PEFT's `adapter_config.json` would say."""
 
 
-class Stream(Protocol):
-    """A file that takes its tensors in any order."""
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor in its place."""
-
-    def __exit__(self, *caught: Any) -> None:
-        """Close the file."""
-
-
 @dataclass(frozen=True)
 class Container:
     """The kind of file that holds the tensors.
@@ -64,7 +54,7 @@ class Container:
         header: Its head, the tensors' offsets and the file's size, from entries and metadata.
     """
 
-    stream: Callable[[Path, Entries, Mapping[str, str]], Stream]
+    stream: Callable[[Path, Entries, Mapping[str, str]], TensorStream]
     header: Callable[[Entries, Mapping[str, str]], tuple[bytes, dict[str, int], int]]
 
 
