@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from lora_merge.analysis.compare import Comparison
 from lora_merge.analysis.families import Tree, tree_of
+from lora_merge.analysis.pairs.matrices import divide
 from lora_merge.files.pages.pictures import figure_class
 from lora_merge.printing import short_names
 
@@ -39,11 +39,7 @@ def draw_comparison(comparison: Comparison) -> "Figure":
     shown = [n if len(n) <= 28 else f"{n[:13]}…{n[-14:]}" for n in (names[i] for i in order)]
     if tree:
         _draw_tree(axes.pop(0), tree, shown)
-    times = torch.where(
-        total.chance_interference > 0,
-        total.interference / total.chance_interference.clamp_min(1e-300),
-        0.0,
-    )
+    times = divide(total.interference, total.chance_interference)
     highest = max(2.0, float(times.fill_diagonal_(0).max()))
     panels = (
         ("cosine of the deltas", total.cosine, "RdBu_r", (-1.0, 1.0)),

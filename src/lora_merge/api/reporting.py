@@ -9,8 +9,7 @@ from lora_merge.analysis.report.document import ReportDocument, report_document,
 from lora_merge.analysis.report.page import page
 from lora_merge.api.arguments import looking as takes_of
 from lora_merge.arguments import takes
-from lora_merge.files.pages.html_page import write_html
-from lora_merge.files.targets import MARK, check_file
+from lora_merge.files.pages.html_page import check_page, write_html
 from lora_merge.planning import counted
 from lora_merge.printing import short_names
 
@@ -35,7 +34,7 @@ def report(given: takes_of.Report) -> ReportDocument:
         ('double', 'reverse', 'upper')
     """
     path = Path(given.out)
-    check_file(path, MARK.encode())
+    check_page(path)
     opened = open_adapters(given.adapters, **given.opening)
     spectra, comparison = given.spectra, given.comparison
     if spectra is None:

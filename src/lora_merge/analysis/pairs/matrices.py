@@ -92,7 +92,7 @@ def matrices_of(label: str, sums: PairSums) -> PairMatrices:
     products = total["products"]
     norms = products.diagonal().clamp_min(0).sqrt()
     present, samples = total["present"], total["samples"]
-    conflict = _divide(total["conflicts"], samples)
+    conflict = divide(total["conflicts"], samples)
     added = (products.diagonal()[:, None] + products.diagonal() + 2 * products).clamp_min(0).sqrt()
     nuclear = sums.nuclear * (count - 1) ** 2
     both = norms[:, None] * norms
@@ -101,29 +101,29 @@ def matrices_of(label: str, sums: PairSums) -> PairMatrices:
         modules=sums.modules,
         norms=norms,
         shared=present,
-        cosine=_divide(products, both).clamp(-1, 1),
-        overlap_out=_divide(total["overlap_out"], present),
-        overlap_in=_divide(total["overlap_in"], present),
-        chance_out=_divide(total["chance_out"], present),
-        chance_in=_divide(total["chance_in"], present),
-        dimensions=_divide(total["dimensions"], present),
-        cosine_out=_divide(total["cosine_out"], present),
-        cosine_in=_divide(total["cosine_in"], present),
-        interference=_divide(total["interference"], total["nuclear"]),
-        chance_interference=_divide(total["chance_interference"], total["nuclear"]),
+        cosine=divide(products, both).clamp(-1, 1),
+        overlap_out=divide(total["overlap_out"], present),
+        overlap_in=divide(total["overlap_in"], present),
+        chance_out=divide(total["chance_out"], present),
+        chance_in=divide(total["chance_in"], present),
+        dimensions=divide(total["dimensions"], present),
+        cosine_out=divide(total["cosine_out"], present),
+        cosine_in=divide(total["cosine_in"], present),
+        interference=divide(total["interference"], total["nuclear"]),
+        chance_interference=divide(total["chance_interference"], total["nuclear"]),
         conflict=conflict,
-        conflict_error=_divide(conflict * (1 - conflict), samples).sqrt(),
-        conflict_mass=_divide(total["conflict_mass"], total["mass"]),
+        conflict_error=divide(conflict * (1 - conflict), samples).sqrt(),
+        conflict_mass=divide(total["conflict_mass"], total["mass"]),
         factor_a=_correlation(total["factor_a"]),
         factor_b=_correlation(total["factor_b"]),
-        unit_match=_divide(total["unit_match"], present),
-        cancellation=_divide(added, norms[:, None] + norms),
+        unit_match=divide(total["unit_match"], present),
+        cancellation=divide(added, norms[:, None] + norms),
         set_cancellation=_ratio(math.sqrt(max(float(products.sum()), 0.0)), float(norms.sum())),
         set_interference=_ratio(sums.interference, nuclear),
     )
 
 
-def _divide(part: Tensor, whole: Tensor) -> Tensor:
+def divide(part: Tensor, whole: Tensor) -> Tensor:
     """`part / whole`, 0 where there is nothing."""
     return torch.where(whole > 0, part / whole.clamp_min(1e-300), 0.0)
 
@@ -134,4 +134,4 @@ def _ratio(part: float, whole: float) -> float:
 
 def _correlation(products: Tensor) -> Tensor:
     norms = products.diagonal().clamp_min(0).sqrt()
-    return _divide(products, norms[:, None] * norms).clamp(-1, 1)
+    return divide(products, norms[:, None] * norms).clamp(-1, 1)

@@ -6,15 +6,13 @@ from dataclasses import asdict, dataclass
 from shlex import quote
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lora_merge.adapters.measured.spectra import AdapterSpectra
 from lora_merge.adapters.module_names import labels, natural, place_of
 from lora_merge.analysis.advice import Advice, advise
 from lora_merge.analysis.compare import Comparison
 from lora_merge.analysis.families import cluster_adapters, tree_of
 from lora_merge.analysis.metrics import LOG_METRICS, METRIC_LABELS, METRICS
+from lora_merge.analysis.pairs.matrices import divide
 from lora_merge.analysis.verdicts import MEANING, Kind, Verdict, judge
 from lora_merge.files.tensor_file import DTYPES
 from lora_merge.printing import Report, Summary
@@ -156,9 +154,9 @@ def _pairs(comparison: Comparison, modules: Sequence[str]) -> dict[str, Any]:
     order = list(tree_of(total.cosine).order) if count > 2 else list(range(count))
     tables = {
         "cosine": total.cosine,
-        "interference": _over_chance(total.interference, total.chance_interference),
-        "overlap_in": _over_chance(total.overlap_in, total.chance_in),
-        "overlap_out": _over_chance(total.overlap_out, total.chance_out),
+        "interference": divide(total.interference, total.chance_interference),
+        "overlap_in": divide(total.overlap_in, total.chance_in),
+        "overlap_out": divide(total.overlap_out, total.chance_out),
         "conflict": total.conflict,
         "cancellation": total.cancellation,
     }
@@ -196,18 +194,11 @@ def _by_module(comparison: Comparison, modules: Sequence[str]) -> dict[str, Any]
         ]
 
     cosines = {n: m.cosine.tolist() for n, m in merged.items()}
-    times = {
-        n: _over_chance(m.interference, m.chance_interference).tolist() for n, m in merged.items()
-    }
+    times = {n: divide(m.interference, m.chance_interference).tolist() for n, m in merged.items()}
     return {
         "cosine": {f"{i},{j}": numbers(cosines, i, j) for i, j in pairs},
         "interference": {f"{i},{j}": numbers(times, i, j) for i, j in pairs},
     }
-
-
-def _over_chance(value: Tensor, chance: Tensor) -> Tensor:
-    """Times what random subspaces would show; 0 where chance shows nothing."""
-    return torch.where(chance > 0, value / chance.clamp_min(1e-300), 0.0)
 
 
 def _own_warnings(

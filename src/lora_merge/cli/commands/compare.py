@@ -75,13 +75,12 @@ def command(
     from lora_merge.cli.shared.api import show_notes_of, shown_progress
     from lora_merge.cli.shared.output import LongList, Output
     from lora_merge.cli.views.compare import comparison_view, plan_lines
+    from lora_merge.files.pages.html_page import check_page
     from lora_merge.files.pages.pictures import check_pictures, write_pictures
-    from lora_merge.files.targets import MARK, check_file
 
     output = Output(as_json, width=width)
     check_pictures(svg, png)
-    if html:
-        check_file(html, MARK.encode())
+    check_page(html)
     opening = {name: given.pop(name) for name in names_of(BaseOptions)}
     opened = lora_merge.open_adapters(adapters, **opening)
     if dry_run:

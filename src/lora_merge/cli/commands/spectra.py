@@ -88,15 +88,15 @@ def command(
     from lora_merge.analysis.figures import draw
     from lora_merge.cli.shared.api import show_notes_of, shown_progress
     from lora_merge.cli.shared.output import Output
+    from lora_merge.files.pages.html_page import check_page
     from lora_merge.files.pages.pictures import check_pictures, write_pictures
-    from lora_merge.files.targets import MARK, check_file
+    from lora_merge.files.targets import check_file
 
     output = Output(as_json, width=width)
     if csv:
         check_file(csv, CSV_MARK)
     check_pictures(svg, png)
-    if html:
-        check_file(html, MARK.encode())
+    check_page(html)
     opened = lora_merge.open_adapters(adapters, **opening)
     show_notes_of(output, opened)
     with shown_progress(output) as progress:

@@ -42,16 +42,14 @@ def command(
     import lora_merge
     from lora_merge.adapters.module_names import kind_of, layer_of
     from lora_merge.cli.shared.output import Output
-    from lora_merge.files.pages.html_page import write_html
-    from lora_merge.files.targets import MARK, check_file
+    from lora_merge.files.pages.html_page import check_page, write_html
     from lora_merge.mixture.insight.picture import check_picture, draw_usage
     from lora_merge.mixture.insight.usage_page import usage_page
 
     output = Output(as_json)
     if plot is not None:
         check_picture(plot)
-    if html is not None:
-        check_file(html, MARK.encode())
+    check_page(html)
     rows = Rows(output)
     seen = lora_merge.usage(mixture, **given, by_label=True, on_data=rows)
     keys: dict[str, Callable[[str], str]] = {"layer": layer_of, "kind": kind_of, "module": str}
@@ -79,12 +77,9 @@ def _view(usage: "Seen", key: Any) -> "list[RenderableType]":
 
     apart = usage.labels
     weights = usage.by(key)
-    entropies: dict[str, list[float]] = {}
-    for name in usage.modules:
-        entropies.setdefault(key(name), []).append(usage.entropy(name))
-    mean = {name: sum(values) / len(values) for name, values in entropies.items()}
     places = {name: weights[name].tolist() for name in natural(weights)}
-    shown: list[RenderableType] = ["mean weight of each expert", _heat(usage, places, mean)]
+    heat = _heat(usage, places, usage.entropies(key))
+    shown: list[RenderableType] = ["mean weight of each expert", heat]
     if apart:
         texts = {f"text of {n}": u.by(lambda _: "all")["all"].tolist() for n, u in apart.items()}
         shown += ["by the row's expert", _heat(usage, texts, {})]

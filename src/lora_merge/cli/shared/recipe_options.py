@@ -224,14 +224,12 @@ def explain_clusters(recipe: Recipe, html: Path | None, *, as_json: bool, **how:
     import lora_merge
     from lora_merge.cli.shared.output import Output
     from lora_merge.cli.views.clusters import clusters_data, clusters_view
-    from lora_merge.files.pages.html_page import write_html
-    from lora_merge.files.targets import MARK, check_file
+    from lora_merge.files.pages.html_page import check_page, write_html
     from lora_merge.merge.clusters.members import clusters_of
     from lora_merge.merge.clusters.page import clusters_page
 
     output = Output(as_json)
-    if html:
-        check_file(html, MARK.encode())
+    check_page(html)
     how = {name: how[name] for name in ("device", "jobs", "allow_pickle")}
     plan = lora_merge.plan_recipe(
         recipe, allow_pickle=how.pop("allow_pickle"), device=how["device"]

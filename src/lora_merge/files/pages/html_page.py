@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_merge._version import __version__
 from lora_merge.files.atomic import atomic_file
-from lora_merge.files.targets import MARK
+from lora_merge.files.targets import MARK, check_file
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -88,6 +88,16 @@ def html_page(
         f"<footer>lora-merge {escape(__version__)}. {escape(footer)}</footer>\n"
         f"{scripts}</body>\n</html>\n"
     )
+
+
+def check_page(path: Path | None) -> None:
+    """Refuse a page that could not be written, before anything is measured for it.
+
+    Raises:
+        OutputError: If its directory cannot be written, or the file is somebody else's.
+    """
+    if path is not None:
+        check_file(path, MARK.encode())
 
 
 def write_html(text: str, path: Path) -> int:

@@ -113,6 +113,13 @@ class Usage(Report):
             found.setdefault(key(name), []).append(weights)
         return {group: torch.stack(rows).mean(0) for group, rows in found.items()}
 
+    def entropies(self, key: Callable[[str], str]) -> dict[str, float]:
+        """Mean entropies of modules put together by a key, as `by` does."""
+        found: dict[str, list[float]] = {}
+        for name in self.modules:
+            found.setdefault(key(name), []).append(self.entropy(name))
+        return {group: sum(values) / len(values) for group, values in found.items()}
+
     def similarity(self) -> Tensor:
         """Cosine of two experts' weights over tokens, mean over modules that have both, (E, E)."""
         size = len(self.experts)

@@ -20,16 +20,13 @@ def usage_page(usage: Usage) -> str:
     parts = [_labels(usage)] if usage.labels else []
     keys = (("layer", layer_of), ("kind of module", kind_of), ("module", str))
     for title, key in keys:
-        weights = usage.by(key)
-        entropies: dict[str, list[float]] = {}
-        for name in usage.modules:
-            entropies.setdefault(key(name), []).append(usage.entropy(name))
+        weights, entropies = usage.by(key), usage.entropies(key)
         most = _largest(weights.values())
         rows: list[Sequence[Cell | str]] = [
             (
                 name,
                 *_heat(weights[name], most),
-                f"{sum(entropies[name]) / len(entropies[name]):.2f}",
+                f"{entropies[name]:.2f}",
             )
             for name in natural(weights)
         ]
