@@ -20,25 +20,25 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 SHARED = Path(os.environ.get("LORA_MERGE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 HAS_SHARED = (SHARED / "adapters").is_dir()
+NO_SHARED = "no real adapters on this machine (set LORA_MERGE_SHARED)"
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real adapters and models, where the machine has them (LORA_MERGE_SHARED or ../shared)."""
     if not HAS_SHARED:
-        pytest.skip("no real adapters on this machine (set LORA_MERGE_SHARED)")
+        pytest.skip(NO_SHARED)
     return SHARED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what was left out: a green run that saw less than it could must not look complete."""
-    skipped = [report.nodeid for report in terminalreporter.stats.get("skipped", [])]
+    skipped = terminalreporter.stats.get("skipped", [])
+    asked = [f"  {report.nodeid}" for report in skipped if NO_SHARED in str(report.longrepr)]
     left_out = []
-    if not HAS_SHARED:
-        asked = [f"  {name}" for name in skipped if name in _asking_for_shared]
-        if asked:
-            left_out += [f"{len(asked)} tests on real adapters: no {SHARED}", *asked]
-            left_out += ["  set LORA_MERGE_SHARED to a folder that holds adapters/ and arena/"]
+    if asked:
+        left_out += [f"{len(asked)} tests on real adapters: no {SHARED}", *asked]
+        left_out += ["  set LORA_MERGE_SHARED to a folder that holds adapters/ and arena/"]
     if not find_spec("triton"):
         left_out += ["all tests of the Triton kernels: triton is not installed"]
     if not find_spec("ray"):
@@ -47,11 +47,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("NOT TESTED", sep="=", yellow=True, bold=True)
         for line in left_out:
             terminalreporter.write_line(line, yellow=True)
-
-
-_asking_for_shared: set[str] = set()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Remember which tests need real adapters."""
-    _asking_for_shared.update(i.nodeid for i in items if "shared" in getattr(i, "fixturenames", ()))
