@@ -299,7 +299,7 @@ def build_adapter(
     dialect, claims = understand(header)
     weight = None
     if base is not None:
-        weight = partial(base.weight, transposed=claims.config.fan_in_fan_out)
+        weight = partial(base.weight, config=claims.config)
     return Adapter(
         name=name,
         config=claims.config,

@@ -1,6 +1,5 @@
 """From an adapter's names to a base checkpoint's: which prefix to take away or to add."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -9,12 +8,12 @@ from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
+from lora_merge.adapters.base_weights import lies_transposed
 from lora_merge.adapters.forms import ModuleSpec
+from lora_merge.adapters.identity.expert_names import expert_place
+from lora_merge.adapters.module_names import unwrapped
 from lora_merge.errors import AdapterError
 from lora_merge.files.checkpoint import Checkpoint
-
-# One expert in a module's path.
-_EXPERT = re.compile(r"(?<=experts)\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,8 @@ def _refuse_other_experts(adapter: Adapter, module: str, stem: str, base: Checkp
     """Name the reason where the base stores its experts apart and the adapter does not, or so."""
     stems = {stem.removesuffix(".weight"), stem.rpartition(".")[0]}
     apart = [n for n in base.tensors if n.startswith(tuple(f"{one}.0." for one in stems))]
-    together = [
-        name
-        for name in base.tensors
-        if _EXPERT.search(module) and name.startswith(_EXPERT.split(stem)[0] + ".")
-    ]
+    single = expert_place(stem.removesuffix(".weight"))
+    together = [n for n in base.tensors if single and n.startswith(f"{single.stem}.")]
     found = [*apart, *together]
     if not found:
         return
@@ -105,29 +101,24 @@ def _prefixes(names: Iterable[str]) -> set[str]:
     return {prefix for prefix in found if not any(p.isdigit() for p in prefix.split("."))}
 
 
-def unwrapped(name: str) -> str:
-    """A module's name without the wrappers that PEFT puts around expert parameters."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
-
-
-def weight_of(checkpoint: Checkpoint, spec: ModuleSpec, *, transposed: bool) -> Tensor | None:
+def weight_of(adapter: Adapter, spec: ModuleSpec, checkpoint: Checkpoint) -> Tensor | None:
     """A module's base weight as (d_out, d_in), float32; None where the checkpoint lacks it.
 
     Args:
+        adapter: The adapter.
+        spec: One of its modules; experts have no single weight and give None.
         checkpoint: The base model.
-        spec: The adapted module; experts have no single weight and give None.
-        transposed: Whether the base stores (in, out), as GPT-2 does.
 
     Raises:
         AdapterError: If the shapes do not belong together.
     """
-    name = checkpoint.find(spec.name) if spec.form != "experts" else None
+    name = checkpoint.find(unwrapped(spec.name)) if spec.form != "experts" else None
     if name is None:
         return None
     weight = checkpoint.read(name).to(torch.float32)
     if spec.form == "conv":
         weight = weight.flatten(1)
-    elif spec.form == "embedding" or (transposed and spec.form == "linear"):
+    elif spec.form == "embedding" or lies_transposed(checkpoint, spec.name, adapter.config):
         weight = weight.mT
     if tuple(weight.shape) != (spec.d_out, spec.d_in):
         raise AdapterError(

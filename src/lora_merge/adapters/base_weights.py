@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lora_merge.adapters.config import AdapterConfig
+from lora_merge.adapters.module_names import unwrapped
 from lora_merge.adapters.units import BaseWeight
 from lora_merge.errors import AdapterError
 from lora_merge.files.checkpoint import Checkpoint
@@ -27,7 +29,7 @@ class BaseModel(Protocol):
         """Shape of a module's weight as the base stores it; None where it has none."""
         ...
 
-    def weight(self, module: str, *, transposed: bool) -> BaseWeight:
+    def weight(self, module: str, *, config: AdapterConfig) -> BaseWeight:
         """A module's weight as a (d_out, d_in) matrix."""
         ...
 
@@ -49,6 +51,14 @@ class BaseModel(Protocol):
         ...
 
 
+def lies_transposed(checkpoint: Checkpoint, module: str, config: AdapterConfig) -> bool:
+    """Whether a linear module's weight is stored as (in, out), as GPT-2's Conv1D is.
+
+    PEFT's config says so, and a file without one does not: then the base itself does.
+    """
+    return config.fan_in_fan_out or checkpoint.is_conv1d(module)
+
+
 @dataclass(frozen=True, eq=False)
 class CheckpointBase:
     """A base model on disk, known by its headers.
@@ -66,12 +76,12 @@ class CheckpointBase:
         name = self._find(module)
         return None if name is None else self.checkpoint.tensors[name].shape
 
-    def weight(self, module: str, *, transposed: bool) -> BaseWeight:
+    def weight(self, module: str, *, config: AdapterConfig) -> BaseWeight:
         """A module's weight, read when it is used.
 
         Args:
             module: The adapter's name for it.
-            transposed: Whether the base stores (in, out), as GPT-2 does.
+            config: The adapter's.
 
         Raises:
             AdapterError: If there is none, or it is quantised.
@@ -87,6 +97,7 @@ class CheckpointBase:
                 f"{self.checkpoint.folder}: {name} is {self.checkpoint.tensors[name].dtype}",
                 "name the unquantised model",
             )
+        transposed = lies_transposed(self.checkpoint, name.removesuffix(".weight"), config)
         return StreamedWeight(self.checkpoint, name, transposed)
 
     def has_bias(self, module: str) -> bool:
@@ -124,7 +135,7 @@ class CheckpointBase:
 
     def _find(self, module: str) -> str | None:
         """A weight's name by a module's path, or by kohya's flattened form of it."""
-        module = self.renamed(module)
+        module = unwrapped(self.renamed(module))
         tried = (self.checkpoint.find(name) for name in _spellings(module))
         found = next((name for name in tried if name is not None), None)
         if found is not None or "." in module:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+# What PEFT calls the module inside its wrapper.
+WRAPPED = "base_layer"
 _NUMBERS = re.compile(r"(?:^|\.)\d+\.")
 _LAYER = re.compile(r"^(?P<stack>.*?)(?:^|\.)(?P<layer>\d+)(?:\.(?P<kind>.+)|$)")
 
@@ -76,6 +78,11 @@ def _heads(stacks: Sequence[str]) -> list[str]:
         if len(set(column)) == len(column):
             return column
     return list(stacks)
+
+
+def unwrapped(name: str) -> str:
+    """A name in the base model: without the wrappers of PEFT that an adapted module is inside."""
+    return ".".join(part for part in name.split(".") if part != WRAPPED)
 
 
 def layer_of(module: str) -> str:

@@ -115,8 +115,7 @@ def relate_to_base(
     known = _load(cache)
 
     def one(module: ModuleSpectrum) -> BaseRelation | None:
-        transposed = adapter.config.fan_in_fan_out
-        weight = weight_of(checkpoint, module.spec, transposed=transposed)
+        weight = weight_of(adapter, module.spec, checkpoint)
         if weight is None:
             return None
         return _relate(adapter, module, weight, known, intruders)
@@ -147,7 +146,7 @@ def base_weights(
 
     def one(name: str) -> float:
         spec = adapter.modules[name]
-        weight = weight_of(checkpoint, spec, transposed=adapter.config.fan_in_fan_out)
+        weight = weight_of(adapter, spec, checkpoint)
         if weight is None:
             raise AdapterError(
                 f"{checkpoint.folder}: no weight of {name} there", "name the adapter's base model"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_merge.adapters.access.live_modules import is_conv1d
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.alignment import align, read_stacks
@@ -106,7 +107,7 @@ def _lies_transposed(model: nn.Module, module: AlignedModule, weight: Tensor) ->
         return False
     if spec.form == "experts":
         return tuple(weight.shape[1:]) != (spec.d_out, spec.d_in)
-    return type(model.get_submodule(module.name)).__name__ == "Conv1D"
+    return is_conv1d(model.get_submodule(module.name))
 
 
 def _fits(weight: Tensor | None, module: AlignedModule) -> bool:

@@ -143,7 +143,6 @@ class Checkpoint:
         Raises:
             AdapterError: If several tensors could be meant.
         """
-        module = module.removesuffix(".base_layer")
         wanted = f"{module}.weight"
         if wanted in self.tensors:
             return wanted

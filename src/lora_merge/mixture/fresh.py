@@ -14,6 +14,7 @@ import torch
 
 from lora_merge.adapters.adapter import Adapter, build_adapter
 from lora_merge.adapters.config import parse_config
+from lora_merge.adapters.dialects.spelling import PREFIX
 from lora_merge.errors import MethodError
 from lora_merge.files.tensor_file import TensorDict
 
@@ -56,7 +57,7 @@ def fresh_adapters(
             draw = zlib.crc32(f"{number} {module}".encode()) ^ (seed * 0x9E3779B1)
             random = torch.Generator().manual_seed(draw)
             a = (torch.rand(rank, d_in, generator=random) * 2 - 1) / sqrt(d_in)
-            tensors[f"base_model.model.{module}.lora_A.weight"] = a
-            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.zeros(d_out, rank)
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = a
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.zeros(d_out, rank)
         adapters.append(build_adapter(name, parse_config(config, name), TensorDict(tensors)))
     return adapters

@@ -8,8 +8,10 @@ from typing import Literal
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.alignment import align
-from lora_merge.adapters.base_names import Naming, find_naming, unwrapped
+from lora_merge.adapters.base_names import Naming, find_naming
+from lora_merge.adapters.base_weights import lies_transposed
 from lora_merge.adapters.forms import ModuleSpec
+from lora_merge.adapters.module_names import unwrapped
 from lora_merge.errors import AdapterError
 from lora_merge.files.checkpoint import Checkpoint
 from lora_merge.files.tensor_file import DTYPES
@@ -168,7 +170,7 @@ def _layout_of_square(adapter: Adapter, spec: ModuleSpec, base: Checkpoint) -> L
     if spec.form == "experts":
         turned = base.config.get("model_type") in _TRANSPOSED_EXPERTS
     else:
-        turned = adapter.config.fan_in_fan_out or base.is_conv1d(spec.name)
+        turned = lies_transposed(base, spec.name, adapter.config)
     return "transposed" if turned else "plain"
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_merge.adapters.dialects.spelling import PREFIX
+from lora_merge.adapters.module_names import unwrapped
 from lora_merge.errors import AlignmentError, LoraMergeError, MethodError
 
 
@@ -122,7 +124,7 @@ def _missing(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     base = live.get_base_model() if is_peft(model) else model
     modules = {name for name, _ in base.named_modules()}
     wanted = {
-        key.removeprefix("base_model.model.").partition(".lora_")[0].replace(".base_layer", "")
+        unwrapped(key.removeprefix(PREFIX).partition(".lora_")[0])
         for key in tensors
         if ".lora_" in key
     }

@@ -19,10 +19,10 @@ from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.dialects.peft_targets import is_targeted
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.adapters.identity.expert_names import definition_order
+from lora_merge.adapters.module_names import WRAPPED
 from lora_merge.adapters.units import Units
 from lora_merge.errors import AdapterError
 
-_WRAPPER = ".base_layer"
 _VERSION = re.compile(r"(\d+)\.(\d+)")
 # The first PEFT that looks at how a model stores its experts.
 _ORIENTED = (0, 19)
@@ -68,8 +68,8 @@ def find_parameters(
     levels: dict[str, dict[int, str]] = {}
     for path in paths:
         stem, depth = path, 0
-        while stem.endswith(_WRAPPER):
-            stem, depth = stem.removesuffix(_WRAPPER), depth + 1
+        while stem.endswith(f".{WRAPPED}"):
+            stem, depth = stem.removesuffix(f".{WRAPPED}"), depth + 1
         levels.setdefault(stem, {})[depth] = path
     found = {}
     for stem, nested in levels.items():

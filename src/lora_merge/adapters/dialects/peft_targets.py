@@ -6,6 +6,7 @@ from typing import Any
 from lora_merge.adapters.config import AdapterConfig, matching_keys
 from lora_merge.adapters.dialects.config_patterns import matcher
 from lora_merge.adapters.dialects.peft_whole import VOCABULARY
+from lora_merge.adapters.module_names import WRAPPED
 from lora_merge.errors import AdapterError
 
 _ANY_LAYER = r".*?\.[^.]*\.(?P<layer>\d+)\."
@@ -21,7 +22,7 @@ def is_targeted(config: AdapterConfig, module: str) -> bool:
     if config.raw.get("ensure_weight_tying") and module.rpartition(".")[2] in VOCABULARY:
         return True  # the tied one of two follows the other
     # PEFT wraps an attention of torch and the projection inside it.
-    name = module.partition(".base_layer.")[0]
+    name = module.partition(f".{WRAPPED}.")[0]
     if _names(config.raw.get("exclude_modules"), name):
         return False
     if isinstance(targets, str):

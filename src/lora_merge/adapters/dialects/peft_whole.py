@@ -8,6 +8,7 @@ from math import prod
 
 from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.forms import ExtraSpec
+from lora_merge.adapters.module_names import WRAPPED, unwrapped
 from lora_merge.errors import AdapterError
 
 # What PEFT saves where the vocabulary was resized, without a word in the config.
@@ -36,8 +37,8 @@ def whole_parameters(
 
     def is_whole(name: str, key: str) -> bool:
         module, _, leaf = name.rpartition(".")
-        if module.endswith(".base_layer"):  # the adapted module itself, below PEFT's wrapper
-            module = module.removesuffix(".base_layer")
+        if module != unwrapped(module):  # the adapted module itself, below PEFT's wrapper
+            module = unwrapped(module)
             if leaf != "bias":
                 return _is_below(module, named)
         if leaf == "bias" and (bias == "all" or (bias == "lora_only" and module in modules)):
@@ -68,7 +69,7 @@ def check_whole(extra: ExtraSpec, adapter: str) -> None:
 
 def lost_biases(config: AdapterConfig, extras: Container[str], modules: Iterable[str]) -> list[str]:
     """A note where biases were trained and PEFT did not save them."""
-    stored = ("bias", "base_layer.bias")
+    stored = ("bias", f"{WRAPPED}.bias")
     if config.bias == "none" or any(f"{m}.{leaf}" in extras for m in modules for leaf in stored):
         return []
     return [

@@ -1,6 +1,5 @@
 """Directories for mlx-lm."""
 
-import re
 from typing import Any
 
 from torch import Tensor
@@ -12,9 +11,8 @@ from lora_merge.adapters.formats.file_format import (
     shapes_by_expert,
 )
 from lora_merge.adapters.forms import ModuleSpec
+from lora_merge.adapters.module_names import kind_of, place_of
 from lora_merge.errors import AdapterError
-
-_LAYER = re.compile(r"^(?:.*\.)?layers\.(\d+)\.(.+)$")
 
 
 def _check(plan: Written) -> None:
@@ -42,10 +40,10 @@ def _arrange(spec: ModuleSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _config(plan: Written) -> dict[str, Any]:
     """mlx-lm puts a LoRA on the named modules of the last `num_layers` layers."""
-    places = [_LAYER.match(name) for name in plan.modules]
-    layers = [int(place[1]) for place in places if place]
-    keys = {place[2] for place in places if place}
-    keys |= {name for name, place in zip(plan.modules, places, strict=True) if not place}
+    places = {name: place_of(name) for name in plan.modules}
+    inside = {n: p for n, p in places.items() if kind_of(p.stack) == "layers"}
+    layers = [p.layer for p in inside.values() if p.layer is not None]
+    keys = {inside[name].kind if name in inside else name for name in plan.modules}
     return {
         "fine_tune_type": "lora",
         "model": plan.config.get("base_model_name_or_path"),

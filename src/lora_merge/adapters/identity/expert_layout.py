@@ -5,7 +5,6 @@ transformers 5 one parameter for all (`experts.gate_up_proj`, the rows of gate a
 Stacking puts the units of gate and up beside each other, B block-diagonal, as PEFT does at loading.
 """
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.forms import ModuleSpec
+from lora_merge.adapters.identity.expert_names import expert_place, is_expert_module
 from lora_merge.adapters.units import Recipe, Units
 from lora_merge.errors import AdapterError
 from lora_merge.files.tensor_file import TensorSource, widest_dtype
 
-_MODULE = re.compile(r"^(?P<stem>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>[^.]+)$")
 # A projection of one expert → the parameter of all, and its place among the parts of that.
 _PARTS = {
     "gate_proj": ("gate_up_proj", 0),
@@ -47,7 +46,7 @@ class _Part:
 
 def has_expert_modules(adapter: Adapter) -> bool:
     """Whether an adapter has modules of single experts."""
-    return any(_MODULE.match(name) for name in adapter.modules)
+    return any(map(is_expert_module, adapter.modules))
 
 
 def one_layout(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -77,18 +76,18 @@ def stacked(adapter: Adapter, counts: Mapping[str, int]) -> Adapter:
     groups: dict[tuple[str, str], list[tuple[int, int, ModuleSpec]]] = {}
     modules = {}
     for name, spec in adapter.modules.items():
-        match = _MODULE.match(name)
-        stem = "" if match is None else _new_stem(match["stem"])
-        if match is None or match["leaf"] not in _PARTS or stem not in counts:
+        single = expert_place(name)
+        stem = "" if single is None else _new_stem(single.stem)
+        if single is None or single.leaf not in _PARTS or stem not in counts:
             modules[name] = spec
             continue
-        parameter, place = _PARTS[match["leaf"]]
-        if spec.key_bias is not None or int(match["expert"]) >= counts[stem]:
+        parameter, place = _PARTS[single.leaf]
+        if spec.key_bias is not None or single.expert >= counts[stem]:
             raise AdapterError(
                 f"{adapter.name}: {name} has no place among the {counts[stem]} experts of {stem}",
                 "take adapters of one base model",
             )
-        groups.setdefault((stem, parameter), []).append((int(match["expert"]), place, spec))
+        groups.setdefault((stem, parameter), []).append((single.expert, place, spec))
     for (stem, parameter), members in groups.items():
         name = f"{stem}.{parameter}"
         modules[name] = _stack(name, parameter, counts[stem], members, adapter.name)
@@ -281,12 +280,11 @@ def all_one_by_one(adapters: Sequence[Adapter]) -> list[Adapter]:
     for adapter in adapters:
         for name, spec in adapter.modules.items():
             stem, _, leaf = name.rpartition(".")
-            single = _MODULE.match(name)
+            single = expert_place(name)
             if leaf == "gate_up_proj" and spec.form == "experts":
                 counts[stem] = spec.num_experts
             elif leaf == "gate_up_proj" and single is not None:
-                last = int(single["expert"])
-                counts[single["stem"]] = max(counts.get(single["stem"], 0), last + 1)
+                counts[single.stem] = max(counts.get(single.stem, 0), single.expert + 1)
     return [one_by_one(stacked(a, counts) if _has_parts_apart(a) else a) for a in adapters]
 
 
@@ -296,7 +294,7 @@ def _has_parts_apart(adapter: Adapter) -> bool:
 
 def is_apart(names: Iterable[str]) -> bool:
     """Whether among modules are projections of single experts that no model has as modules."""
-    return any(name.endswith(".gate_up_proj") and _MODULE.match(name) for name in names)
+    return any(name.endswith(".gate_up_proj") and is_expert_module(name) for name in names)
 
 
 def stacked_again(adapter: Adapter) -> Adapter:
@@ -306,12 +304,11 @@ def stacked_again(adapter: Adapter) -> Adapter:
     groups: dict[tuple[str, str], list[tuple[int, int, ModuleSpec]]] = {}
     modules = {}
     for name, spec in adapter.modules.items():
-        match = _MODULE.match(name)
-        if match is None:
+        single = expert_place(name)
+        if single is None:
             modules[name] = spec
             continue
-        members = groups.setdefault((match["stem"], match["leaf"]), [])
-        members.append((int(match["expert"]), 0, spec))
+        groups.setdefault((single.stem, single.leaf), []).append((single.expert, 0, spec))
     for (stem, leaf), members in groups.items():
         name, count = f"{stem}.{leaf}", 1 + max(expert for expert, _, _ in members)
         modules[name] = _stack(name, leaf, count, members, adapter.name, whole=True)

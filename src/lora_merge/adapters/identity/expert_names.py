@@ -3,10 +3,12 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 from lora_merge.adapters.forms import ModuleSpec
+from lora_merge.adapters.module_names import WRAPPED
 
-_EXPERT_MODULE = re.compile(r"(^|\.)experts\.\d+\.[^.]+$")
+_EXPERT_MODULE = re.compile(r"(?P<stem>(?:.*\.)?experts)\.(?P<expert>\d+)\.(?P<leaf>[^.]+)")
 # As transformers' experts define them; PEFT nests its wrappers in this order.
 _DEFINED = ("gate_proj", "w1", "gate_up_proj", "up_proj", "w3", "v1", "down_proj", "w2")
 
@@ -19,17 +21,29 @@ def definition_order(parameters: Iterable[str]) -> list[str] | None:
     return sorted(names, key=_DEFINED.index) if names <= set(_DEFINED) else None
 
 
-def expert_place(name: str) -> tuple[str, int, str] | None:
-    """Path of the experts, number and leaf of one expert's module (`experts.3.up_proj`)."""
-    if not is_expert_module(name):
-        return None
-    stem, number, leaf = name.rsplit(".", 2)
-    return stem, int(number), leaf
+class ExpertPlace(NamedTuple):
+    """Where the module of one expert stands, as transformers 4 has them (`experts.3.up_proj`).
+
+    Attributes:
+        stem: Path of the experts (`model.layers.0.mlp.experts`).
+        expert: The expert's number.
+        leaf: Which of its projections.
+    """
+
+    stem: str
+    expert: int
+    leaf: str
+
+
+def expert_place(name: str) -> ExpertPlace | None:
+    """The place of one expert's module; None where a module is none."""
+    match = _EXPERT_MODULE.fullmatch(name)
+    return match and ExpertPlace(match["stem"], int(match["expert"]), match["leaf"])
 
 
 def is_expert_module(name: str) -> bool:
-    """Whether a module is a projection of one expert (`experts.3.up_proj`), as transformers 4."""
-    return _EXPERT_MODULE.search(name) is not None
+    """Whether a module is a projection of one expert."""
+    return expert_place(name) is not None
 
 
 def equal_experts(ranks: Mapping[str, int]) -> dict[str, int]:
@@ -53,7 +67,7 @@ def with_wrappers(modules: Mapping[str, ModuleSpec]) -> dict[str, ModuleSpec]:
             parameters = stems[_stem(spec)]
             order = definition_order(parameters) or sorted(parameters)
             depth = len(order) - 1 - order.index(spec.parameter)
-            spec = replace(spec, wrapper=_stem(spec) + ".base_layer" * depth)
+            spec = replace(spec, wrapper=_stem(spec) + f".{WRAPPED}" * depth)
         placed[name] = spec
     return placed
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_merge.adapters.access.live_modules import linear_shape
 from lora_merge.adapters.dialects.spelling import canonical
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.errors import AlignmentError
@@ -149,10 +150,7 @@ def _misfit(spec: ModuleSpec, target: nn.Module) -> str | None:
     else:
         if isinstance(target, (nn.Embedding, nn.Conv2d, nn.Conv3d)):
             return f"{spec.name}: a linear layer's factors, but the model has {_kind(target)}"
-        have = (
-            getattr(target, "out_features", getattr(target, "nf", spec.d_out)),
-            getattr(target, "in_features", getattr(target, "nx", spec.d_in)),
-        )
+        have = linear_shape(target) or (spec.d_out, spec.d_in)
     if have != (spec.d_out, spec.d_in):
         return f"{spec.name}: experts {spec.d_out} x {spec.d_in}, the model {have[0]} x {have[1]}"
     return None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lora_merge.adapters.access.live_modules import is_conv1d, linear_shape
 from lora_merge.errors import LoraMergeError, SourceError
 from lora_merge.files.hub import download
 from lora_merge.files.inputs import note_input
@@ -86,7 +87,6 @@ def linear_modules(base: str) -> dict[str, tuple[int, int]]:
     """
     with _told(base), torch.device("meta"):
         import transformers
-        from transformers.pytorch_utils import Conv1D
 
         config = transformers.AutoConfig.from_pretrained(base)
         kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
@@ -95,9 +95,10 @@ def linear_modules(base: str) -> dict[str, tuple[int, int]]:
     inside = f"{prefix}." if prefix and hasattr(model, prefix) else ""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {
-        name: (m.nf, m.nx) if isinstance(m, Conv1D) else (m.out_features, m.in_features)
+        name: shape
         for name, m in model.named_modules()
-        if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head and name.startswith(inside)
+        if (isinstance(m, torch.nn.Linear) or is_conv1d(m)) and (shape := linear_shape(m))
+        if m is not head and name.startswith(inside)
     }
 
 

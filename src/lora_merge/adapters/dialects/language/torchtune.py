@@ -9,6 +9,7 @@ from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
 from lora_merge.adapters.dialects.grouping import Group
 from lora_merge.adapters.dialects.spelling import canonical
 from lora_merge.adapters.forms import ModuleSpec
+from lora_merge.adapters.module_names import place_of
 from lora_merge.adapters.units import Units
 from lora_merge.errors import AdapterError
 
@@ -23,7 +24,6 @@ _NAMES = {
     "mlp.w2": "mlp.down_proj",
     "mlp.w3": "mlp.up_proj",
 }
-_LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
 
 
 def _recognises(header: Header) -> bool:
@@ -53,13 +53,13 @@ def _claim(header: Header) -> Claims:
 def _name(header: Header, module: str) -> str:
     if module == "output":
         return "lm_head"
-    match = _LAYER.match(module)
-    if match is None or match[2] not in _NAMES:
+    place = place_of(module)
+    if place.stack != "layers" or place.kind not in _NAMES:
         raise AdapterError(
             f"{header.adapter}: torchtune's {module} has no known name in transformers",
             "take the PEFT adapter that torchtune writes beside this one",
         )
-    return f"model.layers.{match[1]}.{_NAMES[match[2]]}"
+    return f"model.layers.{place.layer}.{_NAMES[place.kind]}"
 
 
 def _module(group: Group) -> ModuleSpec:

@@ -6,7 +6,6 @@ its own, exactly as if expert 3 were a module. The stack follows transformers' e
 from which is known how it stores its weights and what it does between them.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_merge.adapters.identity.expert_names import expert_place
 from lora_merge.errors import MethodError
 from lora_merge.mixture.runtime.call.in_force import Switch
 from lora_merge.mixture.runtime.call.passes import Pass, Routed
 
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
-_NAME = re.compile(r"(?:^|\.)experts\.(?P<expert>\d+)\.(?P<leaf>\w+)$")
 # A projection that transformers 4 had as a module -> which half of `gate_up_proj` it is.
 _DOWN = ("down_proj", "w2")
 _HALVES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
@@ -70,9 +69,9 @@ def projection_of(module: Any, name: str) -> Projection:
         module: The stack.
         name: The mixture's name for it, such as "model.layers.0.mlp.experts.3.down_proj".
     """
-    match = _NAME.search(name)
-    assert match is not None
-    leaf, expert = match["leaf"], int(match["expert"])
+    place = expert_place(name)
+    assert place is not None
+    _, expert, leaf = place
     if leaf in _DOWN:
         return Projection("down_proj", expert)
     inner = _inner(module)
