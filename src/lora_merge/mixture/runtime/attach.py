@@ -22,7 +22,6 @@ from lora_merge.kernels.gated_stack import dispatch
 from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.insight.usage import Usage
 from lora_merge.mixture.mixture import Mixture
-from lora_merge.mixture.runtime.base_matrix import join_groups
 from lora_merge.mixture.runtime.call.asked import Request, Weights, gate_asked_for, names_in
 from lora_merge.mixture.runtime.call.by_text import ByText
 from lora_merge.mixture.runtime.call.entry import Entry, refuse_other_tokens
@@ -45,6 +44,7 @@ from lora_merge.mixture.runtime.overhead import Overhead, overhead
 from lora_merge.mixture.runtime.precision import gate_dtype
 from lora_merge.mixture.runtime.targets import without_wrappers
 from lora_merge.mixture.runtime.two_pass import HiddenGate, TwoPass, refuse_two_sequences
+from lora_merge.mixture.runtime.wrapped.base_matrix import join_groups
 
 _SHORTCUT = "mixture"
 Layout = Literal["stack", "rows", "border"]

@@ -16,8 +16,8 @@ from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.gates.initial import svd_form
 from lora_merge.mixture.gates.layer_norm import standardised_rows
 from lora_merge.mixture.mixture import Mixture
-from lora_merge.mixture.runtime.member import Member
 from lora_merge.mixture.runtime.targets import device_of, find_targets
+from lora_merge.mixture.runtime.wrapped.member import Member
 
 # Names of modules that read one tensor, as the model families call them.
 _SIBLINGS = (

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from lora_merge.errors import MethodError
 from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.mixture import Mixture
-from lora_merge.mixture.runtime.group import Group
 from lora_merge.mixture.runtime.two_pass import HiddenGate
+from lora_merge.mixture.runtime.wrapped.group import Group
 
 
 def learned_parameters(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_merge.errors import MethodError
 from lora_merge.mixture.runtime.attach import AttachedMixture
-from lora_merge.mixture.runtime.group import Group
+from lora_merge.mixture.runtime.wrapped.group import Group
 from lora_merge.mixture.training.checkpoint import add_metrics, save_state
 from lora_merge.mixture.training.data import Batch, Example, batches, in_order
 from lora_merge.mixture.training.losses import GateLosses

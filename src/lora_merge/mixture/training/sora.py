@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_merge.errors import MethodError
 from lora_merge.mixture.mixture import Mixture
-from lora_merge.mixture.runtime.group import Group
+from lora_merge.mixture.runtime.wrapped.group import Group
 
 
 def soft_threshold(values: Tensor, threshold: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_merge.errors import MethodError
 from lora_merge.kernels import gated_stack
 from lora_merge.mixture.runtime.call.passes import Pass, Stage
-from lora_merge.mixture.runtime.decide import check_prompt
+from lora_merge.mixture.runtime.wrapped.decide import check_prompt
 
 _DECIDED = ("decided", "the whole model")
 

@@ -1,4 +1,4 @@
-"""What has to be known of wrapped modules to decide for them; `group.Group` is one.
+"""What has to be known of wrapped modules to decide for them; `wrapped.group.Group` is one.
 
 Passes are `passes.Pass`, which knows of modules itself, so that this file cannot know it.
 """

@@ -8,8 +8,8 @@ from torch import nn
 from lora_merge.errors import MethodError
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.fit_to_model import make_members
-from lora_merge.mixture.runtime.group import Group
-from lora_merge.mixture.runtime.member import Member, joined
+from lora_merge.mixture.runtime.wrapped.group import Group
+from lora_merge.mixture.runtime.wrapped.member import Member, joined
 
 
 def numbers_of(old: Mixture, new: Mixture) -> dict[int, int]:

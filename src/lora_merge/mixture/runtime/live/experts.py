@@ -18,7 +18,6 @@ from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.gates.named_weights import weight_row
 from lora_merge.mixture.gates.text_index import TextIndex
 from lora_merge.mixture.mixture import Mixture
-from lora_merge.mixture.runtime.base_matrix import JoinedGroup
 from lora_merge.mixture.runtime.call.bank import Bank, groups_by_name
 from lora_merge.mixture.runtime.call.by_text import vectors_of
 from lora_merge.mixture.runtime.call.entry import Before, Entry, parts_of
@@ -27,12 +26,13 @@ from lora_merge.mixture.runtime.call.hooks import ModuleHook, body_of, forget_co
 from lora_merge.mixture.runtime.call.in_force import Switch, changed, within
 from lora_merge.mixture.runtime.call.passes import of_module
 from lora_merge.mixture.runtime.fit_to_model import group_members
-from lora_merge.mixture.runtime.group import Group
 from lora_merge.mixture.runtime.live.changed import changed_members, check_names, numbers_of
 from lora_merge.mixture.runtime.live.shelf import Shelf, refuse_closed
-from lora_merge.mixture.runtime.member import Member
 from lora_merge.mixture.runtime.moe.enter import Entered, can_enter, enter_module
 from lora_merge.mixture.runtime.precision import gate_dtype
+from lora_merge.mixture.runtime.wrapped.base_matrix import JoinedGroup
+from lora_merge.mixture.runtime.wrapped.group import Group
+from lora_merge.mixture.runtime.wrapped.member import Member
 
 CHANGES = RLock()  # one change at a time; a lock of its own could not be copied with a model
 

@@ -16,10 +16,10 @@ from lora_merge.kernels.gated_stack import base_matrix, dispatch
 from lora_merge.kernels.gated_stack.base_matrix import Joined
 from lora_merge.kernels.gated_stack.eager import expand
 from lora_merge.kernels.gated_stack.gpu.base_matrix_launch import gate_pieces, has_pieces
-from lora_merge.mixture.runtime.by_kernel import Plan, plan_joined
 from lora_merge.mixture.runtime.call.passes import Pass, current, of_module
-from lora_merge.mixture.runtime.group import Group
-from lora_merge.mixture.runtime.shared_input import Siblings
+from lora_merge.mixture.runtime.wrapped.by_kernel import Plan, plan_joined
+from lora_merge.mixture.runtime.wrapped.group import Group
+from lora_merge.mixture.runtime.wrapped.shared_input import Siblings
 
 
 class JoinedGroup:
