@@ -10,10 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_merge.kernels.gate_rule import Rule
-from lora_merge.kernels.gated_stack.gpu import _triton, _triton_gate_expand
+from lora_merge.kernels.gated_stack.gpu.jit import (
+    _triton_expand,
+    _triton_gate,
+    _triton_gate_expand,
+    _triton_shrink,
+)
 from lora_merge.kernels.gated_stack.layout import WORD, Layout
 
-INTERPRETED = type(_triton.shrink_kernel).__name__ == "InterpretedFunction"
+INTERPRETED = type(_triton_shrink.shrink_kernel).__name__ == "InterpretedFunction"
 _PIECE = 1024  # width of a piece of the scores' products; of the width alone, or bits would depend
 # on the tokens beside a token
 NARROW = 64  # tokens up to which the own shrink is used; above, a library GEMM is
@@ -101,7 +106,7 @@ def shrink(
     tiles_n = _cdiv(units, tiles.n) + _cdiv(scores, tiles.n)
     arithmetic, mixed = _arithmetic(x.dtype), other.dtype != x.dtype
     with _on(x.device):
-        _triton.shrink_kernel[(_cdiv(tokens, tiles.m), tiles_n, tiles.split)](
+        _triton_shrink.shrink_kernel[(_cdiv(tokens, tiles.m), tiles_n, tiles.split)](
             x, down, other, parts, tokens, x.stride(0), units, scores, width,
             BM=tiles.m, BN=tiles.n, BK=tiles.k, GATE_BK=tiles.k // 2, SPLIT=tiles.split,
             GATE_UPCAST=mixed or arithmetic["UPCAST"], **arithmetic,
@@ -137,7 +142,7 @@ def score(x: Tensor, gate: Tensor) -> Tensor:
     split = min(16, _cdiv(width, _PIECE))
     parts = torch.empty(split, tokens, scores, dtype=torch.float32, device=x.device)
     with _on(x.device):
-        _triton.score_kernel[(_cdiv(tokens, 128), _cdiv(scores, 64), split)](
+        _triton_shrink.score_kernel[(_cdiv(tokens, 128), _cdiv(scores, 64), split)](
             x, gate, parts, tokens, x.stride(0), scores, width, BM=128, BN=64, BK=64, SPLIT=split,
             PIECES=pieces, UPCAST=INTERPRETED, num_warps=8, num_stages=3, enable_fp_fusion=False,
         )  # fmt: skip
@@ -181,7 +186,7 @@ def gate(
     count = layout.num_weights + (rule is not None and rule.null_row)
     block = block or (1 if tokens <= 64 else 4)
     with _on(device):
-        _triton.gate_kernel[(_cdiv(tokens, block), members)](
+        _triton_gate.gate_kernel[(_cdiv(tokens, block), members)](
             parts, scores, layout.columns, parts if bias is None else bias, z, words, u,
             tokens, tokens // scores.shape[1], parts.stride(1), scores.stride(1),
             parts.stride(0), scores.stride(0), units, count, num_words, *_numbers(rule),
@@ -208,7 +213,7 @@ def expand(y: Tensor, z: Tensor, up: Tensor, words: Tensor | None, tiles: Tiles)
     (tokens, width), units = y.shape, up.shape[0]
     out = torch.empty(tokens, width, dtype=y.dtype, device=y.device)
     with _on(y.device):
-        _triton.expand_kernel[(_cdiv(tokens, tiles.m), _cdiv(width, tiles.n))](
+        _triton_expand.expand_kernel[(_cdiv(tokens, tiles.m), _cdiv(width, tiles.n))](
             y, z, up, z if words is None else words, out, tokens,
             y.stride(0), z.stride(0), 0 if words is None else words.stride(0), units, width,
             BM=tiles.m, BN=tiles.n, SKIP=words is not None,
@@ -281,7 +286,7 @@ def _rule(rule: Rule | None, count: int) -> dict[str, Any]:
     null = int(rule.null_score is not None)
     kept = rule.top_k or 0
     return {
-        "KIND": _triton.KINDS.index(kind), "TOP_K": kept if kept < count + null else 0,
+        "KIND": _triton_gate.KINDS.index(kind), "TOP_K": kept if kept < count + null else 0,
         "ABSOLUTE": rule.absolute, "NULL": null, "BS": _power(count + null),
     }  # fmt: skip
 

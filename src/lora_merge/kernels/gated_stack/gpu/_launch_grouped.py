@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from lora_merge.kernels.gate_rule import Rule
-from lora_merge.kernels.gated_stack.gpu import _triton_grouped
 from lora_merge.kernels.gated_stack.gpu._launch import (
     _arithmetic,
     _cdiv,
@@ -13,6 +12,7 @@ from lora_merge.kernels.gated_stack.gpu._launch import (
     _power,
     _rule,
 )
+from lora_merge.kernels.gated_stack.gpu.jit import _triton_grouped
 from lora_merge.kernels.gated_stack.layout import Layout, Places
 
 BLOCK = 32  # tokens of a block

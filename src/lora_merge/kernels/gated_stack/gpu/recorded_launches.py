@@ -13,14 +13,22 @@ from lora_merge.kernels.gate_rule import Rule, Value
 from lora_merge.kernels.gated_stack.gpu import (
     _launch,
     _launch_grouped,
-    _triton,
+    grouped,
+)
+from lora_merge.kernels.gated_stack.gpu.jit import (
+    _triton_expand,
+    _triton_gate,
     _triton_gate_expand,
     _triton_grouped,
-    grouped,
+    _triton_shrink,
 )
 from lora_merge.kernels.gated_stack.layout import Layout, Places
 
-_ROOMS = {"": _triton, "gate and expand: ": _triton_gate_expand, "grouped: ": _triton_grouped}
+_ROOMS = {  # kernels of one family, by what their names begin with
+    "": (_triton_shrink, _triton_gate, _triton_expand),
+    "gate and expand: ": (_triton_gate_expand,),
+    "grouped: ": (_triton_grouped,),
+}
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
     torch.int32: "*i32", torch.int64: "*i64",
@@ -139,7 +147,7 @@ def recording() -> Iterator[list[Launch]]:
     """Note launches instead of making them; for one thread, and tensors on `meta`."""
     found: list[Launch] = []
     held = []
-    for family, room in _ROOMS.items():
+    for family, room in [(f, room) for f, rooms in _ROOMS.items() for room in rooms]:
         for name, kernel in list(vars(room).items()):
             if name.endswith("_kernel"):
                 held.append((room, name, kernel))

@@ -7,7 +7,7 @@ weights anew, which costs less than one more launch, and asks for its piece of `
 import triton
 import triton.language as tl
 
-from lora_merge.kernels.gated_stack.gpu._triton import gate_facts, sum_of_pieces, weight_at
+from lora_merge.kernels.gated_stack.gpu.jit._triton_gate import gate_facts, sum_of_pieces, weight_at
 
 
 @triton.jit

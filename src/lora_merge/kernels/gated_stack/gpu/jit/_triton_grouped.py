@@ -15,7 +15,7 @@ not needed end at once. What becomes of a token does not depend on the tokens be
 import triton
 import triton.language as tl
 
-from lora_merge.kernels.gated_stack.gpu._triton import gate_facts, sum_of_pieces, weight_at
+from lora_merge.kernels.gated_stack.gpu.jit._triton_gate import gate_facts, sum_of_pieces, weight_at
 
 
 @triton.jit(do_not_specialize=["tokens"])
