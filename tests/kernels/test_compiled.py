@@ -69,12 +69,14 @@ def test_what_does_not_compile_is_a_result() -> None:
     assert one.kernel == "expand" and one.error and "\n" not in one.error
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("rule", [Rule(), Rule(top_k=2)], ids=["dense", "top-2"])
-def test_all_programs_of_a_decoding_launch_fit_at_once(rule: Rule) -> None:
+def test_all_programs_of_a_decoding_launch_fit_at_once(rule: Rule, early: bool) -> None:
     """28 experts of rank 8 on Llama-3-8B's gate_proj and up_proj, as `joined` runs them.
 
     Four programs of 8 warps share a processor if each thread has at most 64 registers, and each has
-    asked for all its 32 kB of `up` before it waits; 448 programs then fit on 132 processors.
+    asked for all its 32 kB of `up` before it waits, unless the gate has to say which it wants; 448
+    programs then fit on 132 processors.
     """
     from lora_merge.kernels.gated_stack.gpu import _launch
     from lora_merge.kernels.gated_stack.gpu.recorded_launches import recording
@@ -85,12 +87,33 @@ def test_all_programs_of_a_decoding_launch_fit_at_once(rule: Rule) -> None:
         _launch.gate_expand(
             empty(1, sum(widths)), empty(1, 1, 448), empty(3, 1, 56),
             empty(224 * sum(widths), dtype=torch.bfloat16), widths, columns, tiles, torch.bfloat16,
-            rule=rule,
+            rule=rule, early=early,
         )  # fmt: skip
     (one,) = compiled(found)
+    assert one.ahead == (0 if rule.top_k else 8)  # of 16 bytes, by each of 256 threads
     assert one.registers <= 64 and not one.spilled
     programs, threads = sum(widths) // tiles.n, 32 * tiles.warps
     assert programs <= 132 * (65536 // (threads * 64))
+
+
+def test_where_most_rows_are_used_the_first_are_asked_for_before_the_gate_is_known() -> None:
+    """16 tokens that keep 2 of 28 experts use two thirds of the rows, of 64 experts fewer."""
+    from lora_merge.kernels.gated_stack.gpu import _launch
+    from lora_merge.kernels.gated_stack.gpu.recorded_launches import recording
+
+    half, width = torch.bfloat16, 14336
+    with recording() as found:
+        for experts in (28, 64):
+            _launch.gate_expand(
+                empty(16, width), empty(1, 16, 8 * experts), empty(3, 16, experts),
+                empty(8 * experts * width, dtype=half), (width,),
+                empty(8 * experts, dtype=torch.int64), _launch.gate_expand_tiles(16, width), half,
+                rule=Rule(top_k=2),
+            )  # fmt: skip
+    most, few = compiled(found)
+    assert "SKIP=False" in most.setting and "SKIP=True" in few.setting
+    assert most.ahead == 4  # of 16 bytes, by each of 256 threads: 16 kB a program
+    assert not most.spilled and not few.spilled
 
 
 def test_the_expand_of_a_prompt_has_loads_in_flight() -> None:

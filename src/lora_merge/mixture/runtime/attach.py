@@ -36,6 +36,12 @@ from lora_merge.mixture.runtime.call.hooks import (
 from lora_merge.mixture.runtime.call.in_force import InForce, Switch, changed, within
 from lora_merge.mixture.runtime.call.passes import stop_carrying
 from lora_merge.mixture.runtime.fit_to_model import make_members
+from lora_merge.mixture.runtime.graph.step_graphs import (
+    StepGraphs,
+    record_steps,
+    refuse_unrecordable,
+    stop_recording,
+)
 from lora_merge.mixture.runtime.learned import gate_tensors, learned_parameters
 from lora_merge.mixture.runtime.live.experts import CHANGES, LiveExperts
 from lora_merge.mixture.runtime.live.shelf import Library, Shelf
@@ -60,6 +66,7 @@ def load_mixture(
     layout: Layout | None = None,
     max_experts: int | None = None,
     library: Library | None = None,
+    graph: bool = False,
 ) -> "AttachedMixture":
     """Attach a mixture to a model; afterwards the model runs and generates as always.
 
@@ -76,6 +83,10 @@ def load_mixture(
         max_experts: Most experts at once: what is added beyond puts the least recently named away.
         library: A directory of adapters, or references by name: experts that `requests` or
             `set_gate` name and that are not attached, are added from there.
+        graph: Record a decoding step as a CUDA graph and replay it for every further token:
+            `generate` then takes a static cache unless told otherwise, and the host only copies
+            the token in and the logits out. What is no such step runs as ever. Where a host's
+            launches are what a token costs; best with the layout "rows".
 
     Returns:
         The handle, also reachable as `model.mixture`.
@@ -83,8 +94,9 @@ def load_mixture(
     Raises:
         MethodError: If the model has not the modules, has a mixture of that name already, or has
             weights that cannot be moved (tied, quantised, offloaded); if the layout or
-            LORA_MERGE_KERNELS is none of the names; or if the gate takes no new experts and there
-            is a limit or a library.
+            LORA_MERGE_KERNELS is none of the names; if the gate takes no new experts and there
+            is a limit or a library; or if there is to be a graph and the model is on no GPU, is
+            offloaded or has an encoder, or the gate looks at the tokens before (X-LoRA, sequence).
 
     Examples:
         >>> import lora_merge
@@ -100,7 +112,9 @@ def load_mixture(
     wanted: dict[str, Layout] = {"concat": "border", "joined": "rows"}
     chosen = layout or wanted.get(forced, "stack")
     shelf = Shelf(max_experts, library)
-    return AttachedMixture(model, mixture, name=name, dtype=dtype, layout=chosen, shelf=shelf)
+    return AttachedMixture(
+        model, mixture, name=name, dtype=dtype, layout=chosen, shelf=shelf, graph=graph
+    )
 
 
 class AttachedMixture(LiveExperts):
@@ -113,13 +127,17 @@ class AttachedMixture(LiveExperts):
         dtype: Of the experts.
         layout: "stack", "rows" or "border".
         shelf: Limits, and where more experts are.
+        graph: Whether decoding steps are recorded.
 
     Attributes:
         mixture: What is attached; `current()` has what training made of it.
         groups: The wrapped modules.
         classifier: X-LoRA's classifier, or None.
         two_pass: Drives the first pass of X-LoRA, or None.
+        graphs: What records decoding steps, or None.
     """
+
+    graphs: StepGraphs | None = None
 
     def __init__(
         self,
@@ -130,6 +148,7 @@ class AttachedMixture(LiveExperts):
         dtype: torch.dtype | None = None,
         layout: Layout = "stack",
         shelf: Shelf | None = None,
+        graph: bool = False,
     ) -> None:
         super().__init__()
         self.name, self._dtype, self._shelf = name, dtype, shelf or Shelf()
@@ -150,6 +169,8 @@ class AttachedMixture(LiveExperts):
         if spec.decides_before:
             refuse_other_tokens(model, targets)
         check_enterable(spec, targets)
+        if graph:
+            refuse_unrecordable(model, spec)
         self.switch = Switch(InForce(spec))
         self.classifier: HiddenGate | None = None
         self.two_pass: TwoPass | None = None
@@ -175,6 +196,7 @@ class AttachedMixture(LiveExperts):
         self._hook(model, self.bank, targets)
         self._register(model)
         self.set_gate()
+        self.graphs = record_steps(model, self._switches) if graph else None
 
     @property
     def matrices(self) -> list[Tensor]:
@@ -189,6 +211,8 @@ class AttachedMixture(LiveExperts):
         self.bank.forget()
         for joined in self._joined:
             joined.join()
+        if self.graphs is not None:
+            self.graphs.forget()
         return self
 
     def train(self, mode: bool = True) -> "AttachedMixture":
@@ -250,6 +274,8 @@ class AttachedMixture(LiveExperts):
         if registry is None or registry._modules.get(self._key) is not self:
             return
         del registry[self._key]
+        if all(each.graphs is None for each in registry.values()):
+            stop_recording(model)
         if len(registry):
             if model.__dict__.get(_SHORTCUT) is self:
                 next(reversed(registry.values())).activate()

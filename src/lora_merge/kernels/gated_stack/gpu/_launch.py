@@ -2,7 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -235,6 +235,7 @@ def gate_expand(
     *,
     rule: Rule | None = None,
     bias: Tensor | None = None,
+    early: bool = False,
 ) -> Tensor:
     """Gate the units of a few tokens, and add their outputs to the base modules'.
 
@@ -250,6 +251,8 @@ def gate_expand(
         dtype: Of the result.
         rule: How scores become weights.
         bias: For the selection alone, shape (M n,).
+        early: Begin to read `up` while the launch before this one still runs (programmatic
+            dependent launch); for one that does not write `up`, `columns` or `bias`.
 
     Returns:
         Every (T, d_out), one after another.
@@ -265,11 +268,32 @@ def gate_expand(
             tokens, tokens // scores.shape[1], y.stride(0), parts.stride(1), scores.stride(1),
             parts.stride(0), scores.stride(0), units, count, *_numbers(rule), widths,
             MEMBERS=members, SPLIT=parts.shape[0], SCORE_SPLIT=scores.shape[0],
-            **_rule(rule, count), BIAS=bias is not None, SKIP=rule is None or rule.is_sparse,
+            **_rule(rule, count), BIAS=bias is not None, SPARSE=rule is None or rule.is_sparse,
+            SKIP=_skips(rule, count, min(tokens, tiles.m)), EARLY=early,
             BT=tiles.m, BN=tiles.n, BR=chunk, ONE_CHUNK=units <= chunk, **_arithmetic(up.dtype),
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False,
+            **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return out
+
+
+def _skips(rule: Rule | None, count: int, tokens: int) -> bool:
+    """Whether so few rows of `up` are used that it pays to know which before asking for them.
+
+    To know first costs a trip to memory, more than reading half of the rows does.
+    """
+    if rule is None:
+        return True
+    if rule.top_k is None:
+        return False
+    return (1 - rule.top_k / max(count, rule.top_k)) ** tokens > 0.5
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it ends: compute capability 9.0 and later."""
+    known = device.type == "cuda" and torch.version.hip is None
+    return known and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def processors(device: torch.device) -> int:

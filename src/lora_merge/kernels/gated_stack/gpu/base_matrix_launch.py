@@ -70,6 +70,8 @@ class JoinedStack:
         self.splits = [joined.outputs[-1], joined.num_units, joined.scores]
         self.splits.append(len(joined.padded) - sum(self.splits))
         self.scores = scores
+        # Of what the kernel reads, the product before it makes y, u and scores alone.
+        self.early = _launch.overlaps(joined.up.device)
 
     def __call__(self, x: Tensor, weights: Tensor | None = None) -> list[Tensor]:
         """Every output without the module's bias.
@@ -98,6 +100,6 @@ class JoinedStack:
         tiles = self.tiles(tokens, self.splits[0], self.up.element_size())
         out = self.launch(
             y, u[None], scores, self.up, self.widths, self.columns, tiles, self.up.dtype,
-            rule=self.rule, bias=self.bias,
+            rule=self.rule, bias=self.bias, early=self.early,
         )  # fmt: skip
         return [*out.split_with_sizes([tokens * width for width in self.widths])]

@@ -14,6 +14,8 @@ from lora_merge.kernels.gated_stack.gpu import _launch
 from lora_merge.kernels.gated_stack.gpu.recorded_launches import Launch, launches, sample
 
 CAPABILITIES = (80, 89, 90, 100)
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
+_EXCHANGES = ("BAR", "SHFL", "ACQBULK")  # with other threads, or with the kernel before
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # kB of shared memory that a program may have
 
 
@@ -30,6 +32,8 @@ class Compiled:
         spilled: Bytes of local memory and stack per thread.
         shared: Bytes of shared memory per program.
         asynchronous: Copies to shared memory that the arithmetic does not wait for.
+        ahead: Loads of 16 bytes that a thread asks for before it waits for another.
+        instructions: Of the whole kernel.
     """
 
     kernel: str
@@ -40,6 +44,8 @@ class Compiled:
     spilled: int = 0
     shared: int = 0
     asynchronous: int = 0
+    ahead: int = 0
+    instructions: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -115,23 +121,29 @@ def compile_one(launch: Launch, capability: int) -> Compiled:
     usage = _usage(done.asm["cubin"])
     most = SHARED.get(capability, 99) << 10
     error = f"wants {shared} bytes of shared memory of {most}" if shared > most else ""
-    return Compiled(launch.name, capability, setting, error, *usage[:2], shared, usage[2])
+    return Compiled(launch.name, capability, setting, error, shared=shared, **usage)
 
 
-def _usage(binary: bytes) -> tuple[int, int, int]:
-    """Registers, spilled bytes and asynchronous copies of a binary."""
+def _usage(binary: bytes) -> dict[str, int]:
+    """What `Compiled` says of a binary."""
     tool = _tool()
     if not tool.exists():
-        return 0, 0, 0
+        return {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary)
         found = re.search(
             r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _dump(tool, "-res-usage", path)
         )
-        copies = len(re.findall(r"\bLDGSTS\b", _dump(tool, "-sass", path)))
+        steps = _INSTRUCTION.findall(_dump(tool, "-sass", path))
     registers, stack, local = map(int, found.groups()) if found else (0, 0, 0)
-    return registers, stack + local, copies
+    waits = (i for i, step in enumerate(steps) if step.startswith(_EXCHANGES))
+    ahead = steps[: next(waits, len(steps))]
+    return {
+        "registers": registers, "spilled": stack + local,
+        "asynchronous": sum(step.startswith("LDGSTS") for step in steps),
+        "ahead": sum(step.startswith("LDG.E.128") for step in ahead), "instructions": len(steps),
+    }  # fmt: skip
 
 
 def _tool() -> Path:

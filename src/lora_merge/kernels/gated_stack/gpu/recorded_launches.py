@@ -33,6 +33,7 @@ _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
     torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 PROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148}  # of the largest GPU of a compute capability
 _TOKENS = (1, 2, 16, 17, 64, 65, 129)  # on both sides of each bound of the tile choosers
 _WIDTHS = ((4096, (4096, 1024, 1024)), (4096, (14336, 14336)), (14336, (4096,)), (72, (40, 9)))
@@ -94,9 +95,7 @@ class _Recorder:
         return self
 
     def __call__(self, *arguments: Any, **named: Any) -> None:
-        options: dict[str, Any] = {
-            n: named.pop(n) for n in ("num_warps", "num_stages", "enable_fp_fusion") if n in named
-        }
+        options: dict[str, Any] = {n: named.pop(n) for n in _OPTIONS if n in named}
         signature: dict[str, Any] = {}
         constants: dict[Any, Any] = dict(named)
         aligned: list[tuple[int, ...]] = []
@@ -172,7 +171,7 @@ def launches(capability: int) -> list[Launch]:
                 _shrinks(tokens, d_in, len(widths), dtype, PROCESSORS.get(capability, 132))
         for dtype, (widths, experts, pieces) in product(_DTYPES, _STACKS):
             for tokens, rule in product(_TOKENS, _RULES):
-                _gates(tokens, widths, experts, pieces, dtype, rule)
+                _gates(tokens, widths, experts, pieces, dtype, rule, early=capability >= 90)
     return [*{launch.key: launch for launch in reversed(found)}.values()]
 
 
@@ -212,6 +211,8 @@ def _gates(
     pieces: tuple[int, int],
     dtype: torch.dtype,
     rule: Rule | None,
+    *,
+    early: bool,
 ) -> None:
     """Gate and expand, in one kernel and in two, and grouped where it fits."""
     (count, rank), members = experts, len(widths)
@@ -224,9 +225,11 @@ def _gates(
     if tokens <= 16:
         y, up = _empty(tokens, outputs), _empty(count * rank * outputs, dtype=dtype)
         tiles = _launch.gate_expand_tiles(tokens, outputs, up.element_size())
-        _launch.gate_expand(
-            y, parts, raw, up, widths, layout.columns, tiles, dtype, rule=rule, bias=bias
-        )
+        for before in {False, early and dtype == torch.bfloat16}:
+            _launch.gate_expand(
+                y, parts, raw, up, widths, layout.columns, tiles, dtype,
+                rule=rule, bias=bias, early=before,
+            )  # fmt: skip
     z, words, _ = _launch.gate(parts, raw, layout, dtype, rule=rule, bias=bias, keep_u=rule is None)
     z, words = z[:, : count * rank], words[:, : layout.num_words]
     y, up = _empty(tokens, widths[0], dtype=dtype), _empty(count * rank, widths[0], dtype=dtype)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_merge.errors import MethodError
 from lora_merge.mixture.runtime.call.hooks import REGISTRY
 from lora_merge.mixture.runtime.call.in_force import InForce, kept
+from lora_merge.mixture.runtime.graph.step_graphs import static_by_default
 
 _TEXTS = ("inputs_embeds", "input_ids")
 _OTHERS = ("inputs", "pixel_values", "input_features")
@@ -66,7 +67,7 @@ class Generate:
         token = _CURRENT.set(_read(args, kwargs, encodes=self.encodes))
         try:
             with kept(mixture.switch for mixture in mixtures):
-                return self.__wrapped__(*args, **kwargs)
+                return self.__wrapped__(*args, **static_by_default(self.model, kwargs))
         finally:
             _CURRENT.reset(token)
 

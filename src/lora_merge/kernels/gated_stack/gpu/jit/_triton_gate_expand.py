@@ -6,6 +6,7 @@ weights anew, which costs less than one more launch, and asks for its piece of `
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from lora_merge.kernels.gated_stack.gpu.jit._triton_gate import gate_facts, sum_of_pieces, weight_at
 
@@ -48,6 +49,8 @@ def gate_expand_kernel(
     NULL: tl.constexpr,
     BIAS: tl.constexpr,
     SKIP: tl.constexpr,
+    SPARSE: tl.constexpr,
+    EARLY: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
@@ -60,7 +63,7 @@ def gate_expand_kernel(
 
     `y` holds the members' outputs side by side, `up` and `out` one matrix after another. With SKIP
     a row of `up` that no token uses is not fetched; without, it is asked for before its weight is
-    known.
+    known, and with EARLY before the kernel that makes `y` and the parts has ended.
     """
     tile = tl.program_id(0)
     m = 0
@@ -81,6 +84,10 @@ def gate_expand_kernel(
     lane = tl.arange(0, BR)
     if not SKIP:
         b = _rows_of_up(up_columns, lane, width, lane < units, in_n)
+        if not EARLY:
+            tl.debug_barrier()  # or the compiler moves the loads behind the gate
+    if EARLY:
+        gdc_wait()
     unit_row = parts + (t * stride_parts)[:, None] + m * units
     score_row = score_parts + (t // share * stride_scores)[:, None] + m * scores
     facts = gate_facts(
@@ -98,9 +105,12 @@ def gate_expand_kernel(
             bias + m * scores, inside, temperature, factor, facts, KIND, TOP_K, ABSOLUTE, BIAS,
         )  # fmt: skip
         z = tl.where(inside, u * own, 0.0).to(up.dtype.element_ty)
-        if SKIP:
+        if SPARSE:
             live = tl.max(tl.where(z != 0.0, 1, 0), 0) > 0
-            b = _rows_of_up(up_columns, first + lane, width, live, in_n)
+            if SKIP:
+                b = _rows_of_up(up_columns, first + lane, width, live, in_n)
+            else:
+                b = tl.where(live[:, None], b, 0.0)
         if BT == 1:
             each = tl.sum(z.to(tl.float32), 0)[:, None] * b.to(tl.float32)
             acc += tl.sum(each, 0)[None, :]

@@ -1,0 +1,1 @@
+"""Decoding steps recorded as graphs, and replayed."""
