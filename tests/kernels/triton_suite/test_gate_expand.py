@@ -106,15 +106,18 @@ def test_units_beyond_one_chunk(device) -> None:
     check(3, [64] * 9, (20,), Rule(), device)
 
 
-def test_rows_that_nobody_uses_are_not_read(device) -> None:
-    """They hold NaN here, which any product would spread."""
-    tokens, ranks = 2, [3, 4, 2]
-    scores = torch.tensor([[[3.0, 0.0, -1.0], [2.0, -3.0, 0.0]]], device=device)
+def test_rows_that_nobody_uses_take_no_part(device) -> None:
+    """They hold NaN here, which any product would spread; 16 tokens read them, one does not."""
+    tokens, ranks = 16, [3, 4, 2]
+    scores = torch.tensor([[3.0, 0.0, -1.0], [2.0, -3.0, 0.0]], device=device).repeat(1, 8, 1)
+    assert _launch._skips(Rule("softmax", 1), 3, 1) and not _launch._skips(
+        Rule("softmax", 1), 3, 16
+    )
     up = draw(9, 12, device=device)
     up[3:7] = torch.nan  # the second expert is the first choice of neither
     units = Ungated(draw(1, tokens, 9, device=device), scores, owners(ranks).to(device),
                     torch.float32, Rule("softmax", 1))  # fmt: skip
     y = draw(tokens, 12, device=device, seed=5)
-    for rows in (slice(0, 1), slice(0, 2)):
+    for rows in (slice(0, 1), slice(0, 2), slice(0, 16)):
         part = replace(units, parts=units.parts[:, rows], scores=units.scores[:, rows])
         assert fused.gate_expand(y[rows], part, up).isfinite().all()

@@ -254,3 +254,25 @@ def test_what_is_planned_does_not_grow_with_every_length(
         for length in range(1, 24):
             model(input_ids=tokens(1, length).to(device))
     assert all(len(group.plans) <= 6 for group in handle.parts)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
+@pytest.mark.parametrize("layout", ["stack", "rows"])
+def test_generate_replays_one_graph_for_every_token(
+    layout: str, device: str, monkeypatch, tmp_path
+) -> None:
+    said = []
+    for graph in (False, True):
+        model = small_llama(device)
+        paths = saved_experts(tmp_path / str(graph), model)
+        monkeypatch.setenv(dispatch.VARIABLE, "joined" if layout == "rows" else "triton")
+        mixture = Mixture(paths, "meteora", top_k=2)
+        handle = load_mixture(model, mixture, layout=layout, graph=graph)
+        out = model.generate(
+            tokens(2, 7).to(device), max_new_tokens=8, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        said.append(torch.stack(out.logits))
+        assert not dispatch.failed()
+    assert handle.graphs is not None and handle.graphs.recorded == 1
+    torch.testing.assert_close(*said, atol=1e-4, rtol=1e-4)
