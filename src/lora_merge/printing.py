@@ -1,7 +1,7 @@
 """How results print: a few lines that say what matters, a table in a notebook, a data frame."""
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,10 +76,10 @@ class Report(Printed):
         return DataFrame(self.rows())
 
 
-def span(values: Sequence[int]) -> str:
-    """A range of whole numbers, or the one number it is."""
+def span(values: Collection[int], dash: str = " to ") -> str:
+    """A range of whole numbers, or the one number it is; `dash` stands between the two."""
     low, high = min(values), max(values)
-    return f"{low}" if low == high else f"{low} to {high}"
+    return f"{low}" if low == high else f"{low}{dash}{high}"
 
 
 def notes(lines: Sequence[str]) -> Iterator[tuple[str, str]]:

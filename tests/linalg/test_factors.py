@@ -5,7 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_merge.linalg.factors import gram, orthonormal_basis, singular_values, thin_qr, thin_svd
+from lora_merge.linalg.factors import (
+    CONDITION_FOR_BASIS,
+    cholesky,
+    gram,
+    orthonormal_basis,
+    singular_values,
+    thin_qr,
+    thin_svd,
+)
 
 sizes = st.integers(1, 24)
 
@@ -107,3 +115,20 @@ def test_half_precision_is_raised_not_refused(dtype: torch.dtype) -> None:
     u, s, vh = thin_svd(up, down)
     assert u.dtype == torch.float32
     torch.testing.assert_close(u * s.float() @ vh, up.float() @ down.float(), rtol=1e-4, atol=1e-4)
+
+
+@given(rows=st.integers(1, 12), decades=st.floats(0, 6), batch=st.sampled_from([(), (3,)]))
+def test_a_cholesky_factor_says_how_far_it_can_be_trusted(rows, decades, batch) -> None:
+    x = graded(40, rows, decades if rows > 1 else 0, torch.float64).mT.expand(*batch, -1, -1)
+    lower, condition = cholesky(gram(x))
+    torch.testing.assert_close(lower @ lower.mT, gram(x), rtol=0, atol=1e-12)
+    true = float(torch.linalg.cond(x.double()).max())
+    assert condition <= 1.01 * true  # an estimate from below,
+    assert condition >= true**0.5 / 10  # and never blind
+
+
+def test_what_has_no_cholesky_factor_is_never_trusted() -> None:
+    x = normal(3, 50)
+    flat = torch.cat([x, x])
+    assert cholesky(gram(torch.stack([normal(6, 50), flat])))[1] > CONDITION_FOR_BASIS
+    assert not cholesky(gram(x * torch.nan))[1] <= CONDITION_FOR_BASIS

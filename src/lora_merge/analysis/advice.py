@@ -11,6 +11,7 @@ from typing import Any
 from lora_merge.adapters.measured.spectra import AdapterSpectra, ModuleSpectrum
 from lora_merge.adapters.module_names import labels
 from lora_merge.analysis.metrics import METRICS
+from lora_merge.printing import span
 from lora_merge.ranks.choose import RankPlan, choose_ranks
 from lora_merge.ranks.measures import tail_energy
 
@@ -152,7 +153,7 @@ def advise(spectra: AdapterSpectra) -> Advice:
         headline = "rank 1: there is nothing to choose"
     else:
         headline = (
-            f"95 % of the energy needs rank {_span(at95.ranks)} of {full}: "
+            f"95 % of the energy needs rank {span(at95.ranks)} of {full}: "
             f"{100 * at95.parameters:.0f} % of the parameters"
         )
     return Advice(headline, options if full > 1 else (), remarks)
@@ -248,7 +249,3 @@ def _split(values: Sequence[int], parts: int) -> list[list[int]]:
     parts = min(parts, len(values))
     bounds = [round(i * len(values) / parts) for i in range(parts + 1)]
     return [list(values[a:b]) for a, b in pairwise(bounds)]
-
-
-def _span(ranks: tuple[int, int]) -> str:
-    return f"{ranks[0]}" if ranks[0] == ranks[1] else f"{ranks[0]} to {ranks[1]}"

@@ -5,11 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_merge.linalg.factors import gram
-
-# Up to this condition number a Cholesky factor of the float64 Gram gives singular values to
-# about 1e-13 of the largest, as Householder QR does, in a quarter of its time.
-_CHOLESKY_MAX_CONDITION = 1e3
+from lora_merge.linalg.factors import CONDITION_FOR_VALUES, cholesky, gram
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +56,8 @@ def core_svd(up: Tensor, down: Tensor) -> CoreSVD:
 def _triangular(x: Tensor) -> Tensor:
     """R of a QR of `x` (m, n), float64: by Cholesky where that is as accurate, else Householder."""
     if x.shape[0] >= x.shape[1] > 0:
-        lower, info = torch.linalg.cholesky_ex(gram(x.mT))
-        diagonal = lower.diagonal()
-        if int(info) == 0 and bool(diagonal.max() <= _CHOLESKY_MAX_CONDITION * diagonal.min()):
-            upper: Tensor = lower.mT
-            return upper
+        lower, condition = cholesky(gram(x.mT))
+        if condition <= CONDITION_FOR_VALUES:
+            return lower.mT
     householder: Tensor = torch.linalg.qr(x.to(torch.float64), mode="r").R
     return householder

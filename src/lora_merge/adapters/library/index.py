@@ -60,15 +60,14 @@ class Layout:
         return parse_header(self.header)[1]
 
 
-@dataclass(frozen=True)
-class Packed:
-    """One adapter of a library.
+@dataclass(frozen=True, kw_only=True)
+class _Described:
+    """What the index says of one adapter.
 
     Attributes:
         name: Its name there.
         segment: Directory of the columns that it is in.
         number: Its number in these.
-        layout: Its header.
         sha256: Of its weights' file.
         file: The name that this had.
         config: Text of its config, None where it had none.
@@ -80,7 +79,6 @@ class Packed:
     name: str
     segment: str
     number: int
-    layout: Layout
     sha256: str
     file: str
     config: str | None = None
@@ -88,38 +86,36 @@ class Packed:
     revision: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Packed(_Described):
+    """One adapter of a library.
+
+    Attributes:
+        layout: Its header.
+    """
+
+    layout: Layout
+
     def key(self, tensor: str) -> str:
         """A tensor's name in its column's file."""
         return f"{self.number}:{tensor}"
 
 
-@dataclass(frozen=True)
-class _Layout:
-    header: str
-    columns: dict[str, str]
+@dataclass(frozen=True, kw_only=True)
+class _Stored(_Described):
+    """An adapter as the index has it: its layout by number."""
 
-
-@dataclass(frozen=True)
-class _Packed:
-    """`Packed` as it is stored: its layout by number."""
-
-    name: str
-    segment: str
-    number: int
     layout: int
-    sha256: str
-    file: str
-    config: str | None = None
-    origin: str = ""
-    revision: str | None = None
-    tags: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Index:
+    """The index as it stands in its file."""
+
     lora_merge_library: int
-    layouts: list[_Layout]
-    adapters: list[_Packed]
+    layouts: list[Layout]
+    adapters: list[_Stored]
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,13 +198,12 @@ def _read(folder: Path, identity: tuple[int, ...]) -> Library:
     try:
         if index.lora_merge_library != _VERSION:
             raise ValueError(f"version {index.lora_merge_library}")
-        layouts = [Layout(one.header, one.columns) for one in index.layouts]
-        for layout in layouts:
+        for layout in index.layouts:
             if layout.entries.keys() != layout.columns.keys():
                 raise ValueError("a header that does not fit its columns")
         adapters = {}
         for one in index.adapters:
-            packed = Packed(**{**vars(one), "layout": layouts[one.layout]})
+            packed = Packed(**{**vars(one), "layout": index.layouts[one.layout]})
             if not NAME.fullmatch(packed.name) or not re.fullmatch(r"\d{4,}", packed.segment):
                 raise ValueError(f"the name {packed.name!r:.80}")
             if fault_of(packed.file) or "/" in packed.file:

@@ -27,12 +27,11 @@ _PART = 1 << 18
 _POWERS = 4
 
 
-@dataclass(frozen=True, eq=False)
-class PairTables:
-    """Tables over all pairs of N adapters, float64, shape (N, N); zero where one is absent.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PairMeasures:
+    """What is measured of pairs in a module and averaged over several, float64, shape (N, N).
 
     Attributes:
-        products: <D_i, D_j>, deltas with scaling.
         overlap_out: ||U_i^T U_j||_F^2 / min(k_i, k_j), mean squared cosine of principal angles.
         overlap_in: The same of the input directions V.
         chance_out: What random subspaces of these sizes would show: max(k_i, k_j) / d_out.
@@ -41,6 +40,34 @@ class PairTables:
         cosine_out: Largest principal cosine of the output spaces; of more than 256 units to 1e-4,
             unless all are kept.
         cosine_in: Largest principal cosine of the input spaces.
+        unit_match: Mean over units of i of the best |cos(a, a') cos(b, b')| among units of j; for
+            i = j, of the others among its own.
+        angles_out: All principal cosines of the output spaces of one module, descending, shape
+            (N, N, K), zero beyond `dimensions`; None where not asked for.
+        angles_in: The same of the input spaces.
+    """
+
+    overlap_out: Tensor
+    overlap_in: Tensor
+    chance_out: Tensor
+    chance_in: Tensor
+    dimensions: Tensor
+    cosine_out: Tensor
+    cosine_in: Tensor
+    unit_match: Tensor
+    angles_out: Tensor | None = None
+    angles_in: Tensor | None = None
+
+
+AVERAGED = tuple(f.name for f in fields(PairMeasures) if not f.name.startswith("angles"))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PairTables(PairMeasures):
+    """Tables over all pairs of N adapters in a module; zero where one is absent.
+
+    Attributes:
+        products: <D_i, D_j>, deltas with scaling.
         interference: Singular task interference of the pair, ||(U^T U - I) S (V^T V - I)||_1.
         chance_interference: What random subspaces with these spectra would show.
         nuclear: Sum of both nuclear norms, what normalises the interference.
@@ -50,23 +77,12 @@ class PairTables:
         mass: Sum of min(|D_i|, |D_j|) over all samples.
         factor_a: <A_i, A_j>, raw factors of equal rank (0 otherwise).
         factor_b: <B_i, B_j>.
-        unit_match: Mean over units of i of the best |cos(a, a') cos(b, b')| among units of j.
         present: 1 where both adapters have the module.
         total_interference: The interference of all adapters together.
         total_nuclear: Sum of all nuclear norms.
-        angles_out: All principal cosines of the output spaces, descending, shape (N, N, K), zero
-            beyond `dimensions`; None where not asked for.
-        angles_in: The same of the input spaces.
     """
 
     products: Tensor
-    overlap_out: Tensor
-    overlap_in: Tensor
-    chance_out: Tensor
-    chance_in: Tensor
-    dimensions: Tensor
-    cosine_out: Tensor
-    cosine_in: Tensor
     interference: Tensor
     chance_interference: Tensor
     nuclear: Tensor
@@ -76,12 +92,9 @@ class PairTables:
     mass: Tensor
     factor_a: Tensor
     factor_b: Tensor
-    unit_match: Tensor
     present: Tensor
     total_interference: float
     total_nuclear: float
-    angles_out: Tensor | None = None
-    angles_in: Tensor | None = None
 
 
 NUM_TABLES = len(fields(PairTables)) - 4

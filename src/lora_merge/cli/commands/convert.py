@@ -50,8 +50,9 @@ def command(adapter: str, dry_run: bool, as_json: bool, **given: Any) -> None:
 def _view(report: "ConvertReport") -> list[Any]:
     from collections import Counter
 
-    from lora_merge.cli.shared.output import size, span
+    from lora_merge.cli.shared.output import size
     from lora_merge.cli.shared.table import table
+    from lora_merge.cli.views.format import dashed
 
     grid = table("verdict", "modules", "units", "rank", "relative error")
     for verdict, count in sorted(Counter(m.verdict for m in report.modules).items()):
@@ -61,8 +62,8 @@ def _view(report: "ConvertReport") -> list[Any]:
         grid.add_row(
             verdict,
             str(count),
-            span(min(units), max(units)),
-            span(min(ranks), max(ranks)),
+            dashed(units),
+            dashed(ranks),
             f"up to {max(errors):.3g}" if errors else "not cut",
         )
     where = f"wrote {report.out}" if report.out else "would write"

@@ -143,8 +143,3 @@ def size(num_bytes: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.2f} GB"
-
-
-def span(low: int, high: int) -> str:
-    """A range of whole numbers, or the one number it is."""
-    return f"{low}" if low == high else f"{low}-{high}"

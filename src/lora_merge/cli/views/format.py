@@ -1,6 +1,9 @@
 """Short forms of numbers and names for narrow columns."""
 
 import math
+from collections.abc import Collection
+
+from lora_merge.printing import span
 
 
 def number(value: float | None) -> str:
@@ -15,9 +18,9 @@ def number(value: float | None) -> str:
     return f"{value:.0e}"
 
 
-def span(pair: tuple[int, int]) -> str:
-    """A range of whole numbers, or the one number it is."""
-    return f"{pair[0]}" if pair[0] == pair[1] else f"{pair[0]}-{pair[1]}"
+def dashed(values: Collection[int]) -> str:
+    """A range of whole numbers in a narrow column: "4-16"."""
+    return span(values, "-")
 
 
 def shorten(text: str, width: int) -> str:

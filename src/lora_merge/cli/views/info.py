@@ -10,8 +10,9 @@ from rich.text import Text
 
 from lora_merge.adapters.module_names import place_of
 from lora_merge.analysis.info import AdapterInfo, ModuleInfo
-from lora_merge.cli.shared.output import size, span
+from lora_merge.cli.shared.output import size
 from lora_merge.cli.shared.table import table
+from lora_merge.cli.views.format import dashed
 
 if TYPE_CHECKING:
     from lora_merge.mixture.mixture import Mixture
@@ -42,7 +43,7 @@ def info_view(info: AdapterInfo) -> list[RenderableType]:
             _safe(kind),
             str(len(modules)),
             _common([f"{m.shape[0]} x {m.shape[1]}" for m in modules]),
-            span(min(ranks), max(ranks)),
+            dashed(ranks),
             _common([f"{m.scaling:g}" for m in modules]),
             _common([m.verdict for m in modules]),
             f"{sum(norms) / len(norms):.4g}",
@@ -93,7 +94,7 @@ def mixture_view(mixture: "Mixture") -> list[RenderableType]:
         ranks = expert.adapter.ranks()
         grid.add_row(
             expert.name + (" (subtracted)" if expert.general else ""),
-            span(min(ranks), max(ranks)),
+            dashed(ranks),
             str(len(expert.adapter.modules)),
             f"{expert.adapter.num_parameters:,}",
         )

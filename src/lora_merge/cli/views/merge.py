@@ -5,8 +5,9 @@ from rich.markup import escape
 from rich.text import Text
 
 from lora_merge.adapters.module_names import place_of
-from lora_merge.cli.shared.output import percent, size, span
+from lora_merge.cli.shared.output import percent, size
 from lora_merge.cli.shared.table import table
+from lora_merge.cli.views.format import dashed
 from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.report import GroupReport, MergeReport
 
@@ -27,7 +28,7 @@ def plan_view(plan: MergePlan, jobs: int) -> list[RenderableType]:
             Text(adapter.name),
             str(weight),
             str(len(adapter.modules)),
-            span(ranks[0], ranks[-1]),
+            dashed(ranks),
             *([", ".join(f"{n} {v}" for n, v in plan.own[index].items())] if further else []),
         )
     kinds: dict[str, list[tuple[int, int, str]]] = {}
@@ -43,8 +44,8 @@ def plan_view(plan: MergePlan, jobs: int) -> list[RenderableType]:
             escape(kind),
             str(len(entries)),
             shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes",
-            span(min(units), max(units)),
-            span(min(ranks), max(ranks)),
+            dashed(units),
+            dashed(ranks),
         )
     at_most = "at most " if plan.measured else ""
     return [
@@ -83,8 +84,8 @@ def _row(group: GroupReport, kept: bool) -> list[str]:
     row = [
         escape(group.name),
         str(group.modules),
-        span(*group.num_units),
-        span(*group.rank),
+        dashed(group.num_units),
+        dashed(group.rank),
         percent(group.relative_error),
         "-" if group.norm_ratio is None else f"{group.norm_ratio:.2f}",
         *([percent(group.retained)] if kept else []),

@@ -9,7 +9,7 @@ from rich.text import Text
 from lora_merge.adapters.module_names import labels, place_of
 from lora_merge.adapters.writer import OutputPlan
 from lora_merge.cli.shared.output import size
-from lora_merge.cli.views.format import shorten, span
+from lora_merge.cli.views.format import dashed, shorten
 from lora_merge.cli.views.glyphs import RAMP
 from lora_merge.cli.views.grid import grid, room_for
 from lora_merge.ranks.choose import ModuleRank, RankPlan
@@ -64,7 +64,7 @@ def report_view(report: ResizeReport) -> RenderableType:
     plan = report.plan
     total = sqrt(report.truncation**2 + report.cast**2)
     text = Text()
-    text.append(f"rank {span(_ranks(plan))}, ", style="bold")
+    text.append(f"rank {dashed(_ranks(plan))}, ", style="bold")
     text.append(f"{100 * plan.energy:.2f} % of the energy in ", style="bold")
     text.append(f"{_share(plan)} of the parameters\n", style="bold")
     text.append(
@@ -116,8 +116,8 @@ def _cells(modules: Sequence[ModuleRank], plain: bool) -> list[str]:
     lost = sum((1 - m.energy) * m.frobenius**2 for m in modules)
     share = lost / total if total else 0.0
     arrow = "->" if plain else "→"
-    old = span((min(m.before for m in modules), max(m.before for m in modules)))
-    new = span((min(m.rank for m in modules), max(m.rank for m in modules)))
+    old = dashed([m.before for m in modules])
+    new = dashed([m.rank for m in modules])
     filled = round(_BAR * after / before)
     blocks = ("#" if plain else "█") * filled + ("." if plain else "░") * (_BAR - filled)
     return [

@@ -18,7 +18,7 @@ from lora_merge.analysis.advice import (
     sort_modules,
     total_group,
 )
-from lora_merge.cli.views.format import number, shorten, span
+from lora_merge.cli.views.format import dashed, number, shorten
 from lora_merge.cli.views.glyphs import common_floor, median_profile, sparkline
 from lora_merge.cli.views.grid import grid, room_for
 from lora_merge.cli.views.heat_map import adapter_map, kind_map
@@ -118,7 +118,7 @@ def advice_view(advice: Advice, *, width: int, plain: bool) -> RenderableType:
                 option.text,
                 f"{100 * option.energy:.1f} %",
                 f"{100 * option.parameters:.0f} %",
-                span(option.ranks),
+                dashed(option.ranks),
                 Text(option.flag, style="cyan"),
             ]
             for option in advice.options
@@ -135,7 +135,7 @@ def advice_view(advice: Advice, *, width: int, plain: bool) -> RenderableType:
 
 
 def _cells(group: Group, with_layers: bool) -> list[str]:
-    cells = [span(group.layers) if group.layers else ""] * with_layers + [span(group.rank)]
+    cells = [dashed(group.layers) if group.layers else ""] * with_layers + [dashed(group.rank)]
     if not group.ranks_at:
         return [*cells, "NaN/inf", *[""] * 6]
     cells += [number(group.frobenius), number(group.spectral)]

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
-from lora_merge.linalg.factors import thin_svd
 from lora_merge.linalg.range_finder import cut_svd
 from lora_merge.merge.methods.method import Job, Outcome
 from lora_merge.merge.methods.spectral import (
     RTOL,
-    flatten,
+    flattened,
     share_of_energy,
     triplets,
     truncated_svd,
@@ -69,7 +68,7 @@ def wudi(stack: RankStack, job: Job, options: WudiOptions) -> Outcome:
     # An adapter that is alone in a module disturbs nobody: it stays as it is.
     if options.beta == 0 or len(parts.adapters) < 2:
         return outcome
-    return replace(outcome, stack=_flattened(outcome.stack, options.beta))
+    return replace(outcome, stack=flattened(outcome.stack, options.beta))
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,12 +164,3 @@ def _both_sides(parts: RankStack, share: Tensor, rank: int | None, ridge: float)
     return Outcome(
         RankStack.single(u[:, :rank], vh[:rank], s[:rank]), energy=share_of_energy(s[:rank], s)
     )
-
-
-def _flattened(result: RankStack, beta: float) -> RankStack:
-    """The same directions and norm with a flatter spectrum, as Iso-C's."""
-    u, s, vh = thin_svd(result.up * result.scale, result.down)
-    alive = s > RTOL * s[:1]
-    u, s, vh = u[:, alive], s[alive], vh[alive]
-    values = flatten(s, beta)
-    return RankStack.single(u, vh, values * (s.norm() / values.norm()) if len(s) else values)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
-from lora_merge.linalg.factors import gram, pivot_sign
+from lora_merge.linalg.factors import cholesky, gram, pivot_sign
 from lora_merge.merge.recipe.recipe import Anchor
 
 # Basis vectors are x @ mix with a triangular inverse in mix, so their error is the condition
@@ -52,9 +52,7 @@ class Basis:
         alive = size > 0
         inverse = torch.where(alive, 1 / size, 0.0)
         if bool(alive.all()) and x.shape[0] >= x.shape[1] > 0:
-            lower, info = torch.linalg.cholesky_ex(inverse[:, None] * gram * inverse)
-            diagonal = lower.diagonal()
-            condition = float(diagonal.max() / diagonal.min()) if int(info) == 0 else float("inf")
+            lower, condition = cholesky(inverse[:, None] * gram * inverse)
             if condition <= _FLOAT64_MAX_CONDITION:
                 identity = torch.eye(x.shape[1], dtype=torch.float64, device=x.device)
                 back = torch.linalg.solve_triangular(lower.mT, identity, upper=True)

@@ -200,11 +200,9 @@ def triplets(stack: RankStack, limit: int | None = None, *, floor: float = 0.0) 
     ups, downs, values, owners = [], [], [], []
     for owner in stack.adapters:
         part = stack.of_adapter(owner)
-        left, left_r = torch.linalg.qr(part.up * part.scale)
-        right, right_r = torch.linalg.qr(part.down.mT)
-        u, s, vh = truncated_svd(left_r @ right_r.mT, limit, floor=floor)
-        ups.append(left @ u)
-        downs.append(vh @ right.mT)
+        u, s, vh = _nonzero(*part.svd(), limit, floor)
+        ups.append(u)
+        downs.append(vh)
         values.append(s)
         owners.append(torch.full((len(s),), owner, device=s.device))
     return RankStack(torch.cat(downs), torch.cat(ups, dim=1), torch.cat(values), torch.cat(owners))
@@ -224,6 +222,13 @@ def truncated_svd(
         u (m, k), s (k,), vh (k, n).
     """
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    return _nonzero(u, s, vh, rank, floor)
+
+
+def _nonzero(
+    u: Tensor, s: Tensor, vh: Tensor, rank: int | None, floor: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular directions that are not numerically zero, up to a rank."""
     size = int((s > torch.clamp(RTOL * s[:1], min=floor)).sum())
     size = size if rank is None else min(size, rank)
     return u[:, :size], s[:size], vh[:size]
@@ -239,6 +244,13 @@ def share_of_energy(kept: Tensor, values: Tensor) -> float:
     """Energy of the kept singular values over that of all; 1 of nothing."""
     total = float(values.square().sum())
     return float(kept.square().sum()) / total if total > 0 else 1.0
+
+
+def flattened(stack: RankStack, beta: float) -> RankStack:
+    """The same directions and norm with a flatter spectrum, as Iso-C's."""
+    u, s, vh = _nonzero(*stack.svd(), None)
+    values = flatten(s, beta)
+    return RankStack.single(u, vh, values * (s.norm() / values.norm()) if len(s) else values)
 
 
 def flatten(values: Tensor, beta: float) -> Tensor:

@@ -11,7 +11,7 @@ from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError
 from lora_merge.linalg.factors import thin_svd
 from lora_merge.merge.methods.method import Job, Outcome
-from lora_merge.merge.methods.spectral import RTOL, flatten, share_of_energy
+from lora_merge.merge.methods.spectral import RTOL, flattened, share_of_energy
 from lora_merge.options import option
 
 # Beyond this the adapters' outputs cancel, which is no shrinkage that should be undone.
@@ -87,19 +87,12 @@ def regmean(stack: RankStack, job: Job, options: RegMeanOptions) -> Outcome:
     result = RankStack.single(left[:, : len(kept)], back, kept)
     if not alone:
         moved = fsum(_moved(weighted.of_adapter(i), grams[i]) for i in own)
-        result = _evened(result, options.beta)
+        result = flattened(result, options.beta)
         if options.restore:
             result = result.scaled(_restoring(moved, _moved(result, sum_of(grams.values()))))
     dtype = stack.down.dtype
     final = RankStack(result.down.to(dtype), result.up.to(dtype), result.scale, result.owner)
     return Outcome(final, energy=share_of_energy(kept, values))
-
-
-def _evened(result: RankStack, beta: float) -> RankStack:
-    """The same directions and norm with a flatter spectrum."""
-    u, s, vh = thin_svd(result.up * result.scale, result.down)
-    values = flatten(s, beta)
-    return RankStack.single(u, vh, values * (s.norm() / values.norm().clamp_min(1e-300)))
 
 
 def _moved(part: RankStack, gram: Tensor) -> float:
