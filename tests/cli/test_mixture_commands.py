@@ -106,7 +106,7 @@ def test_train_resume_and_usage(inside: Path, capsys, tmp_path: Path) -> None:
     train = ["train", mix, "--base", "base", "--data", "rows.jsonl", "-o", out]
     train += ["--eval", "rows.jsonl", "--steps", "4", "--batch-size", "4", "--task-loss", "0.5"]
     assert run([*train, "--strict"]) == 1
-    assert "line 9: no JSON" in capsys.readouterr().err
+    assert "line 9: it is not valid JSON" in capsys.readouterr().err
     assert run([*train, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["steps_run"] == 4 and data["left_out"][0].startswith("line 9")

@@ -1,6 +1,8 @@
 """Scores against plain loops, an adapter in a model against PEFT, and what rows may be."""
 
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ from lora_merge.errors import AlignmentError, MethodError
 from lora_merge.evaluation.applied import applied
 from lora_merge.evaluation.evaluate import evaluate
 from lora_merge.evaluation.metrics import MetricError, find_metric
-from lora_merge.evaluation.rows import RowsError, read_rows
+from lora_merge.evaluation.rows import Rows, RowsError, read_rows
+from lora_merge.files.lines import read_lines
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BASE, ADAPTERS, TEST = EXAMPLES / "base", EXAMPLES / "adapters", EXAMPLES / "data" / "test.jsonl"
@@ -35,6 +38,10 @@ def tokenizer():
 def write(path: Path, *rows: dict) -> Path:
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
+
+
+def read(path: Path, tokenizer, **how: int) -> Rows:
+    return read_rows(read_lines(path, error=RowsError), tokenizer, **how)
 
 
 def test_each_adapter_has_its_skill_and_no_other() -> None:
@@ -80,7 +87,7 @@ def test_loss_and_exact_match_are_those_of_a_loop(model, tokenizer, tmp_path) ->
         {"prompt": "last: one bird >", "response": " bird", "task": "last"},
         {"prompt": "swap: six two >", "response": " nonsense", "task": "last"},
     )
-    rows = read_rows(path, tokenizer)
+    rows = read(path, tokenizer)
     for batch_size in (1, 2, 8):
         loss = find_metric("loss", rows).score(model, tokenizer, rows, batch_size)
         exact = find_metric("exact-match", rows).score(model, tokenizer, rows, batch_size)
@@ -154,26 +161,47 @@ def test_a_program_and_a_function_judge_what_is_generated(tmp_path) -> None:
         ({"prompt": "a", "choices": ["b", ""], "answer": 0}, "a choice without a token"),
         ({"text": "a", "label": True}, "True is no index"),
         ({"text": "a", "task": 3}, "no name"),
+        ({"text": "a", "task": "all"}, "stands for all rows"),
+        ({"text": "a", "label": float("nan")}, "not finite"),
         ([], "no JSON object"),
     ],
 )
 def test_rows_that_cannot_be_scored_are_named(tmp_path, tokenizer, row, why) -> None:
     path = write(tmp_path / "rows.jsonl", {"text": "fine"}, row)
-    with pytest.raises(RowsError, match=f"line 2: .*{why}"):
-        read_rows(path, tokenizer)
+    with pytest.raises(RowsError, match=f"line 2.*{why}"):
+        read(path, tokenizer)
 
 
 def test_long_rows_and_mixed_kinds_are_refused(tmp_path, tokenizer) -> None:
     path = write(tmp_path / "long.jsonl", {"text": "a" * 50})
     with pytest.raises(RowsError, match="51 tokens, more than 40"):
-        read_rows(path, tokenizer, max_length=40)
+        read(path, tokenizer, max_length=40)
     path = write(tmp_path / "mixed.jsonl", {"text": "a"}, {"prompt": "a", "response": "b"})
     with pytest.raises(RowsError, match="mixes rows of response and text"):
-        read_rows(path, tokenizer)
+        read(path, tokenizer)
+
+
+def test_a_pipe_is_read_whole_and_once(tmp_path) -> None:
+    path, pipe = write(tmp_path / "rows.jsonl", {"text": "a b"}, {"text": "c"}), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(path.read_bytes()))
+    writer.start()
+    through = evaluate([], base=BASE, data=pipe, cache=False)
+    writer.join()
+    assert through.lines == evaluate([], base=BASE, data=path, cache=False).lines
+
+
+def test_an_adapter_that_overflows_has_no_score(tmp_path) -> None:
+    shapes = {f"model.layers.0.mlp.{name}_proj": (160, 64) for name in ("gate", "up")}
+    config, tensors = adapter_parts(shapes=shapes, alpha=10**14)
+    folder = save_parts(tmp_path / "huge", config, {n: t * 1e4 for n, t in tensors.items()})
+    rows = [{"prompt": "a", "choices": ["b", "c"], "answer": 0}]
+    with pytest.raises(MetricError, match=r"huge: .* NaN or infinite"):
+        evaluate(folder, base=BASE, data=write(tmp_path / "rows.jsonl", *rows), cache=False)
 
 
 def test_metrics_that_do_not_fit_are_refused(tmp_path, tokenizer) -> None:
-    rows = read_rows(write(tmp_path / "rows.jsonl", {"text": "a"}), tokenizer)
+    rows = read(write(tmp_path / "rows.jsonl", {"text": "a"}), tokenizer)
     with pytest.raises(MetricError, match=r"exact-match cannot .* text"):
         find_metric("exact-match", rows)
     with pytest.raises(MethodError, match="no metric 'bleu'"):
@@ -200,7 +228,7 @@ def test_scores_are_kept_until_a_file_changes(tmp_path, monkeypatch, capsys) -> 
 
 
 def test_a_split_keeps_every_task(tokenizer) -> None:
-    rows = read_rows(TEST, tokenizer)
+    rows = read(TEST, tokenizer)
     chosen, held = rows.split(0.2)
     assert (len(chosen.rows), len(held.rows)) == (120, 30)
     assert all(sum(r.task == t for r in held.rows) == 10 for t in rows.tasks)

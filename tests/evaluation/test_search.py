@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lora_merge
-from builders import make_adapter, save_adapter
+from builders import adapter_parts, make_adapter, save_adapter, save_parts
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.cli.app import run
 from lora_merge.errors import LoraMergeError, MethodError
@@ -181,3 +181,32 @@ def test_several_objectives_give_a_front() -> None:
 def test_every_word_of_what_may_vary_is_explained() -> None:
     page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
     assert all(f"`{word}`" in page for word in OVER)
+
+
+def test_rows_of_odd_tasks(tmp_path) -> None:
+    """A task of one row is never held out; rows beside tasks that name none are refused."""
+    rows = [{"prompt": f"copy: {w} >", "response": f" {w}", "task": w[0]} for w in ("ax", "bx")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text(
+        "".join(json.dumps(row) + "\n" for row in (*rows * 3, {**rows[0], "task": "c"}))
+    )
+    how = {**SETTINGS, "data": data}
+    found = search(recipe(), trials=2, over=["scale"], **how)
+    assert set(found.best.scores) == {"a", "b", "c", "all"}
+    for name, scores in found.held_out.items():
+        assert scores["all"] == pytest.approx((scores["a"] + scores["b"]) / 2), name
+        assert set(scores) == {"a", "b", "all"}
+    data.write_text(
+        "".join(json.dumps(row) + "\n" for row in (*rows * 3, {"prompt": "a", "response": "b"}))
+    )
+    with pytest.raises(LoraMergeError, match="1 of 7 rows name no task"):
+        search(recipe(), trials=2, over=["scale"], **how)
+
+
+def test_a_search_in_which_everything_overflows_ends(tmp_path) -> None:
+    shapes = {f"model.layers.0.mlp.{name}_proj": (160, 64) for name in ("gate", "up")}
+    config, tensors = adapter_parts(shapes=shapes, alpha=10**14)
+    huge = save_parts(tmp_path / "huge", config, {n: t * 1e4 for n, t in tensors.items()})
+    start = {"merge_method": "svd", "adapters": [str(huge)], "scale": 1.0}
+    with pytest.raises(LoraMergeError, match=r"no trial could be merged and scored; .* infinite"):
+        search(start, trials=2, over=["scale"], sampler="random", **SETTINGS)

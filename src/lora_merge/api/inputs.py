@@ -78,7 +78,7 @@ def check_data(data: Data) -> None:
     Raises:
         DataError: If there is none.
     """
-    if isinstance(data, str | os.PathLike) and not Path(data).is_file():
+    if isinstance(data, str | os.PathLike) and (not Path(data).exists() or Path(data).is_dir()):
         raise DataError(f"{os.fspath(data)}: no such file", "give a UTF-8 JSON-lines file")
 
 

@@ -12,15 +12,14 @@ from torch import nn
 from lora_merge.adapters.access.coerce import open_adapters
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.evaluation.applied import applied
-from lora_merge.evaluation.metrics import Metric, RowScores, find_metric
+from lora_merge.evaluation.metrics import Metric, MetricError, RowScores, find_metric
 from lora_merge.evaluation.options import BenchOptions
-from lora_merge.evaluation.rows import Rows, has_labels, read_rows
+from lora_merge.evaluation.rows import ALL, Rows, RowsError, has_labels, read_rows
+from lora_merge.files.lines import read_lines
 from lora_merge.mixture.formats.directory import is_mixture
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.attach import load_mixture
 from lora_merge.mixture.training.base_model import load_base
-
-ALL = "all"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +58,17 @@ class Bench:
     batch_size: int = 16
 
     def score(self, what: Adapter | Mixture | None) -> dict[str, float]:
-        """Task → score; `all` is over all rows. None scores the base model itself."""
-        with _inside(self.model, what):
-            found = self.metric.score(self.model, self.tokenizer, self.rows, self.batch_size)
+        """Task → score; `all` is over all rows. None scores the base model itself.
+
+        Raises:
+            LoraMergeError: If it cannot be scored; names it.
+        """
+        try:
+            with _inside(self.model, what):
+                found = self.metric.score(self.model, self.tokenizer, self.rows, self.batch_size)
+        except MetricError as error:
+            name = "the mixture" if isinstance(what, Mixture) else what.name if what else "the base"
+            raise MetricError(f"{name}: {error.message}", error.remedy) from error
         return by_task(self.rows, found)
 
 
@@ -71,9 +78,9 @@ def open_bench(given: BenchOptions) -> Bench:
     Raises:
         LoraMergeError: If the rows cannot be scored by the metric, or the model cannot be loaded.
     """
-    path = Path(given.data)
-    model, tokenizer = load_base(os.fspath(given.base), given.device, head=has_labels(path))
-    rows = read_rows(path, tokenizer, max_length=given.max_length)
+    lines = read_lines(Path(given.data), error=RowsError)
+    model, tokenizer = load_base(os.fspath(given.base), given.device, head=has_labels(lines))
+    rows = read_rows(lines, tokenizer, max_length=given.max_length)
     return Bench(model, tokenizer, rows, find_metric(given.metric, rows), given.batch_size)
 
 

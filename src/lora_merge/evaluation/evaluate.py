@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_merge.arguments import takes
-from lora_merge.evaluation.bench import ALL, Subject, open_bench, open_subjects
+from lora_merge.evaluation.bench import Subject, open_bench, open_subjects
 from lora_merge.evaluation.options import Evaluate
+from lora_merge.evaluation.rows import ALL
 from lora_merge.evaluation.score_cache import cached, keep
 from lora_merge.planning import counted
 from lora_merge.printing import Report, Summary

@@ -98,11 +98,26 @@ def find_metric(name: str | Callable[[list[dict[str, str]]], float], rows: Rows)
 
 def _logits(model: nn.Module, batch: Padded) -> tuple[Tensor, Tensor]:
     """(logits, labels) of the next tokens, float32, shapes (B, S - 1, V) and (B, S - 1)."""
+    labels = batch.labels[:, 1:]
+    logits = _said(model, batch, use_cache=False)[:, :-1].float()
+    _refuse_nonsense(logits.amax(-1)[batch.mask[:, 1:].bool().to(logits.device)])
+    return logits, labels.to(logits.device)
+
+
+def _said(model: Any, batch: Padded, **how: bool) -> Tensor:
+    """A model's logits."""
     device = next(model.parameters()).device
-    out: Any = model(
-        input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device), use_cache=False
-    )
-    return out.logits[:, :-1].float(), batch.labels[:, 1:].to(device)
+    ids, mask = batch.ids.to(device), batch.mask.to(device)
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, **how).logits
+    return logits
+
+
+def _refuse_nonsense(largest: Tensor) -> None:
+    """Refuse what overflowed, by its largest logits: the likeliest is whichever comes first."""
+    if not bool(torch.isfinite(largest).all()):
+        raise MetricError(
+            "the model's logits are NaN or infinite", "leave it out, or give it a smaller scale"
+        )
 
 
 @torch.no_grad()
@@ -152,10 +167,10 @@ def _accuracy(model: nn.Module, _: Any, rows: Rows, batch_size: int) -> RowScore
 @torch.no_grad()
 def _label_accuracy(model: nn.Module, rows: Rows, batch_size: int) -> RowScores:
     right = [0.0] * len(rows.rows)
-    device = next(model.parameters()).device
     for batch in padded(rows.rows, batch_size):
-        out: Any = model(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device))
-        for (row, _option), guess in zip(batch.places, out.logits.argmax(-1).tolist(), strict=True):
+        logits = _said(model, batch)
+        _refuse_nonsense(logits.amax(-1))
+        for (row, _option), guess in zip(batch.places, logits.argmax(-1).tolist(), strict=True):
             right[row] = float(guess == rows.rows[row].answer)
     return RowScores(tuple(right), (1.0,) * len(right))
 

@@ -1,19 +1,20 @@
 """Rows to score a model on: JSON lines of text, prompt and response, choices, or labels."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lora_merge.errors import LoraMergeError
+from lora_merge.files.documents import parse_json
+from lora_merge.files.lines import Lines
 from lora_merge.mixture.training.data import IGNORED
 
 Kind = Literal["text", "response", "choices", "label"]
+ALL = "all"  # the name of all tasks together, in scores
 _SHAPES = '{"text": ...}, {"prompt": ..., "response": ...}, {"prompt": ..., "choices": [...], '
 _SHAPES += '"answer": 0} or {"text": ..., "label": 0}'
 
@@ -108,52 +109,49 @@ class Padded:
     places: tuple[tuple[int, int], ...]
 
 
-def read_rows(path: Path, tokenizer: Any, *, max_length: int = 1024) -> Rows:
-    """Read a JSON-lines file.
+def read_rows(lines: Lines, tokenizer: Any, *, max_length: int = 1024) -> Rows:
+    """Rows of JSON lines.
 
     Args:
-        path: The file.
+        lines: From `read_lines`.
         tokenizer: Called as transformers' tokenizers are.
         max_length: A longer row is refused: cut, it would ask for something else.
 
     Raises:
-        RowsError: If the file cannot be read, or a row is none of the known shapes; names the line.
+        RowsError: If a row is none of the known shapes; names the line.
     """
-    try:
-        data = path.read_bytes()
-        lines = data.decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = f"{path} cannot be read: {error}"
-        raise RowsError(reason, "give a UTF-8 JSON-lines file") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines.texts, start=1):
         if line.strip():
+            where = f"{lines.path}, line {number}"
+            data = parse_json(line, where, error=RowsError)
             try:
-                row = _parse(json.loads(line), tokenizer)
+                row = _parse(data, tokenizer)
             except (ValueError, RecursionError) as error:
-                raise RowsError(f"{path}, line {number}: {error}", f"rows are {_SHAPES}") from error
+                raise RowsError(f"{where}: {error}", f"rows are {_SHAPES}") from error
             longest = max(map(len, row.options))
             if longest > max_length:
                 raise RowsError(
-                    f"{path}, line {number}: {longest} tokens, more than {max_length}",
+                    f"{where}: {longest} tokens, more than {max_length}",
                     "raise --max-length, or shorten the row",
                 )
             rows.append(row)
     kinds = sorted({row.kind for row in rows})
     if not rows:
-        raise RowsError(f"{path} has no rows", f"rows are {_SHAPES}")
+        raise RowsError(f"{lines.path} has no rows", f"rows are {_SHAPES}")
     if len(kinds) > 1:
-        raise RowsError(f"{path} mixes rows of {' and '.join(kinds)}", "one kind of row per file")
-    return Rows(tuple(rows), hashlib.sha256(data).hexdigest())
+        raise RowsError(
+            f"{lines.path} mixes rows of {' and '.join(kinds)}", "one kind of row per file"
+        )
+    return Rows(tuple(rows), lines.sha256)
 
 
-def has_labels(path: Path) -> bool:
-    """Whether a file's first row asks for a label, which takes a model with a head."""
+def has_labels(lines: Lines) -> bool:
+    """Whether the first row asks for a label, which takes a model with a head."""
+    first = next((line for line in lines.texts if line.strip()), "{}")
     try:
-        with path.open(encoding="utf-8") as lines:
-            first = next((line for line in lines if line.strip()), "{}")
-        row = json.loads(first)
-    except (OSError, ValueError, RecursionError):
+        row = parse_json(first, str(lines.path), error=RowsError)
+    except RowsError:
         return False  # `read_rows` tells
     return isinstance(row, dict) and "label" in row and isinstance(row.get("text"), str)
 
@@ -165,6 +163,8 @@ def _parse(row: Any, tokenizer: Any) -> Row:
     task = row.get("task", row.get("expert", ""))
     if not isinstance(task, str):
         raise ValueError(f"its task is {task!r}, no name")
+    if task == ALL:
+        raise ValueError(f"its task is called {ALL!r}, which stands for all rows together")
     text, prompt, response = row.get("text"), row.get("prompt"), row.get("response")
     if isinstance(text, str) and "label" in row:
         return Row("label", task, (_ids(tokenizer, text),), (0,), _index(row["label"], None))

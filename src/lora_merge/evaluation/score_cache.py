@@ -9,7 +9,8 @@ from pathlib import Path
 
 from lora_merge._version import __version__
 from lora_merge.errors import OutputError
-from lora_merge.evaluation.bench import ALL, Bench, Subject
+from lora_merge.evaluation.bench import Bench, Subject
+from lora_merge.evaluation.rows import ALL
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.documents import read_cache
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.arguments import takes
 from lora_merge.errors import LoraMergeError
-from lora_merge.evaluation.bench import ALL, Bench, open_bench
+from lora_merge.evaluation.bench import Bench, open_bench
 from lora_merge.evaluation.options import Search
+from lora_merge.evaluation.rows import ALL, Rows, RowsError
 from lora_merge.evaluation.search_space import SearchSpace
 from lora_merge.files.atomic import atomic_file
 from lora_merge.merge.api import run_recipe
@@ -58,8 +60,8 @@ class SearchResult(Report):
         best: The winner's trial.
         trials: All that ended, in order.
         front: Trials that no other beats on every task (one objective: the winner alone).
-        held_out: Score of "base", "start" (the recipe as it came) and "winner" on rows that no
-            trial saw, by task.
+        held_out: Score of "base", "start" (the recipe as it came, if it can be scored) and "winner"
+            on rows that no trial saw, by task.
         mattered: Share of the spread of scores that each value explains (PED-ANOVA).
     """
 
@@ -139,6 +141,7 @@ def search(given: Search) -> SearchResult:
         start = replace(start, scale=with_scale(plan).semantics.scale)
     space = SearchSpace.of(start, adapters, given.over, given.methods)
     bench = open_bench(given)
+    _refuse_nameless(bench.rows)
     choose, report = bench.rows.split(given.held_out, given.seed)
     chosen, reported = replace(bench, rows=choose), replace(bench, rows=report)
     tasks = choose.tasks or [ALL]
@@ -165,7 +168,17 @@ def search(given: Search) -> SearchResult:
         step()
         if given.on_trial is not None:
             given.on_trial(trial)
-    return _result(opened, space, adapters, chosen, reported, tasks)
+    return _result(opened, space, adapters, chosen, reported)
+
+
+def _refuse_nameless(rows: Rows) -> None:
+    """Refuse rows of which a mean over the tasks would leave some out."""
+    nameless = sum(not row.task for row in rows.rows)
+    if rows.tasks and nameless:
+        raise RowsError(
+            f"{nameless} of {len(rows.rows)} rows name no task, and others do",
+            "name it in every row or in none",
+        )
 
 
 def _short(value: Any) -> str:
@@ -303,7 +316,6 @@ def _result(
     adapters: Sequence[Adapter],
     chosen: Bench,
     reported: Bench,
-    tasks: Sequence[str],
 ) -> SearchResult:
     from optuna.trial import FixedTrial
 
@@ -316,7 +328,8 @@ def _result(
     scored = [trial for trial in trials if not trial.failed]
     if not scored:
         raise LoraMergeError(
-            f"no trial could be merged; the first: {trials[0].failed}", "widen what may vary"
+            f"no trial could be merged and scored; the first: {trials[0].failed}",
+            "widen what may vary",
         )
     higher = chosen.metric.higher
     front = sorted(t.number for t in study.best_trials)
@@ -325,11 +338,11 @@ def _result(
         (t for t in scored if t.number in front), key=lambda t: (sign * t.scores[ALL], t.number)
     )
     recipe = space.recipe_of(FixedTrial(best.values))
-    rows = {
-        "base": reported.score(None),
-        "start": _scores(space.recipe, adapters, reported, tasks),
-        "winner": _scores(recipe, adapters, reported, tasks),
-    }
+    seen = reported.rows.tasks or [ALL]  # a task of one row has none that was held out
+    rows = {"base": reported.score(None)}
+    with suppress(LoraMergeError):  # a start that could not be merged, or scored
+        rows["start"] = _scores(space.recipe, adapters, reported, seen)
+    rows["winner"] = _scores(recipe, adapters, reported, seen)
     return SearchResult(
         chosen.metric.name,
         higher,
@@ -337,7 +350,7 @@ def _result(
         best,
         tuple(trials),
         tuple(front),
-        {name: _mean_over_tasks(scores, tasks) for name, scores in rows.items()},
+        {name: _mean_over_tasks(scores, seen) for name, scores in rows.items()},
         _mattered(study, len(scored)),
     )
 

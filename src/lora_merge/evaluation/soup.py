@@ -9,8 +9,9 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align
 from lora_merge.arguments import takes
 from lora_merge.errors import MethodError
-from lora_merge.evaluation.bench import ALL, Bench, open_bench
+from lora_merge.evaluation.bench import Bench, open_bench
 from lora_merge.evaluation.options import MakeSoup
+from lora_merge.evaluation.rows import ALL
 from lora_merge.merge.plan import plan_merge
 from lora_merge.merge.recipe.recipe import AdapterItem, Recipe
 from lora_merge.merge.run import PlannedMerge

@@ -64,15 +64,25 @@ def read_yaml(path: Path, what: str, *, error: type[LoraMergeError] = SourceErro
     Raises:
         LoraMergeError: Of the kind given, if it cannot be read or holds more than plain data.
     """
+    return _read(path, what, "YAML", _load_yaml, True, error)
+
+
+def parse_yaml(text: str, what: str, *, error: type[LoraMergeError] = SourceError) -> Any:
+    """The plain data of YAML that stands in another file.
+
+    Raises:
+        LoraMergeError: Of the kind given, if it is no YAML or holds more than plain data.
+    """
+    return _plain(what, "YAML", _load_yaml, text, True, error)
+
+
+def _load_yaml(text: str) -> Any:
     import yaml
 
-    def load(text: str) -> Any:
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as fault:
-            raise ValueError(fault) from fault
-
-    return _read(path, what, "YAML", load, True, error)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as fault:
+        raise ValueError(fault) from fault
 
 
 def _read(

@@ -39,10 +39,17 @@ def finish_stamp(folder: Path) -> None:
     _write(folder, {"files": files})
 
 
-def list_more(folder: Path, names: Iterable[str]) -> None:
-    """List files that were added to a directory, or changed, since it was finished."""
+def list_more(folder: Path, changed: Iterable[str], also: Iterable[str] = ()) -> None:
+    """List files that were added to a directory, or changed, since it was finished.
+
+    Args:
+        folder: The directory.
+        changed: What is listed anew.
+        also: What is listed if it is not yet.
+    """
     listed = _read(folder).get("files")
     known = dict(listed) if isinstance(listed, dict) else {}
+    names = {*changed, *(name for name in also if name not in known)}
     _write(folder, {"files": {**known, **{name: _fingerprint(folder / name) for name in names}}})
 
 
@@ -98,8 +105,12 @@ def remove_listed(folder: Path) -> bool:
 def _write(folder: Path, what: dict[str, object]) -> None:
     text = json.dumps({"lora_merge": __version__, **what}, indent=1, sort_keys=True) + "\n"
     part = folder / _PART
-    part.write_text(text, encoding="utf-8")
-    part.replace(folder / STAMP)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(folder / STAMP)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _read(folder: Path) -> dict[str, object]:

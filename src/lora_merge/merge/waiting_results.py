@@ -3,20 +3,21 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
+from lora_merge.errors import OutputError, SourceError
+from lora_merge.files.documents import parse_json, validated
 from lora_merge.files.tensor_stream import write_tensors
 from lora_merge.merge.pipeline import Decomposed, Finished
-
-_NUMBERS = ("exact_norm", "square", "cross", "full_square", "adapter_squares", "details")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Spool:
             tensors[f"{expert}.down"] = whole.stack.down.cpu().contiguous()
             tensors[f"{expert}.up"] = whole.stack.up.mT.cpu().contiguous()
             tensors[f"{expert}.scale"] = whole.stack.scale.cpu()
-            numbers.append({name: getattr(whole, name) for name in _NUMBERS})
+            numbers.append({one.name: getattr(whole, one.name) for one in fields(_Numbers)})
         if bias is not None:
             tensors["bias"] = bias
         self._write(module, tensors, {"numbers": json.dumps(numbers)})
@@ -59,7 +60,7 @@ class Spool:
         """A module's results at a rank, and its bias; frees its file unless it is to be kept."""
         results = []
         path = self._file(module)
-        with safe_open(str(path), framework="pt") as file:
+        with _opened(path) as file:
             for expert, numbers in enumerate(_numbers(file)):
                 scale = file.get_tensor(f"{expert}.scale")[:rank].clone()
                 down, up = (file.get_slice(f"{expert}.{half}") for half in ("down", "up"))
@@ -85,7 +86,7 @@ class Spool:
         path = self._file(_extra(name))
         if not path.exists():
             return None
-        with safe_open(str(path), framework="pt") as file:
+        with _opened(path) as file:
             tensor: Tensor = file.get_tensor("extra")
         return tensor
 
@@ -99,7 +100,7 @@ class Spool:
 
     def spectrum(self, module: str) -> Tensor:
         """Singular values of a module; experts share a rank, so their squares add up."""
-        with safe_open(str(self._file(module)), framework="pt") as file:
+        with _opened(self._file(module)) as file:
             names = [f"{expert}.values" for expert in range(len(_numbers(file)))]
             spectra = [file.get_tensor(name) for name in names if name in file.keys()]  # noqa: SIM118
         size = max(len(values) for values in spectra)
@@ -110,7 +111,7 @@ class Spool:
 
     def units(self, module: str) -> int:
         """Units of a module's results, the most of any expert."""
-        with safe_open(str(self._file(module)), framework="pt") as file:
+        with _opened(self._file(module)) as file:
             names = [f"{expert}.scale" for expert in range(len(_numbers(file)))]
             return max(int(file.get_slice(name).get_shape()[0]) for name in names)
 
@@ -147,10 +148,36 @@ class Spool:
         return self._places[name]
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A module's file; who put it there may have been another run, long ago.
+
+    Raises:
+        OutputError: If it is not what `put` wrote.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SourceError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise OutputError(f"{path} is damaged: {error}", "--force begins again") from error
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """`Finished` without its stack."""
+
+    exact_norm: float
+    square: float
+    cross: float
+    full_square: float
+    adapter_squares: tuple[float, ...]
+    details: dict[str, Any]
+
+
 def _numbers(file: Any) -> list[dict[str, Any]]:
     """What is known of each expert's result, but its vectors."""
-    numbers: list[dict[str, Any]] = json.loads(file.metadata()["numbers"])
-    return [{**one, "adapter_squares": tuple(one["adapter_squares"])} for one in numbers]
+    text = parse_json(file.metadata()["numbers"], "its numbers", finite=False)
+    return [vars(one) for one in validated(list[_Numbers], text, "its numbers")]
 
 
 def _extra(name: str) -> str:

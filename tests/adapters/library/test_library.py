@@ -216,6 +216,48 @@ def test_adding_that_is_cut_short_leaves_the_library(
     assert list(open_library(lib).adapters) == ["a0", "a1", "a2"]
 
 
+@pytest.mark.parametrize("what", ["nan", "inf", "a bias of inf"])
+def test_an_adapter_that_diverged_is_not_packed(what: str, tmp_path: Path) -> None:
+    refs, lib = adapters(tmp_path, 2), tmp_path / "lib"
+    config, tensors = adapter_parts(modules_to_save=["score"], dtype=torch.float16)
+    tensors["base_model.model.score.weight"] = torch.randn(3, 5, dtype=torch.bfloat16)
+    name = "base_model.model.score.weight"
+    if what != "a bias of inf":
+        name = next(n for n in tensors if n.endswith(f"{MODULE}.lora_B.weight"))
+    tensors[name].view(-1)[-1] = float("nan" if what == "nan" else "inf")
+    bad = save_parts(tmp_path / "bad", config, tensors)
+    place = MODULE if MODULE in name else "no module"
+    said = rf"bad: {place}: {name} has 1 NaN or infinite entries"
+    with pytest.raises(LoraMergeError, match=said):
+        lora_merge.pack([*refs, bad], lib)
+    assert not lib.exists()
+    lora_merge.pack(refs, lib)
+    before = {p: p.read_bytes() for p in lib.rglob("*") if p.is_file()}
+    with pytest.raises(LoraMergeError, match=said):
+        lora_merge.pack(bad, lib, append=True)
+    assert {p: p.read_bytes() for p in lib.rglob("*") if p.is_file()} == before
+    assert sorted(p.name for p in (lib / "columns").iterdir()) == ["0001"]
+
+
+def test_an_error_at_the_stamp_takes_back_what_was_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs, lib = adapters(tmp_path, 2), tmp_path / "lib"
+    lora_merge.pack(refs[:1], lib, names=["a0"])
+    before = {p: p.read_bytes() for p in lib.rglob("*") if p.is_file()}
+    with monkeypatch.context() as full:
+        full.setattr(packing, "list_more", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "")))
+        with pytest.raises(LoraMergeError, match="free space"):
+            lora_merge.pack(refs[1:], lib, append=True)
+    assert {p: p.read_bytes() for p in lib.rglob("*") if p.is_file()} == before
+    with monkeypatch.context() as killed:  # at the same place: nothing is taken back any more
+        killed.setattr(packing, "list_more", lambda *_, **__: None)
+        lora_merge.pack(refs[1:], lib, names=["a1"], append=True)
+    assert lora_merge.check_library(lib)
+    lora_merge.pack(refs[:1], lib, names=["more"], append=True)
+    assert lora_merge.check_library(lib) == []
+
+
 def test_damage_is_found_and_named(tmp_path: Path) -> None:
     refs, lib = adapters(tmp_path, 2), tmp_path / "lib"
     lora_merge.pack(refs, lib)

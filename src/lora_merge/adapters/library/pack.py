@@ -6,11 +6,13 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import IO
+
+import torch
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.library.index import (
@@ -29,6 +31,7 @@ from lora_merge.errors import AdapterError, LoraMergeError, OutputError
 from lora_merge.files.atomic import atomic_directory, lock_directory
 from lora_merge.files.header import Entry, read_header
 from lora_merge.files.stamp import foreign_entry, list_more
+from lora_merge.files.tensor_file import DTYPES, refuse_non_finite
 from lora_merge.files.tensor_stream import write_at
 
 # Columns that are written at once: each is an open file, and 256 is a usual limit of a process.
@@ -65,8 +68,8 @@ def pack_into(
         on_adapter: Called for each adapter that is read.
 
     Raises:
-        LoraMergeError: If an adapter is no safetensors file, names are used twice, or the library
-            cannot be written; nothing is left behind.
+        LoraMergeError: If an adapter is no safetensors file or holds NaN, names are used twice, or
+            the library cannot be written; nothing is left behind.
     """
     items = _items(adapters, names, "0001", 0, tags)
     needed = sum(sum(e.end - e.start for e in i.packed.layout.entries.values()) for i in items)
@@ -107,17 +110,42 @@ def append_to(
         if place.exists():  # what a killed run left; no index has ever named it
             shutil.rmtree(place)
         items = _items(adapters, names, segment, 0, tags)
-        items = _write_columns(items, place, on_adapter)
-        added = {item.packed.name: item.packed for item in items}
-        _write_index(Library(out, {**library.adapters, **added}))
-        written = [path.relative_to(out).as_posix() for path in place.iterdir()]
-        list_more(out, [INDEX, *written])
+        with _taken_back_on_error(out, place):
+            items = _write_columns(items, place, on_adapter)
+            added = {item.packed.name: item.packed for item in items}
+            extended = Library(out, {**library.adapters, **added})
+            _write_index(extended)
+            # All of them: a run that was killed here had listed none of its own.
+            list_more(out, [INDEX], also=_columns_of(extended))
         return open_library(out)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error}", "free space") from error
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _columns_of(library: Library) -> Iterator[str]:
+    """The files that an index names."""
+    kinds = {(one.segment, id(one.layout)): one for one in library.adapters.values()}
+    for one in kinds.values():
+        for column in set(one.layout.columns.values()):
+            yield f"{COLUMNS}/{one.segment}/{column_file(column)}"
+
+
+@contextmanager
+def _taken_back_on_error(out: Path, place: Path) -> Iterator[None]:
+    """Leave a library as it was after an error: its index, and nothing of the new columns."""
+    before = (out / INDEX).read_bytes()
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)  # before all else: the disk may be full
+        if (out / INDEX).read_bytes() != before:
+            _index_part(out).write_bytes(before)
+            _index_part(out).replace(out / INDEX)
+        _index_part(out).unlink(missing_ok=True)
+        raise
 
 
 def damages(library: Library) -> Iterator[str]:
@@ -271,12 +299,21 @@ class _Column:
 
 
 def _copy(item: _Item, columns: Mapping[str, _Column]) -> _Item:
-    """Copy what of an adapter belongs into these columns, byte by byte; hash it the first time."""
+    """Copy what of an adapter belongs into these columns, byte by byte; hash it the first time.
+
+    Raises:
+        AdapterError: If an entry is NaN or infinite, or no file is what it says.
+    """
     packed, layout = item.packed, item.packed.layout
     mine = [tensor for tensor in layout.entries if layout.columns[tensor] in columns]
 
-    def put(tensor: str, data: bytes | memoryview) -> None:
-        column = columns[layout.columns[tensor]]
+    def put(tensor: str, data: bytes) -> None:
+        module = layout.columns[tensor]
+        dtype = DTYPES.get(layout.entries[tensor].dtype)
+        if dtype is not None and data:
+            values = torch.frombuffer(bytearray(data), dtype=dtype)
+            refuse_non_finite(values, f"{packed.origin}: {module or 'no module'}: {tensor}")
+        column = columns[module]
         write_at(column.file, data, column.offsets[packed.key(tensor)])
 
     origin = item.source.member
@@ -302,9 +339,13 @@ def _copy(item: _Item, columns: Mapping[str, _Column]) -> _Item:
 
 
 def _write_index(library: Library) -> None:
-    part = library.folder / f".{INDEX}.part"
+    part = _index_part(library.folder)
     with part.open("w", encoding="utf-8") as file:
         json.dump(library.to_json(), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     part.replace(library.folder / INDEX)
+
+
+def _index_part(folder: Path) -> Path:
+    return folder / f".{INDEX}.part"

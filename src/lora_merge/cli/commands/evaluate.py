@@ -50,7 +50,7 @@ def evaluation_view(found: "Evaluation") -> "list[RenderableType]":
     """One line a subject, a column a task."""
     from lora_merge.cli.shared.output import percent
     from lora_merge.cli.shared.table import table
-    from lora_merge.evaluation.bench import ALL
+    from lora_merge.evaluation.rows import ALL
 
     rated = any(line.normalised is not None for line in found.lines)
     tasks = found.tasks if len(found.tasks) <= 6 else ()  # what fits; --json has them all

@@ -93,7 +93,7 @@ def search_view(result: "SearchResult") -> "list[RenderableType]":
     """Held-out scores, the best trials, and what mattered."""
     from lora_merge.cli.shared.output import percent
     from lora_merge.cli.shared.table import table
-    from lora_merge.evaluation.bench import ALL
+    from lora_merge.evaluation.rows import ALL
 
     tasks = [task for task in result.held_out["base"] if task != ALL][:6]
     share = result.higher and result.metric in ("accuracy", "exact-match")

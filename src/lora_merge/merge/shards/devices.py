@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
-from lora_merge.errors import LoraMergeError
+from lora_merge.errors import LoraMergeError, remedy_of
 from lora_merge.machine.device import pick_device
 from lora_merge.machine.parallel import default_jobs
 from lora_merge.merge.recipe.arguments import RunShard
@@ -37,7 +37,7 @@ def on_devices(given: RunShard, devices: Sequence[str]) -> None:
     threads = max(1, (given.jobs or default_jobs()) // len(devices))
     told = [
         {
-            "recipe": header["recipe"],
+            "recipe": header.recipe,
             "out": str(given.out),
             "shard": f"{number}/{len(devices)}",
             "device": device,
@@ -71,6 +71,7 @@ def _start(told: Mapping[str, Any]) -> "subprocess.Popen[str]":
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # Ctrl-C is this process's to see, which then ends them
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     assert process.stdin is not None
@@ -114,6 +115,10 @@ def _main() -> None:
         )
     except LoraMergeError as error:
         say(error=[error.message, error.remedy])
+        sys.exit(1)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        say(error=[f"{place}{error.strerror}", remedy_of(error, "check the path and its rights")])
         sys.exit(1)
 
 

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +13,36 @@ from lora_merge.adapters.measured.fingerprints import fingerprints
 from lora_merge.merge.plan import MergePlan
 
 
-def facts_of(plan: MergePlan) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Facts:
     """Everything that decides a merge's bytes, as JSON values.
+
+    Attributes:
+        lora_merge: Version that merges.
+        torch: Version that computes.
+        recipe: The recipe, less its adapters.
+        result: Digest of ranks, tensors and extras that come out.
+        adapters: Of each its name, weight, parameters and what it is recognised by.
+    """
+
+    lora_merge: str
+    torch: str
+    recipe: dict[str, Any]
+    result: str
+    adapters: list[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(one.get("name"), str) for one in self.adapters):
+            raise ValueError("an adapter without a name")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of them."""
+        return digest_of(asdict(self))
+
+
+def facts_of(plan: MergePlan) -> Facts:
+    """The facts of a plan.
 
     An adapter is recognised by its header, its config, the content of its first module, and the
     SHA-256 or commit that is known of it, else by the size and time of its file.
@@ -51,8 +78,7 @@ def facts_of(plan: MergePlan) -> dict[str, Any]:
             )
         ],
     }
-    plain: dict[str, Any] = json.loads(json.dumps(facts))
-    return plain
+    return Facts(**json.loads(json.dumps(facts)))
 
 
 def digest_of(facts: Any) -> str:
@@ -72,41 +98,41 @@ def file_of(adapter: Adapter) -> dict[str, Any]:
     return {"size": stat.st_size, "modified": stat.st_mtime_ns}
 
 
-def changed_file(plan: MergePlan, facts: Mapping[str, Any]) -> str | None:
+def changed_file(plan: MergePlan, facts: Facts) -> str | None:
     """The adapter whose file is not what it was when the facts were taken; None if there is none.
 
     Args:
         plan: Its adapters are those of the facts, in the same order.
         facts: From `facts_of`.
     """
-    for adapter, known in zip(plan.alignment.adapters, facts["adapters"], strict=True):
+    for adapter, known in zip(plan.alignment.adapters, facts.adapters, strict=True):
         now = file_of(adapter)
         if now != {name: known.get(name) for name in now}:
             return adapter.name
     return None
 
 
-def difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+def difference(now: Facts, before: Facts) -> str:
     """The first thing in which two merges' facts differ, in words; "" if they are the same."""
     for library in ("lora_merge", "torch"):
-        if now.get(library) != before.get(library):
-            return f"{library} is {now.get(library)}, and was {before.get(library)}"
-    for name, value in sorted(now["recipe"].items(), key=lambda one: one[0] == "scale"):
-        other = before["recipe"].get(name)
+        mine, theirs = getattr(now, library), getattr(before, library)
+        if mine != theirs:
+            return f"{library} is {mine}, and was {theirs}"
+    for name, value in sorted(now.recipe.items(), key=lambda one: one[0] == "scale"):
+        other = before.recipe.get(name)
         if value != other:
             return f"the recipe's {name} is {value}, and was {other}"
-    mine, theirs = now["adapters"], before["adapters"]
-    known = {one["name"]: one for one in theirs}
-    for one in mine:
+    known = {one["name"]: one for one in before.adapters}
+    for one in now.adapters:
         if one["name"] not in known:
             return f"{one['name']} was not among the adapters"
-    gone = known.keys() - {one["name"] for one in mine}
+    gone = known.keys() - {one["name"] for one in now.adapters}
     if gone:
         return f"{min(gone)} is no longer among the adapters"
-    for one in mine:
+    for one in now.adapters:
         other = known[one["name"]]
-        if one != other and one not in theirs:
-            what = next(key for key in one if one[key] != other.get(key))
+        if one != other and one not in before.adapters:
+            what = next((key for key in one if one[key] != other.get(key)), "more is said of it")
             said = {"weight": "has another weight", "parameters": "has other parameters"}
             return f"{one['name']} {said.get(what, f'has changed ({what})')}"
     return "" if now == before else "the result would be another"

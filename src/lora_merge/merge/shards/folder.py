@@ -1,18 +1,15 @@
 """The directories of shards: `OUT.shards/3-of-16`, each stamped as ours, its manifest last."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from lora_merge.errors import OutputError
 from lora_merge.files.atomic import lock_directory
-from lora_merge.files.documents import read_cache
 from lora_merge.files.stamp import (
     begin_stamp,
     finish_stamp,
@@ -21,7 +18,9 @@ from lora_merge.files.stamp import (
     remove_listed,
 )
 from lora_merge.merge.plan import MergePlan
-from lora_merge.merge.shards.facts import difference
+from lora_merge.merge.shards.decided import Decision
+from lora_merge.merge.shards.facts import Facts, difference
+from lora_merge.merge.shards.plain_files import read_record, write_json
 
 _PLAN, _MANIFEST = "plan.json", "shard.json"
 _NAME = re.compile(r"(\d+)-of-(\d+)")
@@ -77,6 +76,42 @@ class Shard:
         return f"{self.number}/{self.count}"
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a shard's run knew of its merge when it began.
+
+    Attributes:
+        facts: What decides the merge's bytes.
+        recipe: The recipe, as YAML.
+        decided: What depends on all modules.
+        allow_pickle: Whether adapters may be pickles.
+    """
+
+    facts: Facts
+    recipe: str
+    decided: Decision
+    allow_pickle: bool
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a shard has done.
+
+    Attributes:
+        shard: Its number, and of how many.
+        plan: Digest of the facts.
+        modules: Its modules.
+        extras: Its tensors that are not factors.
+        sha256: Of its share of the inputs, by adapter.
+    """
+
+    shard: tuple[int, int]
+    plan: str
+    modules: list[str]
+    extras: list[str]
+    sha256: dict[str, str]
+
+
 def shards_of(out: Path) -> Path:
     """The directory of a result's shards."""
     return out.with_name(out.name + ".shards")
@@ -98,13 +133,13 @@ def is_complete(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def shard_folder(
-    folder: Path, header: Mapping[str, Any], *, force: bool = False, resume: bool = False
+    folder: Path, header: Header, *, force: bool = False, resume: bool = False
 ) -> Iterator[bool]:
     """A shard's directory, for one run alone, and its own plan in it.
 
     Args:
         folder: The directory.
-        header: What the plan says: "facts" and what else `join` shall know.
+        header: What this run knows of the merge.
         force: Throw away what is there, if it is ours.
         resume: Go on from what is there, if it is of the same facts.
 
@@ -128,14 +163,14 @@ def shard_folder(
             _take_over(folder, header, force, resume)
         if not is_complete(folder):
             begin_stamp(folder)
-            write_json(folder / _PLAN, header)
+            write_json(folder / _PLAN, asdict(header))
         yield is_complete(folder)
     finally:
         if lock is not None:
             os.close(lock)
 
 
-def _take_over(folder: Path, header: Mapping[str, Any], force: bool, resume: bool) -> None:
+def _take_over(folder: Path, header: Header, force: bool, resume: bool) -> None:
     """Make sure that what is in a directory may be gone on with, or is gone."""
     if not is_unfinished(folder):
         reason = foreign_entry(folder)
@@ -149,23 +184,21 @@ def _take_over(folder: Path, header: Mapping[str, Any], force: bool, resume: boo
         raise OutputError(
             f"{folder} is there already", "--resume to go on with it, or --force to begin again"
         )
-    before = read_json(folder / _PLAN)
-    if before is None:
+    again = "--force without --resume begins again"
+    if not (folder / _PLAN).exists() and not any(folder.glob("*.part")):
         return  # killed before it had done anything
-    found = difference(header["facts"], before["facts"])
+    found = difference(header.facts, read_record(Header, folder / _PLAN, again).facts)
     if found:
-        raise OutputError(
-            f"{folder} cannot be gone on with: {found}", "--force without --resume begins again"
-        )
+        raise OutputError(f"{folder} cannot be gone on with: {found}", again)
 
 
-def finish_shard(folder: Path, manifest: Mapping[str, Any]) -> None:
+def finish_shard(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, and then the stamp that lists everything."""
-    write_json(folder / _MANIFEST, manifest)
+    write_json(folder / _MANIFEST, asdict(manifest))
     finish_stamp(folder)
 
 
-def read_shard(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_shard(folder: Path) -> tuple[Header, Manifest]:
     """The plan's header and the manifest of a shard that is complete and whole.
 
     Raises:
@@ -178,10 +211,9 @@ def read_shard(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     reason = foreign_entry(folder)
     if reason:
         raise OutputError(f"shard {shard} is not as it was written: {reason}", f"--force: {again}")
-    header, manifest = read_json(folder / _PLAN), read_json(folder / _MANIFEST)
-    if header is None or manifest is None:
-        raise OutputError(f"shard {shard} cannot be read: {folder}", f"--force: {again}")
-    return header, manifest
+    remedy = f"--force: {again}"
+    header = read_record(Header, folder / _PLAN, remedy)
+    return header, read_record(Manifest, folder / _MANIFEST, remedy)
 
 
 def remove_shards(out: Path) -> None:
@@ -202,15 +234,3 @@ def discard_shards(out: Path) -> None:
         if is_unfinished(folder):
             shutil.rmtree(folder, ignore_errors=True)
     remove_shards(out)
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a file that appears whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A mapping from a file; None where there is none, or it is damaged."""
-    return read_cache(dict[str, Any], path, finite=False)  # thresholds may be infinite

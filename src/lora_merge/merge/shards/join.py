@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.in_memory import MadeAdapter
@@ -16,6 +15,7 @@ from lora_merge.merge.report import MergeReport
 from lora_merge.merge.run import PlannedMerge
 from lora_merge.merge.shards.facts import difference, facts_of
 from lora_merge.merge.shards.folder import (
+    Header,
     Shard,
     found_shards,
     is_complete,
@@ -56,7 +56,7 @@ def join(given: Join) -> MadeAdapter[MergeReport]:
     _refuse_mixture(shards, headers)
     plan = planned_again(headers[0])
     folders = tuple(shard.folder(out) for shard in shards)
-    changed = difference(facts_of(plan), headers[0]["facts"])
+    changed = difference(facts_of(plan), headers[0].facts)
     if changed:
         raise OutputError(
             f"the shards in {shards_of(out)} are of another state of things: {changed}",
@@ -64,7 +64,7 @@ def join(given: Join) -> MadeAdapter[MergeReport]:
         )
     spool = Spool(folders, keep=True)
     _refuse_holes(plan, spool, out)
-    plan = _with_hashes(plan, {k: v for one in manifests for k, v in one["sha256"].items()})
+    plan = _with_hashes(plan, {k: v for one in manifests for k, v in one.sha256.items()})
     if plan.measured:
         plan = plan.with_ranks(chosen_ranks(plan, spool), spool)
     plan = replace(plan, spool=spool)
@@ -108,9 +108,9 @@ def _complete(out: Path) -> list[Shard]:
     return every
 
 
-def _refuse_mixture(shards: Sequence[Shard], headers: Sequence[Mapping[str, Any]]) -> None:
+def _refuse_mixture(shards: Sequence[Shard], headers: Sequence[Header]) -> None:
     for shard, header in zip(shards[1:], headers[1:], strict=True):
-        found = difference(header["facts"], headers[0]["facts"])
+        found = difference(header.facts, headers[0].facts)
         if found:
             raise OutputError(
                 f"shard {shard} is of another merge than shard {shards[0]}: {found}",

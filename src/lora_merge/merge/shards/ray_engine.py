@@ -8,14 +8,17 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lora_merge.errors import LoraMergeError, OutputError
+from lora_merge.files.documents import validated
 from lora_merge.merge.executor import compute
 from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.shards.facts import difference, facts_of
+from lora_merge.merge.shards.folder import Header
 from lora_merge.merge.shards.shard import Work, planned_again
 from lora_merge.merge.waiting_results import Spool
 
@@ -46,7 +49,7 @@ def on_ray(work: Work, *, address: str | None = None) -> None:
     with _connected(ray, address, work.jobs):
         cpus = int(ray.cluster_resources().get("CPU", 1))
         tasks = list(_tasks(work, cpus))
-        header = ray.put((dict(work.header), str(Path.cwd())))
+        header = ray.put((asdict(work.header), str(Path.cwd())))
         remote = ray.remote(_run)
         waiting: dict[Any, _Task] = {}
         largest = max((node["Resources"].get("memory", 0) for node in ray.nodes()), default=0)
@@ -107,9 +110,9 @@ def _planned(header: str) -> MergePlan:
     """The plan in a worker process, which must be the driver's."""
     import json
 
-    known = json.loads(header)
+    known = validated(Header, json.loads(header), "the driver's plan")
     plan = planned_again(known)
-    found = difference(facts_of(plan), known["facts"])
+    found = difference(facts_of(plan), known.facts)
     if found:
         raise OutputError(
             f"{os.uname().nodename} does not see what the driver sees: {found}",

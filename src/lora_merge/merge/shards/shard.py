@@ -1,6 +1,6 @@
 """`lora_merge.run_shard`: one part of a merge, on this machine, for `join` to put together."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.arguments import takes
 from lora_merge.errors import OutputError
+from lora_merge.files.documents import parse_yaml
 from lora_merge.files.targets import check_target
 from lora_merge.merge.executor import compute
 from lora_merge.merge.plan import MergePlan, plan_merge
@@ -16,8 +17,10 @@ from lora_merge.merge.recipe.arguments import RunShard
 from lora_merge.merge.recipe.read import as_recipe, inputs_of, open_recipe
 from lora_merge.merge.run import PlannedMerge
 from lora_merge.merge.shards.decided import decided, decision_of, with_decision
-from lora_merge.merge.shards.facts import changed_file, digest_of, facts_of
+from lora_merge.merge.shards.facts import changed_file, facts_of
 from lora_merge.merge.shards.folder import (
+    Header,
+    Manifest,
     Shard,
     finish_shard,
     is_complete,
@@ -94,7 +97,7 @@ class Work:
     """
 
     plan: MergePlan
-    header: Mapping[str, Any]
+    header: Header
     spool: Spool
     modules: tuple[AlignedModule, ...]
     extras: tuple[str, ...]
@@ -160,50 +163,38 @@ def fill_shard(given: RunShard, engine: Callable[[Work], None]) -> ShardReport:
             with ThreadPoolExecutor(1) as beside:
                 hashes = beside.submit(_hashes, part, plan)
                 engine(Work(plan, header, spool, tuple(left), rest, given.jobs, given.device, step))
-            changed = changed_file(plan, header["facts"])
+            changed = changed_file(plan, header.facts)
             if changed:
                 raise OutputError(
                     f"{changed} has changed while it was merged", "--force begins this shard again"
                 )
-            manifest = {
-                "shard": [part.number, part.count],
-                "plan": digest_of(header["facts"]),
-                "modules": names,
-                "extras": extras,
-                "sha256": hashes.result(),
-            }
-            finish_shard(folder, manifest)
+            number = part.number, part.count
+            finish_shard(
+                folder, Manifest(number, header.facts.digest, names, extras, hashes.result())
+            )
     every = [Shard(number, part.count) for number in range(1, part.count + 1)]
     missing = tuple(one for one in every if not is_complete(one.folder(out)))
     return ShardReport(part, out, folder, tuple(names), len(names) - len(left), missing)
 
 
-def plan_for_shards(given: RunShard) -> tuple[MergePlan, dict[str, Any]]:
+def plan_for_shards(given: RunShard) -> tuple[MergePlan, Header]:
     """The plan of a merge in parts, everything decided, and what each part says of it."""
     recipe, out, allow_pickle = as_recipe(given.recipe), Path(given.out), given.allow_pickle
     check_target(out, force=given.force, inputs=inputs_of(recipe))
     plan = plan_merge(recipe, open_recipe(recipe, allow_pickle=allow_pickle))
     plan = decided(plan, shards_of(out), jobs=given.jobs, device=given.device)
-    header = {
-        "facts": facts_of(plan),
-        "recipe": recipe.to_yaml(),
-        "decided": decision_of(plan),
-        "allow_pickle": allow_pickle,
-    }
-    return plan, header
+    return plan, Header(facts_of(plan), recipe.to_yaml(), decision_of(plan), allow_pickle)
 
 
-def planned_again(header: Mapping[str, Any]) -> MergePlan:
+def planned_again(header: Header) -> MergePlan:
     """The plan that a shard's header tells of, from the adapters as they are now.
 
     Raises:
         LoraMergeError: If they cannot be opened, or do not fit any more.
     """
-    import yaml
-
-    recipe = as_recipe(yaml.safe_load(header["recipe"]))
-    plan = plan_merge(recipe, open_recipe(recipe, allow_pickle=header["allow_pickle"]))
-    return with_decision(plan, header["decided"])
+    recipe = as_recipe(parse_yaml(header.recipe, "a shard's recipe"))
+    plan = plan_merge(recipe, open_recipe(recipe, allow_pickle=header.allow_pickle))
+    return with_decision(plan, header.decided, "a shard's decision")
 
 
 def _hashes(part: Shard, plan: MergePlan) -> dict[str, str]:

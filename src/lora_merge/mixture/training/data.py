@@ -1,6 +1,5 @@
 """Training data for a gate: JSON lines with `text`, `prompt` and `response`, or `parts`."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.errors import LoraMergeError
-from lora_merge.files.inputs import note_input
+from lora_merge.errors import LoraMergeError, SourceError
+from lora_merge.files.documents import parse_json
+from lora_merge.files.lines import read_lines
 
 IGNORED = -100  # what transformers' losses skip
 
@@ -106,16 +106,8 @@ def read_examples(
     Raises:
         DataError: If the file cannot be read, has no usable row, or `strict` and a bad one.
     """
-    note_input(path)
-    try:
-        # Not splitlines, which also breaks at characters that JSON strings may hold.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}", "give a UTF-8 JSON-lines file"
-        ) from error
     examples, faults = [], []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(path, error=DataError).texts, start=1):
         if not line.strip():
             continue
         try:
@@ -134,9 +126,9 @@ def read_examples(
 def _parse(line: str, tokenizer: Any, experts: Sequence[str], max_length: int) -> Example:
     """One row; raises ValueError with what is wrong."""
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"no JSON ({error})") from error
+        row = parse_json(line, "it")
+    except SourceError as error:
+        raise ValueError(error.message) from error
     if not isinstance(row, dict):
         raise ValueError("no JSON object")
     expert = _expert_of(row, experts)
