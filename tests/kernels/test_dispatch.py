@@ -26,8 +26,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     dispatch.forget()
 
 
-def write(rows: dict[str, str], versions: dict[str, str] | None = None) -> None:
-    path = table_path("cpu")
+def write(
+    rows: dict[str, str], versions: dict[str, str] | None = None, device: str = "cpu"
+) -> None:
+    path = table_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     table = {
         key: {"seconds": {name: 1.0 + (name != best) for name in ("concat", "eager", "triton")}}
@@ -91,6 +93,33 @@ def test_each_triton_has_its_own_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "versions", lambda: versions)
     assert table_path("cpu") != here and table_path("cpu").name == "cpu-triton-99.0-x-y.json"
     assert choose(CASE, ABLE) == "eager"  # nobody measured with it, and nothing is wrong
+
+
+DECODED = Case("nvidia-h200", 4096, 28672, 448, 1, "bfloat16", "dense", 28)
+
+
+@pytest.mark.parametrize("card", ["nvidia-h200", "nvidia-h100-80gb-hbm3"])
+def test_what_was_measured_on_such_a_card_comes_along(card: str) -> None:
+    every = ("eager", "triton", "joined", "grouped")
+    case = replace(DECODED, device=card)
+    assert choose(case, ("concat", "joined")) == "joined"
+    prompt = replace(case, d_out=6144, units=3072, tokens=4096, gate="top-k", experts=64, kept=2)
+    assert choose(prompt, every) == "grouped"
+    assert choose(replace(case, tokens=64), every) == "eager"  # nobody measured it
+    assert choose(replace(case, device="nvidia-a100-sxm4-80gb"), every) == "eager"
+    write({case.key: "eager"}, device=card)  # what was measured here goes before it
+    dispatch.forget()
+    assert choose(case, every) == "eager"
+    assert choose(prompt, every) == "grouped"
+
+
+def test_the_table_that_comes_along_is_made_of_the_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import shipped_table
+
+    assert json.loads(shipped_table.TARGET.read_text()) == shipped_table.made()
 
 
 def test_a_failing_kernel_is_named_once() -> None:

@@ -88,19 +88,23 @@ def test_every_gate(gate: str, device: str, calls, monkeypatch, tmp_path: Path) 
         ("triton", "stack", 3, {f"gate_expand {kind}": modules}),
         ("triton", "stack", 9, {f"gate {kind}": groups, "expand": modules}),
         ("joined", "rows", 3, {f"gate_expand {kind}": groups}),
+        ("joined", "rows", 9, {f"gate {kind}": groups}),
     ):
         found = logits(how, layout, batch)
         torch.testing.assert_close(found, plain[batch], rtol=1e-4, atol=1e-4)
         assert calls == (Counter(expected) if groups else Counter())
 
 
-def test_a_float32_gate_beside_bfloat16_weights(device: str, calls, monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize("count", [1, 20])
+def test_a_float32_gate_beside_bfloat16_weights(
+    count: int, device: str, calls, monkeypatch, tmp_path
+) -> None:
     """Its rows stand in the matrix in three pieces, and follow what training makes of it."""
     model = small_llama(device).bfloat16()
     handle = load_mixture(
         model, Mixture(saved_experts(tmp_path, model), "meteora", top_k=1), layout="rows"
     )
-    ids = tokens(1, 1).to(device)
+    ids = tokens(1, count).to(device)
 
     def logits(how: str) -> torch.Tensor:
         monkeypatch.setenv(dispatch.VARIABLE, how)
@@ -109,7 +113,7 @@ def test_a_float32_gate_beside_bfloat16_weights(device: str, calls, monkeypatch,
 
     first = logits("eager")
     torch.testing.assert_close(logits("joined"), first, rtol=0, atol=0.02)
-    assert calls == {"gate_expand routed": 2}
+    assert calls == {"gate_expand routed" if count == 1 else "gate routed": 2}
     with torch.no_grad():
         for group in handle.parts:
             group.weight.neg_()  # the least expert is the first choice now
@@ -246,7 +250,7 @@ def test_what_is_planned_does_not_grow_with_every_length(
         for length in range(1, 24):
             model(input_ids=tokens(1, length).to(device))
     for joined in handle._joined:
-        assert len(joined._plans) == 16
+        assert len(joined._plans) == 17  # each number up to 16, and the next power of two
     handle.detach()
     monkeypatch.setenv(dispatch.VARIABLE, "eager")
     handle = load_mixture(model, Mixture(paths, "meteora"))

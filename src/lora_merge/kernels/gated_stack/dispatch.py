@@ -1,7 +1,8 @@
 """Which implementation runs: one table from measurements, one variable to overrule it.
 
-The table of a device is written by `lora-merge tune`; a case that nobody measured there runs
-`eager`. `LORA_MERGE_KERNELS` names one implementation for everything.
+The table of a device is written by `lora-merge tune`; for some cards one comes along, and what was
+measured here goes before it. A case that nobody measured runs `eager`. `LORA_MERGE_KERNELS` names
+one implementation for everything.
 """
 
 import os
@@ -187,7 +188,11 @@ def versions() -> dict[str, str]:
 
 @cache
 def table(device: str) -> dict[str, dict[str, float]]:
-    """Key of a case → seconds of each implementation, as measured here; empty if never."""
+    """Key of a case → seconds of each implementation, as measured here, or on a card like it."""
+    return {**_shipped(device), **_measured_here(device)}
+
+
+def _measured_here(device: str) -> dict[str, dict[str, float]]:
     path = table_path(device)
     if not path.exists():
         return {}
@@ -197,6 +202,22 @@ def table(device: str) -> dict[str, dict[str, float]]:
         warnings.warn(text, LoraMergeWarning, stacklevel=2)
         return {}
     return {key: row.seconds for key, row in found.rows.items()}
+
+
+@dataclass(frozen=True)
+class ShippedTable:
+    """Measurements that come along, for cards whose names begin so (`shipped_table.py`)."""
+
+    cards: list[str]
+    rows: dict[str, TunedRow]
+
+
+def _shipped(device: str) -> dict[str, dict[str, float]]:
+    for path in sorted((Path(__file__).parent / "tables").glob("*.json")):
+        found = read_cache(ShippedTable, path)
+        if found is not None and device.startswith(tuple(found.cards)):
+            return {key: row.seconds for key, row in found.rows.items()}
+    return {}
 
 
 def forget() -> None:

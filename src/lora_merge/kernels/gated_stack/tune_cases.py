@@ -134,8 +134,9 @@ def prepare(
     if not triton:
         return Trial(x, len(copies), plain, {})
     kernels = {"triton": lambda i: _stacked(x, copies[i], layout, gate, "triton")}
-    if tokens <= FEW and dtype != torch.float16:
-        pieced = matrices if rides else [_pieced(c, rule) for c in copies]
+    if dtype != torch.float16:
+        there = rides and tokens <= FEW
+        pieced = matrices if there else [_pieced(c, rule) for c in copies]
         kernels["joined"] = lambda i: _joined(x, pieced[i], layout, gate)
     kept = 0 if rule is None else rule.top_k or 0
     if kept and experts >= _FEW_KEPT * kept and tokens >= _MANY:
@@ -184,7 +185,7 @@ def _pieced(modules: _Modules, rule: Rule | None) -> Joined:
 
 def _joined(x: Tensor, joined: Joined, layout: Layout, rule: Rule | Tensor) -> list[Tensor]:
     if isinstance(rule, Rule):
-        outs = JoinedStack(joined, layout.columns, scores=layout.widths[1], rule=rule)(x)
+        outs = JoinedStack(joined, layout, scores=layout.widths[1], rule=rule)(x)
     else:
-        outs = JoinedStack(joined, layout.columns)(x, rule)
+        outs = JoinedStack(joined, layout)(x, rule)
     return [out.view(len(x), -1) for out in outs]

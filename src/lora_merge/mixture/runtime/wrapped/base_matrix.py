@@ -95,7 +95,7 @@ class JoinedGroup:
         mixed = passed if passed is not None and not passed.bypass else None
         if passed is None:
             mixed = of_module(self.group.switch)
-        if self._may_join(input):
+        if self._may_join(input) and self._pays(mixed, input):
             way = self._ways[mixed is None]
             return self.siblings.take(mixed or passed or self._at_base, index, input, way)
         linear = self.linears[index]
@@ -108,20 +108,26 @@ class JoinedGroup:
         """Whether one product may stand for many: no gradient, no graph, no other dtype."""
         return not (
             torch.is_grad_enabled()
-            or not (self.border or x.numel() <= base_matrix.FEW_TOKENS * x.shape[-1])
             or x.dtype != self.joined.matrix.dtype
             or torch.compiler.is_compiling()
             or torch.is_autocast_enabled(x.device.type)
         )
 
+    def _pays(self, passed: Pass | None, x: Tensor) -> bool:
+        """Whether it is worth it: for few tokens, with a border, or where a kernel is to run."""
+        if self.border or x.numel() <= base_matrix.FEW_TOKENS * x.shape[-1]:
+            return True
+        return passed is not None and self._plan(passed, x).stack is not None
+
     def _mixed(self, passed: Pass, x: Tensor, start: int, stop: int) -> list[Tensor]:
         """Outputs of modules start..stop."""
-        if stop - start != len(self.linears) or not self.is_whole():  # siblings apart, or moved
+        outs = None
+        if stop - start == len(self.linears) and self.is_whole():  # neither apart nor moved
+            outs = self._by_kernel(passed, x) or self._joined(passed, x)
+        if outs is None:
             ys, zs = self._plain(x, start, stop), self.group.gated(passed, x, start, stop)
             ups = self.group.factors()[0][start:stop]
             outs = [expand(y, z, up) for y, z, up in zip(ys, zs, ups, strict=True)]
-        else:
-            outs = self._by_kernel(passed, x) or self._joined(passed, x)
         return self._finish(outs, x, start)
 
     def _base(self, passed: Pass, x: Tensor, start: int, stop: int) -> list[Tensor]:
@@ -136,22 +142,29 @@ class JoinedGroup:
 
     def _by_kernel(self, passed: Pass, x: Tensor) -> list[Tensor] | None:
         """Outputs of all modules from a kernel, if one is to run."""
-        count = x.numel()
-        if count > base_matrix.FEW_TOKENS * self.joined.d_in:
-            return None
-        plan = self._plans.get(count)
-        if plan is None or not plan.holds(passed.gate):
-            plan = self._plans[count] = plan_joined(self.group, passed.gate, x, self.joined)
+        plan = self._plan(passed, x)
         if plan.stack is None:
             return None
         stack, tokens = plan.stack, x.reshape(-1, x.shape[-1])
         weights = self.group.weights_of(passed, x, 0, len(self.linears)) if plan.given else None
         return dispatch.guarded("joined", lambda: stack(tokens, weights), lambda: None)
 
-    def _joined(self, passed: Pass, x: Tensor) -> list[Tensor]:
-        """Outputs of all modules from the products of the joined matrix."""
+    def _plan(self, passed: Pass, x: Tensor) -> Plan:
+        """What runs all modules; of many tokens one for each row of the table."""
+        tokens = x.numel() // max(1, self.joined.d_in)
+        few = tokens <= base_matrix.FEW_TOKENS
+        key = tokens if few else -(tokens - 1).bit_length()
+        plan = self._plans.get(key)
+        if plan is None or not plan.holds(passed.gate):
+            plan = self._plans[key] = plan_joined(self.group, passed.gate, x, self.joined)
+        return plan
+
+    def _joined(self, passed: Pass, x: Tensor) -> list[Tensor] | None:
+        """Outputs of all modules from the products of the joined matrix, if it has the border."""
         tokens, joined = x.reshape(-1, x.shape[-1]), self.joined
         if len(tokens) > base_matrix.FEW_TOKENS:
+            if not self.border:
+                return None
             u, scores = base_matrix.shrink_alone(tokens, joined)
             return base_matrix.expand_with_base(tokens, self._gated(passed, x, u, scores), joined)
         ys, u, scores = base_matrix.shrink_with_base(tokens, joined)

@@ -117,21 +117,24 @@ def plan_joined(group: Modules, gate: InForce, x: Tensor, joined: Joined) -> Pla
     if not (group.has_kernel and joined.up is not None and _suits(group, gate.spec)):
         return plan
     layout = _layout(group, gate.spec, 0, count)
-    fits = joined.num_units and fused.holds(tokens, layout.num_weights + 1)
-    if not (fits and 0 < tokens <= FEW_TOKENS and (group.uniform or count == 1)):
+    few = tokens <= FEW_TOKENS
+    fits = joined.num_units and (not few or fused.holds(tokens, layout.num_weights + 1))
+    if not (fits and tokens and (group.uniform or count == 1)):
         return plan
     kind = _kind(group, gate)
     kept = gate.spec.top_k if kind == "top-k" else None
     units, experts = joined.num_units, layout.num_weights
     case = dispatch.case_of(x, layout.outputs, units, x.dtype, kind, experts, kept)
-    if dispatch.choose(case, ["concat", "joined"]) != "joined":
+    # What else many tokens may run on, the modules choose one by one.
+    others: list[dispatch.Name] = ["concat"] if few else ["eager", "triton", "grouped"]
+    if dispatch.choose(case, [*others, "joined"]) != "joined":
         return plan
     plan = replace(plan, how="joined", layout=layout)
     if kind == "given" or not joined.scores:
-        return replace(plan, given=True, stack=JoinedStack(joined, layout.columns))
+        return replace(plan, given=True, stack=JoinedStack(joined, layout))
     rows, bias = group.gate_of(0, count)
     rule = gate.spec.rule(len(rows) // count)
-    stack = JoinedStack(joined, layout.columns, scores=len(rows), rule=rule, bias=bias)
+    stack = JoinedStack(joined, layout, scores=len(rows), rule=rule, bias=bias)
     return replace(plan, stack=stack)
 
 
