@@ -30,7 +30,7 @@ class _Stored:
     task_type: str | None = None
     r: int | None = 8
     init_r: int | None = 12
-    lora_alpha: float = 8
+    lora_alpha: float | None = 8
     use_rslora: bool | None = False
     # AdaLoRA's field of this name says which units were kept, not how many there are.
     rank_pattern: dict[str, int] | dict[str, list[bool]] | None = None
@@ -155,11 +155,13 @@ def parse_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
     said = validated(_Stored, dict(raw), what, "repair it", error=AdapterError)
     kind = str(raw.get("peft_type", "missing")).upper()
     adaptive = kind == "ADALORA"
+    if said.lora_alpha is None and kind != "SUPERTUNING":  # which has one beside its LoRA alone
+        raise AdapterError(f"{what}: lora_alpha is null", "repair it")
     config = AdapterConfig(
         base_model=said.base_model_name_or_path or None,
         revision=said.revision or None,
         r=None if adaptive else said.r,
-        lora_alpha=said.lora_alpha,
+        lora_alpha=8 if said.lora_alpha is None else said.lora_alpha,
         use_rslora=bool(said.use_rslora),
         rank_pattern={} if adaptive else _ranks(said.rank_pattern or {}, what),
         alpha_pattern=said.alpha_pattern or {},

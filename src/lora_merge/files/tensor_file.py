@@ -23,6 +23,11 @@ except ImportError:  # Windows has no such limit
 
 DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in CODES.items()}
 DTYPE_CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+# Places and marks that some formats store beside their factors.
+_INTEGERS: dict[torch.dtype, str] = {
+    torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+}  # fmt: skip
 _OPEN_FILES = 100  # at once, at most
 _LFS_MAGIC = b"version https://git-lfs"
 
@@ -157,9 +162,10 @@ class TensorDict:
         self._tensors = tensors
 
     def entries(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """Name → (dtype code, shape); a dtype that is no float has its torch name."""
+        """Name → (dtype code, shape); of other dtypes, torch's name."""
+        codes = {**DTYPE_CODES, **_INTEGERS}
         return {
-            name: (DTYPE_CODES.get(t.dtype, str(t.dtype)), tuple(t.shape))
+            name: (codes.get(t.dtype, str(t.dtype)), tuple(t.shape))
             for name, t in self._tensors.items()
         }
 

@@ -126,7 +126,6 @@ def test_mlx_lm_loads_what_is_written_for_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "word"),
     [
-        ({"fine_tune_type": "dora"}, "DoRA"),
         ({"fine_tune_type": "full"}, "no low-rank"),
         ({"lora_parameters": {"rank": 3}}, "scale"),
         ({"lora_parameters": {"scale": "nan"}}, "scale"),
@@ -135,6 +134,36 @@ def test_mlx_lm_loads_what_is_written_for_it(tmp_path: Path) -> None:
 def test_what_mlx_does_not_say_is_refused(config: Any, word: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=word):
         mlx_adapter(tmp_path / "a", **config)
+
+
+def test_mlx_dora_is_that_of_mlx(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(1)
+    weight, norms = torch.randn(12, 8, generator=g), torch.rand(12, generator=g)
+    a, b = torch.randn(8, 3, generator=g), torch.randn(3, 12, generator=g)
+    name = "model.layers.0.self_attn.q_proj"
+    folder, base = tmp_path / "a", tmp_path / "base"
+    folder.mkdir(), base.mkdir()
+    tensors = {f"{name}.lora_a": a, f"{name}.lora_b": b, f"{name}.m": norms}
+    save_file(tensors, folder / "adapters.safetensors")
+    said = {**MLX_CONFIG, "fine_tune_type": "dora"}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    save_file({f"{name}.weight": weight}, base / "model.safetensors")
+    with pytest.raises(AdapterError, match="DoRA") as refusal:
+        Adapter.from_pretrained(folder, base=base)
+    assert "lora-merge convert" in refusal.value.remedy
+    moved = weight + 20 * (a @ b).mT
+    theirs = moved * (norms / moved.norm(dim=1))[:, None]
+    adapter = Adapter.from_pretrained(folder, base=base, rank=1 << 30)
+    (delta,) = deltas(adapter)[name]
+    torch.testing.assert_close(delta, theirs - weight, rtol=1e-4, atol=1e-4)
+    mx = pytest.importorskip("mlx.core", reason="pip install 'lora-merge[oracles]'")
+    from mlx_lm.tuner.dora import DoRALinear
+
+    layer = DoRALinear(8, 12, r=3, scale=20.0)
+    layer.linear.weight = mx.array(weight.numpy())
+    layer.lora_a, layer.lora_b, layer.m = (mx.array(t.numpy()) for t in (a, b, norms))
+    change = layer(mx.eye(8)).T - layer.linear.weight
+    torch.testing.assert_close(delta, torch.tensor(change.tolist()), rtol=1e-4, atol=1e-4)
 
 
 def tune_tensors(head_dim: int, heads: int, width: int, r: int) -> dict[str, Tensor]:
@@ -165,6 +194,35 @@ def test_torchtunes_rotary_rows_turn_into_transformers(tmp_path: Path) -> None:
     # torchtune: neighbours are a pair; transformers: a row and the one half a head further.
     pairs, halves = (theirs @ x).reshape(heads, -1, 2), (delta @ x).reshape(heads, 2, -1)
     torch.testing.assert_close(pairs.mT, halves)
+
+
+def test_torchtunes_dora_is_that_of_peft_in_its_own_order_of_rows(tmp_path: Path) -> None:
+    """torchtune's forward on its own weight, brought to transformers' order of rows."""
+    head_dim, heads, width, r = 8, 3, 24, 2
+    tensors = tune_tensors(head_dim, heads, width, r)
+    g = torch.Generator().manual_seed(5)
+    norms, weight = torch.rand(24, generator=g), torch.randn(24, width, generator=g)
+    tensors["layers.0.attn.q_proj.magnitude"] = norms
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": 5, "head_dim": head_dim}
+    folder, base = save_parts(tmp_path / "a", config, tensors), tmp_path / "base"
+    base.mkdir()
+    # transformers' row i of the first half and of the second are torchtune's 2 i and 2 i + 1
+    order = torch.arange(24).view(heads, -1, 2).mT.flatten()
+    name = "model.layers.0.self_attn.q_proj"
+    model = {f"{name}.weight": weight[order].contiguous()}
+    model["model.layers.0.mlp.down_proj.weight"] = torch.zeros(width, 20)
+    save_file(model, base / "model.safetensors")
+    a, b = (tensors[f"layers.0.attn.q_proj.lora_{half}.weight"] for half in "ab")
+    x = torch.eye(width)
+    out, change = x @ weight.mT, x @ a.mT @ b.mT
+    scale = norms / (weight + 2.5 * b @ a).norm(dim=1)
+    theirs = ((scale - 1) * out + scale * change * 2.5).mT
+    adapter = Adapter.from_pretrained(folder, base=base, rank=1 << 30)
+    (delta,) = deltas(adapter)[name]
+    torch.testing.assert_close(delta, theirs[order], rtol=1e-4, atol=1e-4)
+    with pytest.raises(AdapterError, match="DoRA") as refusal:
+        Adapter.from_pretrained(folder, base=base)
+    assert "lora-merge convert" in refusal.value.remedy
 
 
 def test_torchtune_without_the_size_of_a_head_is_refused(tmp_path: Path) -> None:

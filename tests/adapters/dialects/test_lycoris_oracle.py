@@ -15,8 +15,11 @@ from lora_merge.reshape.convert import plan_conversion
 from lora_merge.reshape.options import ConvertOptions
 
 pytest.importorskip("lycoris", reason="pip install 'lora-merge[oracles]'")
+from lycoris.modules.boft import ButterflyOFTModule
+from lycoris.modules.diag_oft import DiagOFTModule
 from lycoris.modules.dylora import DyLoraModule
 from lycoris.modules.glora import GLoRAModule
+from lycoris.modules.ia3 import IA3Module
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
@@ -67,11 +70,12 @@ def merged_delta(module: Any) -> Tensor:
     """What LyCORIS's own forward adds: the probe knows nothing of its tensors."""
     base = module.org_module[0]
     shape = base.weight.shape
+    dtype = base.weight.dtype
     if isinstance(base, nn.Linear):
-        eye = torch.eye(shape[1], dtype=torch.float64)
+        eye = torch.eye(shape[1], dtype=dtype)
         return (module(eye) - base(eye)).detach().mT
     width = shape[2:].numel() * shape[1]
-    unit = torch.eye(width, dtype=torch.float64).reshape(width, *shape[1:])
+    unit = torch.eye(width, dtype=dtype).reshape(width, *shape[1:])
     return (module(unit) - base(unit)).detach().flatten(1).mT
 
 
@@ -131,6 +135,56 @@ def test_dora_with_its_base_is_that_of_lycoris(form: str, outputs: bool, tmp_pat
     (aligned,) = align([adapter]).modules
     delta = next(read_stacks(align([adapter]), aligned)).delta()
     torch.testing.assert_close(delta, merged_delta(module).float(), rtol=1e-4, atol=1e-4)
+
+
+TURNED: dict[str, tuple[type, Any, dict[str, Any]]] = {
+    "oft": (DiagOFTModule, LINEAR, {"lora_dim": 4}),
+    "oft-rescaled": (DiagOFTModule, LINEAR, {"lora_dim": 4, "rescaled": True}),
+    "oft-constrained": (DiagOFTModule, LINEAR, {"lora_dim": 4, "constraint": 0.01}),
+    "oft-conv": (DiagOFTModule, CONV, {"lora_dim": 4, "rescaled": True}),
+    "boft": (ButterflyOFTModule, lambda: nn.Linear(24, 48), {"lora_dim": 6}),
+    "boft-conv": (ButterflyOFTModule, lambda: nn.Conv2d(8, 16, 3), {"lora_dim": 4}),
+    "boft-rescaled": (ButterflyOFTModule, LINEAR, {"lora_dim": 18, "rescaled": True}),
+    "ia3": (IA3Module, LINEAR, {}),
+    "ia3-inputs": (IA3Module, LINEAR, {"train_on_input": True}),
+    "ia3-conv": (IA3Module, CONV, {}),
+    "ia3-conv-inputs": (IA3Module, CONV, {"train_on_input": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", TURNED)
+def test_what_turns_or_rescales_the_base_is_that_of_lycoris(form: str, tmp_path: Path) -> None:
+    kind, layer, options = TURNED[form]
+    torch.manual_seed(3)
+    module = kind("lora_unet_one", layer(), **options).eval()
+    for name, parameter in module.named_parameters():
+        nn.init.normal_(parameter, mean=1.0 if "rescale" in name else 0.0, std=0.3)
+    path, base = file_of(module, tmp_path / "a.safetensors"), tmp_path / "base.safetensors"
+    save_file({"one.weight": module.org_module[0].weight.detach()}, base)
+    with pytest.raises(AdapterError, match=r"lora_unet_one: .* full rank") as refusal:
+        Adapter.from_pretrained(path, base=base)
+    assert "lora-merge convert" in refusal.value.remedy
+    with pytest.raises(AdapterError, match="--base"):
+        Adapter.from_pretrained(path, rank=1 << 30)
+    adapter = Adapter.from_pretrained(path, base=base, rank=1 << 30)
+    theirs = merged_delta(module)
+    assert theirs.norm() > 0.1
+    (stack,) = adapter.stacks("lora_unet_one")
+    torch.testing.assert_close(stack.delta(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_oft_that_sd_scripts_holds_to_nothing_is_refused(tmp_path: Path) -> None:
+    """LyCORIS takes a constraint of 0 for none, sd-scripts for a bound of 0."""
+    tensors = {
+        "oft_unet_one.oft_blocks": torch.ones(6, 6, 6),
+        "oft_unet_one.alpha": torch.zeros(()),
+    }
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"ss_network_module": "networks.oft"})
+    save_file({"one.weight": torch.ones(36, 24)}, tmp_path / "base.safetensors")
+    with pytest.raises(AdapterError, match="oft_unet_one: its constraint is 0"):
+        Adapter.from_pretrained(
+            tmp_path / "a.safetensors", base=tmp_path / "base.safetensors", rank=1 << 30
+        )
 
 
 def test_a_dense_difference_is_cut_on_request(tmp_path: Path) -> None:

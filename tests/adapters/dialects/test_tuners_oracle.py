@@ -120,6 +120,16 @@ FULL: dict[str, tuple[str, dict[str, Any]]] = {
     "road": ("RoadConfig", {"group_size": 4, "target_modules": ["second"]}),
     "road-2": ("RoadConfig", {"variant": "road_2", "group_size": 8, "target_modules": ["second"]}),
     "road-4": ("RoadConfig", {"variant": "road_4", "group_size": 4, "target_modules": ["second"]}),
+    "waveft": ("WaveFTConfig", {"n_frequency": 60}),
+    "waveft-sparse": ("WaveFTConfig", {"n_frequency": 60, "use_idwt": False, "scaling": 3}),
+    "waveft-db4": ("WaveFTConfig", {"n_frequency": 60, "wavelet_family": "db4"}),
+    "waveft-coif": ("WaveFTConfig", {"n_frequency": 60, "wavelet_family": "coif1"}),
+    "miss-bat": ("MissConfig", {"r": 4, "init_weights": "bat"}),
+    "super": ("SupertuningConfig", {"sparsity": 0.9}),
+    "supra": ("SupertuningConfig", {"sparsity": 0.9, "r": 3}),
+    "glora": ("GloraConfig", {"r": 3, "target_modules": ["second"]}),
+    "glora-vector": ("GloraConfig", {"config_A_B": "vector", "target_modules": ["second"]}),
+    "glora-constant": ("GloraConfig", {"config_A_B": "constant", "target_modules": ["second"]}),
     "randlora": ("RandLoraConfig", {"r": 5, "randlora_alpha": 9}),
 }
 FROZEN = (
@@ -211,6 +221,106 @@ def test_full_rank_is_refused_unless_it_is_asked_for(name: str, tmp_path: Path) 
     lost = sum(float(v[3:].square().sum()) for v in values.values())
     total = sum(float(v.square().sum()) for v in values.values())
     assert report.error == pytest.approx((lost / total) ** 0.5, rel=1e-3)
+
+
+def test_boft_of_several_butterflies_is_that_of_peft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT puts blocks on a diagonal by a CUDA kernel alone; torch.block_diag stands in for it."""
+    from peft.tuners.boft import layer
+
+    kernel = SimpleNamespace(
+        forward=lambda blocks: [torch.stack([torch.block_diag(*b) for b in blocks])]
+    )
+    monkeypatch.setattr(layer, "get_fbd_cuda", lambda: kernel)
+    fields = {"boft_block_size": 4, "boft_n_butterfly_factor": 2, "target_modules": ["first"]}
+    monkeypatch.setitem(FULL, "x", ("BOFTConfig", fields))
+    theirs = their_deltas(train("x", tmp_path))
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert stored["base_model.model.first.boft_R"].shape == (2, 6, 4, 4)
+    ours = our_deltas(opened(tmp_path, rank=1 << 30))
+    torch.testing.assert_close(ours["first"], theirs["first"], rtol=1e-4, atol=1e-5)
+
+
+def sparse_file(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    (folder / "base").mkdir(parents=True)
+    (folder / "adapter").mkdir()
+    save_file(Model().state_dict(), folder / "base" / "model.safetensors")
+    stem = "base_model.model.first."
+    path = folder / "adapter" / "adapter_model.safetensors"
+    save_file({stem + key: value for key, value in tensors.items()}, path)
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_paca_puts_columns_in_the_place_of_the_bases(tmp_path: Path) -> None:
+    """Its fork of PEFT assigns: weight[:, indices] = alpha / r * paca_w."""
+    torch.manual_seed(2)
+    columns, places = torch.randn(HEIGHT, 3), torch.tensor([17, 2, 9])
+    config = {"peft_type": "PACA", "r": 3, "paca_alpha": 6}
+    sparse_file(tmp_path, config, {"paca_w": columns, "paca_indices": places})
+    weight = Model().first.weight.detach()
+    tuned = weight.clone()
+    tuned[:, places] = 2 * columns
+    adapter = opened(tmp_path)
+    assert adapter.modules["first"].rank == 3
+    torch.testing.assert_close(our_deltas(adapter)["first"], tuned - weight)
+    with pytest.raises(AdapterError) as refusal:
+        opened(tmp_path, base=False)
+    assert "--base" in refusal.value.remedy
+
+
+def test_few_entries_are_exact_and_unasked(tmp_path: Path) -> None:
+    values, places = torch.tensor([2.0, -1.0, 3.0]), torch.tensor([5, 30, 863], dtype=torch.int32)
+    config = {"peft_type": "SUPERTUNING", "r": None, "lora_alpha": None}
+    tensors = {"supertuning_values": values, "supertuning_indices": places}
+    sparse_file(tmp_path, config, tensors)
+    wanted = torch.zeros(HEIGHT * WIDTH)
+    wanted[places.long()] = values
+    adapter = opened(tmp_path)
+    assert adapter.modules["first"].recipe.verdict == "exact"
+    torch.testing.assert_close(our_deltas(adapter)["first"], wanted.view(HEIGHT, WIDTH))
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost", "word"),
+    [
+        ("PACA", "paca_indices", "paca_indices"),
+        ("PACA", "paca_alpha", "there"),
+        ("SUPERTUNING", "supertuning_indices", "save_precomputed_indices=True"),
+    ],
+)
+def test_places_that_are_not_stored_are_refused(
+    kind: str, lost: str, word: str, tmp_path: Path
+) -> None:
+    tensors = {
+        "PACA": {"paca_w": torch.ones(HEIGHT, 2), "paca_indices": torch.tensor([0, 1])},
+        "SUPERTUNING": {
+            "supertuning_values": torch.ones(2),
+            "supertuning_indices": torch.tensor([0, 1], dtype=torch.int32),
+        },
+    }[kind]
+    config = {"peft_type": kind, "r": 2, "paca_alpha": 2}
+    tensors.pop(lost, None), config.pop(lost, None)
+    sparse_file(tmp_path, config, tensors)
+    with pytest.raises(AdapterError) as refusal:
+        opened(tmp_path)
+    assert word in refusal.value.remedy
+
+
+def test_a_wavelet_whose_filters_are_not_known_is_refused(tmp_path: Path) -> None:
+    config = {"peft_type": "WAVEFT", "wavelet_family": "coif5"}
+    sparse_file(tmp_path, config, {"waveft_spectrum": torch.ones(5)})
+    with pytest.raises(AdapterError, match="coif5"):
+        opened(tmp_path, rank=1 << 30)
+
+
+def test_a_glora_that_changes_the_bias_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FULL, "x", ("GloraConfig", {"target_modules": ["first"]}))
+    train("x", tmp_path)
+    with pytest.raises(AdapterError, match="it changes the bias"):
+        opened(tmp_path, rank=1 << 30)
 
 
 @pytest.mark.parametrize(("name", "field"), [("road", {}), ("ia3", {"feedforward_modules": []})])

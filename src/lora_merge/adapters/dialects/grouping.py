@@ -108,10 +108,11 @@ class Group:
         lost = next((key for key in keys if key not in self.header.entries), None)
         if lost is not None:
             self._refuse_missing(lost)
-        codes = [self.header.entries[key][0] for key in keys]
-        for key, code in zip(keys, codes, strict=True):
-            if code not in DTYPES and not code.startswith(("I", "U")):
-                self.refuse(f"{key} has dtype {code}", "dequantise the adapter first")
+        places = [key for key in keys if "indices" in key]
+        for key in places:
+            if self.header.entries[key][0][0] not in "IU":
+                self.refuse(f"{key} has dtype {self.header.entries[key][0]}", "save it again")
+        dtype = self.dtype(*(key for key in keys if key not in places))
         if units is None:
             recipe = Recipe(keys)
         else:
@@ -125,7 +126,7 @@ class Group:
             d_in=d_in,
             rank=rank,
             scaling=scaling,
-            dtype=widest_dtype(code for code in codes if code in DTYPES),
+            dtype=dtype,
             recipe=recipe,
             kernel=kernel,
         )

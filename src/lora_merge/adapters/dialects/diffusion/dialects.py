@@ -13,8 +13,11 @@ from typing import Any
 
 from lora_merge.adapters.config import AdapterConfig, parse_config
 from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
-from lora_merge.adapters.dialects.diffusion import forms, full_rank
+from lora_merge.adapters.dialects.diffusion import forms
+from lora_merge.adapters.dialects.diffusion.dense import dense
 from lora_merge.adapters.dialects.diffusion.names import COMPONENTS, family_of, group_names
+from lora_merge.adapters.dialects.full_rank.dora import dora
+from lora_merge.adapters.dialects.full_rank.turned import ia3, oft
 from lora_merge.adapters.dialects.grouping import Group
 from lora_merge.adapters.forms import ExtraSpec, ModuleSpec
 from lora_merge.errors import AdapterError
@@ -28,13 +31,14 @@ _FORMS: dict[str, Callable[..., ModuleSpec]] = {
     "lokr_w1": forms.lokr,
     "lokr_w1_a": forms.lokr,
     "a1.weight": forms.glora,
+    "oft_blocks": oft,
+    "on_input": ia3,
 }
+# What DoRA's trained norms are called.
+_NORMS = ("dora_scale", "magnitude", "magnitude_vector")
 # Parts that change what the others mean.
 _REFUSED = {
-    "oft_blocks": "OFT: it rotates the base weight",
-    "oft_diag": "OFT: it rotates the base weight",
-    "rescale": "OFT: it rescales the base weight",
-    "on_input": "IA3: it rescales the base weight",
+    "oft_diag": "an OFT of another program, whose blocks are not known here",
     "reshape_weight": "a control LoRA, for which ComfyUI pads the base weight to another shape",
 }
 # Whole parameters, or what is added to them: no low-rank delta, but tensors that can be averaged.
@@ -55,18 +59,19 @@ def _claim(header: Header) -> Claims:
             if part in group and not (part == "diff" and _is_dense(group)):
                 name = f"{module}.{part}"
                 extras[name] = ExtraSpec(name, group.keys[part], *header.entries[group.keys[part]])
-        if form is not None and any(part in group for part in full_rank.SCALES):
+        norms = next((part for part in _NORMS if part in group), None)
+        if form is not None and norms is not None:
             # A form that is cut as it is read would be cut before it is rescaled.
             whole = replace(group, header=replace(header, rank=None))
-            modules[module] = full_rank.dora(group, form(whole, scalings.of(group)))
+            modules[module] = dora(group, form(whole, scalings.of(group)), norms)
         elif form is not None:
             modules[module] = form(group, scalings.of(group))
         elif _is_dense(group):
-            modules[module] = full_rank.dense(group)
+            modules[module] = dense(group)
         elif "alpha" in group and not any(part in group for part in _EXTRAS):
             group.refuse("alpha stands alone", "the file is incomplete; download it again")
-        if "alpha" in group:
-            ignored[group.keys["alpha"]] = ""
+        said = ("alpha", "on_input") if form is ia3 else ("alpha",)
+        ignored |= {group.keys[part]: "" for part in said if part in group}
     if not modules:
         raise AdapterError(
             f"{header.adapter}: no module has low-rank factors",
@@ -81,7 +86,7 @@ def _refuse(group: Group) -> None:
             group.refuse(why, "leave this adapter out, or retrain it as a plain LoRA")
     if "lora_bias" in group:
         group.refuse("B has a bias", "load it in diffusers and save it as a PEFT LoRA")
-    if _is_dense(group) and any(part in group for part in (*_FORMS, *full_rank.SCALES)):
+    if _is_dense(group) and any(part in group for part in (*_FORMS, *_NORMS)):
         group.refuse("a dense difference of weights beside factors", "leave this adapter out")
     if "scalar" in group:
         group.refuse("a scalar that LyCORIS multiplies its factors with", "save it with LyCORIS")

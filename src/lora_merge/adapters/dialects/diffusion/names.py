@@ -28,6 +28,8 @@ _FACTORS = (
 )
 _ENDINGS = tuple((re.compile(pattern + "$"), part) for pattern, part in _FACTORS)
 _SAME = {"lora_A": "lora_down", "lora_B": "lora_up"}
+# IA3's mark; its scale is called as a module's own weight is.
+_IA3 = "on_input"
 # Before PEFT, diffusers kept an attention's factors in its processor.
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)$")
 
@@ -41,7 +43,7 @@ COMPONENTS = (
     "prior",
 )
 _COMFY = ("diffusion_model", "text_encoders")
-_FLAT = re.compile(r"^(lora_(unet|te\d?|prior|transformer|text)|lycoris)_")
+_FLAT = re.compile(r"^(lora_(unet|te\d?|prior|transformer|text)|lycoris|oft_unet)_")
 # Language models whose own names begin as a diffusion transformer's component does.
 _LANGUAGE = re.compile(r"^transformer\.(h|encoder|word_embeddings|wte)\.")
 
@@ -80,6 +82,9 @@ def group_names(header: Header) -> dict[str, Group]:
                 "take one of the two out of the file",
             )
         parts[part] = key
+        weight = key.removesuffix(_IA3) + "weight"
+        if part == _IA3 and weight in header.entries:
+            parts["weight"] = weight
     return {module: Group(header, module, parts) for module, parts in sorted(keys.items())}
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
+from lora_merge.adapters.dialects.full_rank.dora import dora
 from lora_merge.adapters.dialects.grouping import Group
 from lora_merge.adapters.dialects.language.stacked import experts_apart
 from lora_merge.adapters.dialects.spelling import canonical
@@ -41,11 +42,9 @@ def _recognises(header: Header) -> bool:
 def _claim(header: Header) -> Claims:
     raw = {} if header.config is None else header.config.raw
     kind = raw.get("fine_tune_type", "lora")
-    if kind != "lora":
+    if kind not in ("lora", "dora"):
         raise AdapterError(
-            f"{header.adapter}: fine_tune_type is {kind!r}: it is no low-rank change of the weights"
-            if kind != "dora"
-            else f"{header.adapter}: DoRA rescales the sum of base weight and delta",
+            f"{header.adapter}: fine_tune_type is {kind!r}, no low-rank change of the weights",
             "leave this adapter out",
         )
     scaling = _scale(header)
@@ -79,8 +78,6 @@ def _scale(header: Header) -> float:
 
 
 def _module(group: Group, scaling: float) -> ModuleSpec:
-    if "m" in group:
-        group.refuse("DoRA: it rescales the sum of base weight and delta", "leave this adapter out")
     a, b = group.shape("lora_a", 2, 3), group.shape("lora_b", 2, 3)
     form: Form = "linear"
     units: Callable[..., Units] = _turned
@@ -96,7 +93,7 @@ def _module(group: Group, scaling: float) -> ModuleSpec:
         if group.module.rpartition(".")[2] in _EMBEDDINGS:
             form = "embedding"
     keys = (group.keys["lora_a"], group.keys["lora_b"])
-    return ModuleSpec(
+    plain = ModuleSpec(
         name=group.module,
         form=form,
         d_out=d_out,
@@ -107,6 +104,11 @@ def _module(group: Group, scaling: float) -> ModuleSpec:
         recipe=Recipe(keys, units),
         num_experts=experts,
     )
+    if "m" not in group:
+        return plain
+    if form != "linear":
+        group.refuse(f"DoRA of {form}", "leave this module out")
+    return dora(group, plain, "m")
 
 
 def _turned(a: Tensor, b: Tensor) -> Units:

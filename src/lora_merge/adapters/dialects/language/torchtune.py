@@ -1,11 +1,13 @@
 """torchtune: its own module names, and rows of q and k in the order of its rotary embedding."""
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
 
 from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
+from lora_merge.adapters.dialects.full_rank.dora import dora
 from lora_merge.adapters.dialects.grouping import Group
 from lora_merge.adapters.dialects.spelling import canonical
 from lora_merge.adapters.forms import ModuleSpec
@@ -13,7 +15,7 @@ from lora_merge.adapters.module_names import place_of
 from lora_merge.adapters.units import Units
 from lora_merge.errors import AdapterError
 
-_FACTOR = re.compile(r"^(?P<module>.+)\.(?P<part>lora_a|lora_b)\.weight$|^(?P<dora>.+)\.magnitude$")
+_FACTOR = re.compile(r"^(?P<module>.+)\.(?P<part>lora_a\.weight|lora_b\.weight|magnitude)$")
 # torchtune's name of a module → that of transformers (torchtune's `tune_to_peft_adapter_weights`).
 _NAMES = {
     "attn.q_proj": "self_attn.q_proj",
@@ -35,14 +37,9 @@ def _claim(header: Header) -> Claims:
     keys: dict[str, dict[str, str]] = {}
     for key in sorted(header.entries):
         match = _FACTOR.match(canonical(key))
-        if match is None:
-            continue
-        if match["dora"]:
-            raise AdapterError(
-                f"{header.adapter}: {key}: DoRA rescales the sum of base weight and delta",
-                "leave this adapter out",
-            )
-        keys.setdefault(match["module"], {})[match["part"]] = key
+        if match is not None:
+            part = match["part"].removesuffix(".weight")
+            keys.setdefault(match["module"], {})[part] = key
     modules = {}
     for name, parts in sorted(keys.items()):
         theirs = _name(header, name)
@@ -66,10 +63,12 @@ def _module(group: Group) -> ModuleSpec:
     (r, d_in), (d_out, columns) = group.shape("lora_a", 2), group.shape("lora_b", 2)
     group.check(r == columns)
     scaling = group.header.said().scaling_of(group.module, r)
-    units = None
+    units = rows = None
     if group.module.endswith(("q_proj", "k_proj")):
-        units = partial(_rotary_rows, _head_dim(group, d_out))
-    return group.spec(("lora_a", "lora_b"), units, d_out=d_out, d_in=d_in, rank=r, scaling=scaling)
+        rows = partial(_rotary_rows, _head_dim(group, d_out))
+        units = partial(_with_rows, rows)
+    plain = group.spec(("lora_a", "lora_b"), units, d_out=d_out, d_in=d_in, rank=r, scaling=scaling)
+    return dora(group, plain, "magnitude", rows=rows) if "magnitude" in group else plain
 
 
 def _head_dim(group: Group, d_out: int) -> int:
@@ -85,11 +84,14 @@ def _head_dim(group: Group, d_out: int) -> int:
     return size
 
 
-def _rotary_rows(head_dim: int, a: Tensor, b: Tensor) -> Units:
-    """Rows of B from pairs (torchtune) to halves (transformers), head by head."""
-    heads = b.shape[0] // head_dim
-    pairs = b.reshape(heads, head_dim // 2, 2, b.shape[1])
-    return a, pairs.transpose(1, 2).reshape(b.shape)
+def _with_rows(rows: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> Units:
+    return a, rows(b)
+
+
+def _rotary_rows(head_dim: int, rows: Tensor) -> Tensor:
+    """Rows from pairs (torchtune) to halves (transformers), head by head."""
+    pairs = rows.reshape(len(rows) // head_dim, head_dim // 2, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 TORCHTUNE = Dialect("torchtune", "torchtune", _recognises, _claim)

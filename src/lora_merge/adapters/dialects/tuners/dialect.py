@@ -7,7 +7,14 @@ from lora_merge.adapters.config import AdapterConfig
 from lora_merge.adapters.dialects.dialect import Claims, Dialect, Header
 from lora_merge.adapters.dialects.grouping import Group
 from lora_merge.adapters.dialects.peft_whole import whole_parameters
-from lora_merge.adapters.dialects.tuners import full_rank, low_rank, rotations, with_base
+from lora_merge.adapters.dialects.tuners import (
+    full_rank,
+    low_rank,
+    rotations,
+    sparse,
+    spectral,
+    with_base,
+)
 from lora_merge.adapters.dialects.tuners.settings import Settings
 from lora_merge.adapters.dialects.tuners.sort import sort_keys
 from lora_merge.adapters.forms import ExtraSpec, ModuleSpec
@@ -46,14 +53,17 @@ TUNERS: dict[str, Tuner] = {
     "PEANUT": Tuner("PEANuT", "peanut_", with_base.peanut),
     "IA3": Tuner("IA3", "ia3_", full_rank.ia3),
     "HIRA": Tuner("HiRA", "hira_", full_rank.hira),
-    "C3A": Tuner("C3A", "c3a_", full_rank.c3a),
-    "FOURIERFT": Tuner("FourierFT", "fourierft_", full_rank.fourierft),
+    "C3A": Tuner("C3A", "c3a_", spectral.c3a),
+    "FOURIERFT": Tuner("FourierFT", "fourierft_", spectral.fourierft),
     "OFT": Tuner("OFT", "oft_", full_rank.oft),
-    "SHIRA": Tuner("SHiRA", "shira_", full_rank.shira),
+    "SHIRA": Tuner("SHiRA", "shira_", sparse.shira),
+    "WAVEFT": Tuner("WaveFT", "waveft_", spectral.waveft),
+    "SUPERTUNING": Tuner("Super-Tuning", "supertuning_", sparse.supertuning),
+    "PACA": Tuner("PaCA", "paca_", sparse.paca),
     "BOFT": Tuner("BOFT", "boft_", rotations.boft),
     "ROAD": Tuner("RoAd", "road_", rotations.road),
     "RANDLORA": Tuner("RandLoRA", "randlora_", rotations.randlora),
-    "GLORA": Tuner("GLoRA", "glora_", with_base.glora),
+    "GLORA": Tuner("GLoRA", "glora_", full_rank.glora),
 }
 
 

@@ -1,6 +1,6 @@
 """Tuners whose delta has full rank: read on request alone, to be cut with the error told.
 
-Each gives all its units (`split` of the dense delta), so that whoever cuts them knows what is lost.
+Each gives all its units, so that whoever cuts them knows what is lost.
 """
 
 from collections.abc import Callable
@@ -9,13 +9,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lora_merge.adapters.dialects.full_rank import asked
+from lora_merge.adapters.dialects.full_rank.asked import refuse_unasked
+from lora_merge.adapters.dialects.full_rank.dora import dora as rescaled
 from lora_merge.adapters.dialects.grouping import Group
-from lora_merge.adapters.dialects.recipes.selection import entries_of
-from lora_merge.adapters.dialects.recipes.units import Units, precise, split
+from lora_merge.adapters.dialects.recipes.units import precise
 from lora_merge.adapters.dialects.tuners.settings import Settings
 from lora_merge.adapters.dialects.tuners.with_base import cayley, skew
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.adapters.units import BaseWeight
+from lora_merge.errors import AdapterError
 
 
 def dense_spec(
@@ -28,52 +31,17 @@ def dense_spec(
     *,
     needs_base: bool,
 ) -> ModuleSpec:
-    """A module whose delta is made whole.
-
-    Args:
-        group: The module.
-        settings: Of its file.
-        why: Why it has full rank, for the refusal.
-        parts: What `delta` takes.
-        delta: Gives it, shape (d_out, d_in); with `needs_base` it takes `base`.
-        shape: (d_out, d_in).
-        needs_base: Whether W takes part.
-    """
-    refuse_unasked(group, settings, why)
+    """`asked.dense_spec` of a layer that is no Conv1D."""
+    spec = asked.dense_spec(group, why, parts, delta, shape, needs_base=needs_base)
     if settings.config.fan_in_fan_out:
         group.refuse(f"{why}, of a Conv1D", "leave this adapter out")
-    return group.spec(
-        parts,
-        partial(_whole, delta),
-        d_out=shape[0],
-        d_in=shape[1],
-        rank=min(shape),
-        verdict="approximate",
-        needs_base=needs_base,
-    )
-
-
-def refuse_unasked(group: Group, settings: Settings, why: str) -> None:
-    """Refuse a delta of full rank that nobody asked to cut.
-
-    Raises:
-        AdapterError: Naming the command that cuts it and tells the error.
-    """
-    if settings.header.rank is None:
-        group.refuse(
-            f"{why}, so its change has full rank",
-            "cut it and see the error: lora-merge convert --base DIR --energy 0.95 (or --rank)",
-        )
-
-
-def _whole(delta: Callable[..., Tensor], *tensors: Tensor, **base: object) -> Units:
-    return split(delta(*tensors, **base))
+    return spec
 
 
 def ia3(group: Group, settings: Settings) -> ModuleSpec:
     """IA3: rows or columns of W times a vector."""
     why = "IA3 scales the base weight"
-    refuse_unasked(group, settings, why)
+    refuse_unasked(group, why)
     shape = settings.base_shape(group)
     rows, columns = group.shape("ia3_l", 2)
     group.check((rows, columns) in ((shape[0], 1), (1, shape[1])))
@@ -98,48 +66,65 @@ def _hira(a: Tensor, b: Tensor, *, base: BaseWeight) -> Tensor:
     return base.dense() * (precise(b) @ precise(a))
 
 
-def c3a(group: Group, settings: Settings) -> ModuleSpec:
-    """C3A: a grid of circulant blocks."""
-    m, n, size = group.shape("c3a_kernel", 3)
-    why = "C3A is made of circulant blocks"
-    shape = (m * size, n * size)
-    return dense_spec(group, settings, why, ("c3a_kernel",), _c3a, shape, needs_base=False)
-
-
-def _c3a(kernel: Tensor) -> Tensor:
-    """Entry (k, j) of a block is its kernel's entry j - k, all over the width of the input."""
-    m, n, size = kernel.shape
-    place = (torch.arange(size)[None, :] - torch.arange(size)[:, None]) % size
-    blocks = precise(kernel)[:, :, place]  # m, n, k, j
-    return blocks.permute(0, 2, 1, 3).reshape(m * size, n * size) / (n * size)
-
-
-def fourierft(group: Group, settings: Settings) -> ModuleSpec:
-    """FourierFT: a few entries of the delta's Fourier transform, at places drawn from a seed."""
-    why = "FourierFT is sparse in another basis"
-    refuse_unasked(group, settings, why)
-    (count,) = group.shape("fourierft_spectrum", 1)
+def miss_bat(group: Group, settings: Settings) -> ModuleSpec:
+    """MiSS's "bat": every r x r block of W times a block of its rows, and that block."""
+    why = 'MiSS "bat" multiplies the base weight'
+    refuse_unasked(group, why)
+    blocks, r, columns = group.shape("miss_block", 3)
     shape = settings.base_shape(group)
-    seed = settings.said("random_loc_seed", 777)
-    group.check(count <= shape[0] * shape[1])
-    delta = partial(_fourierft, shape, int(seed), float(settings.said("scaling", 150.0)))
-    parts = ("fourierft_spectrum",)
-    return dense_spec(group, settings, why, parts, delta, shape, needs_base=False)
+    group.check(r == columns and blocks * r == shape[0] and shape[1] % r == 0)
+    return dense_spec(group, settings, why, ("miss_block",), _miss_bat, shape, needs_base=True)
 
 
-def _fourierft(shape: tuple[int, int], seed: int, scaling: float, spectrum: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    place = torch.randperm(shape[0] * shape[1], generator=generator)[: len(spectrum)]
-    dense = torch.zeros(shape[0] * shape[1])
-    dense[place] = spectrum.float()
-    delta: Tensor = torch.fft.ifft2(dense.view(shape)).real * scaling
+def _miss_bat(block: Tensor, *, base: BaseWeight) -> Tensor:
+    w, block = base.dense(), precise(block)
+    count, r, _ = block.shape
+    cells = w.view(count, r, -1, r).transpose(1, 2)  # block of rows, of columns, row, column
+    delta = cells @ block[:, None] + block[:, None]
+    return delta.transpose(1, 2).reshape(w.shape)
+
+
+def glora(group: Group, settings: Settings) -> ModuleSpec:
+    """PEFT's GLoRA: W times A entry by entry, plus B; the paths of the bias are stored as zeros."""
+    why = "GLoRA multiplies the base weight entry by entry"
+    refuse_unasked(group, why)
+    biased = sorted(p for p in group.keys if p[6] in "CDE" and not p.endswith(".zeros"))
+    if biased:
+        group.refuse(
+            f"it changes the bias ({biased[0]})",
+            "merge it into its base with PEFT: a LoRA has no place for the bias",
+        )
+    shape = settings.base_shape(group)
+    paths = tuple(tuple(sorted(p for p in group.keys if p.startswith(f"glora_{x}."))) for x in "AB")
+    for path in paths:
+        found = [group.shape(part) for part in path]
+        whole = len(found) == 2 and found[0] == (shape[0], found[0][1])
+        whole = whole and found[1] == (found[0][1], shape[1])
+        group.check(whole or (len(found) == 1 and found[0] in ((1,), (shape[0], 1), shape)))
+    zeros = tuple(sorted(p for p in group.keys if p[6] in "CDE"))
+    delta = partial(_glora, f"{group.header.adapter}: {group.module}", len(paths[0]), len(paths[1]))
+    return dense_spec(
+        group, settings, why, (*paths[0], *paths[1], *zeros), delta, shape, needs_base=True
+    )
+
+
+def _glora(where: str, of_a: int, of_b: int, *tensors: Tensor, base: BaseWeight) -> Tensor:
+    if any(bool(zeros.any()) for zeros in tensors[of_a + of_b :]):
+        raise AdapterError(f"{where}: its untrained paths are not zero", "save it again with PEFT")
+    a, b = _path(tensors[:of_a]), _path(tensors[of_a : of_a + of_b])
+    delta: Tensor = base.dense() * a + b
     return delta
+
+
+def _path(tensors: tuple[Tensor, ...]) -> Tensor:
+    down, *up = map(precise, tensors)
+    return down @ up[0] if up else down
 
 
 def oft(group: Group, settings: Settings) -> ModuleSpec:
     """OFT: W times a block-diagonal rotation of the input."""
     why = "OFT rotates the base weight"
-    refuse_unasked(group, settings, why)
+    refuse_unasked(group, why)
     blocks, entries = group.shape("oft_R.weight", 2)
     d_out, d_in = settings.base_shape(group)
     if settings.said("block_share", False) or settings.said("coft", False):
@@ -166,41 +151,16 @@ def _oft(
     return w @ rotation.mT - w
 
 
-def shira(group: Group, settings: Settings) -> ModuleSpec:
-    """SHiRA: a few entries; exact while they touch few rows or columns."""
-    (count,) = group.shape("shira_weight", 1)
-    group.check(group.shape("shira_indices") == (2, count))
-    d_out, d_in = settings.base_shape(group)
-    rank = min(count, d_out, d_in)
-    if 4 * rank > min(d_out, d_in):
-        refuse_unasked(group, settings, f"SHiRA changes {count} entries all over the weight")
-    units = partial(_shira, (d_out, d_in), rank)
-    parts = ("shira_weight", "shira_indices")
-    return group.spec(parts, units, d_out=d_out, d_in=d_in, rank=rank)
-
-
-def _shira(shape: tuple[int, int], rank: int, values: Tensor, index: Tensor) -> Units:
-    units = entries_of(values, index[0].long(), index[1].long(), shape)
-    missing = rank - units.rank  # zeros: the header does not tell how many rows are touched
-    a = torch.cat([units.a, units.a.new_zeros(missing, shape[1])])
-    return Units(a, torch.cat([units.b, units.b.new_zeros(shape[0], missing)], dim=1))
-
-
 def dora(group: Group, settings: Settings) -> ModuleSpec:
     """DoRA: every row of W + s B A brought to a trained norm."""
-    why = "DoRA rescales the base weight"
-    refuse_unasked(group, settings, why)
     (r, d_in), (d_out, columns) = group.shape("lora_A.weight", 2), group.shape("lora_B.weight", 2)
     part = "lora_magnitude_vector"
     part = part if part in group else part + ".weight"
     group.check(r == columns and group.shape(part) == (d_out,))
-    delta = partial(_dora, settings.config.scaling_of(group.module, r))
-    parts = ("lora_A.weight", "lora_B.weight", part)
-    return dense_spec(group, settings, why, parts, delta, (d_out, d_in), needs_base=True)
-
-
-def _dora(scaling: float, a: Tensor, b: Tensor, norms: Tensor, *, base: BaseWeight) -> Tensor:
-    w = base.dense()
-    moved = w + scaling * precise(b) @ precise(a)
-    turned: Tensor = moved * (precise(norms) / moved.norm(dim=1))[:, None]
-    return turned - w
+    scaling = settings.config.scaling_of(group.module, r)
+    parts = ("lora_A.weight", "lora_B.weight")
+    plain = group.spec(parts, None, d_out=d_out, d_in=d_in, rank=r, scaling=scaling)
+    spec = rescaled(group, plain, part)
+    if settings.config.fan_in_fan_out:
+        group.refuse("DoRA of a Conv1D", "leave this adapter out")
+    return spec

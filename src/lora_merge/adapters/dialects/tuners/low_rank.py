@@ -8,6 +8,7 @@ from lora_merge.adapters.dialects.diffusion import forms
 from lora_merge.adapters.dialects.grouping import Group
 from lora_merge.adapters.dialects.recipes import blocks, gather
 from lora_merge.adapters.dialects.recipes.units import Units, joined, product
+from lora_merge.adapters.dialects.tuners.full_rank import miss_bat
 from lora_merge.adapters.dialects.tuners.settings import Settings
 from lora_merge.adapters.forms import ModuleSpec
 
@@ -144,7 +145,7 @@ def delora(group: Group, settings: Settings) -> ModuleSpec:
 def miss(group: Group, settings: Settings) -> ModuleSpec:
     """MiSS and its "mini" form: one block, repeated along the input."""
     if settings.said("init_weights", True) == "bat":
-        group.refuse('"bat" multiplies the base weight', "it has full rank; leave it out")
+        return miss_bat(group, settings)
     r, width = group.shape("miss_block", 2)
     d_out, d_in = settings.base_shape(group)
     group.check(d_out % width == 0 and (width == d_out or settings.said("init_weights") == "mini"))

@@ -5,9 +5,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lora_merge.adapters.dialects.full_rank.asked import refuse_unasked
 from lora_merge.adapters.dialects.grouping import Group
 from lora_merge.adapters.dialects.recipes.units import precise
-from lora_merge.adapters.dialects.tuners.full_rank import dense_spec, refuse_unasked
+from lora_merge.adapters.dialects.tuners.full_rank import dense_spec
 from lora_merge.adapters.dialects.tuners.settings import Settings
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.adapters.units import BaseWeight
@@ -15,37 +16,39 @@ from lora_merge.errors import AdapterError
 
 
 def boft(group: Group, settings: Settings) -> ModuleSpec:
-    """BOFT of one butterfly: W times a block-diagonal rotation, then rows times a vector."""
+    """BOFT: W times a chain of block-diagonal rotations (2311.06243), then rows times a vector."""
     why = "BOFT rotates the base weight"
-    refuse_unasked(group, settings, why)
+    refuse_unasked(group, why)
     factors, blocks, size, columns = group.shape("boft_R", 4)
     d_out, d_in = settings.base_shape(group)
     group.check(size == columns and blocks * size == d_in)
     group.check(group.shape("boft_s") == (d_out, 1))
-    if factors != 1:
-        group.refuse(
-            f"BOFT of {factors} butterflies, which PEFT computes on a GPU alone",
-            "merge it into its base with PEFT",
-        )
+    # A chain regroups halves of blocks, the last of it those of 2^(factors - 1) blocks.
+    group.check(factors == 1 or (size % 2 == 0 and blocks % 2 ** (factors - 1) == 0))
     parts = ("boft_R", "boft_s")
     return dense_spec(group, settings, why, parts, _boft, (d_out, d_in), needs_base=True)
 
 
 def _boft(blocks: Tensor, rows: Tensor, *, base: BaseWeight) -> Tensor:
     """Cayley (I - S)(I + S)^-1 of the skew part S of each block."""
-    q = precise(blocks)[0]
+    q = precise(blocks)
     skew = (q - q.mT) / 2
     eye = torch.eye(q.shape[-1], dtype=q.dtype)
     turns = torch.linalg.solve(eye + skew, eye - skew, left=False)
-    w = base.dense()
-    turned: Tensor = (w @ torch.block_diag(*turns).mT) * precise(rows)
-    return turned - w
+    w = turned = base.dense()
+    for place, turn in enumerate(turns):
+        order = torch.arange(w.shape[1])
+        if place:  # halves of 2^place blocks: first the even ones, then the odd ones
+            half = q.shape[-1] // 2
+            order = order.view(-1, 2**place, 2, half).transpose(1, 2).flatten()
+        turned = turned @ torch.block_diag(*turn)[order][:, order].mT
+    return turned * precise(rows) - w
 
 
 def road(group: Group, settings: Settings) -> ModuleSpec:
     """RoAd: pairs of outputs turned and stretched."""
     why = "RoAd rotates the base weight"
-    refuse_unasked(group, settings, why)
+    refuse_unasked(group, why)
     d_out, d_in = settings.base_shape(group)
     variant = settings.said("variant", "road_1")
     size = settings.said("group_size", 64)
@@ -81,7 +84,7 @@ def _road(variant: str, size: int, theta: Tensor, alpha: Tensor, *, base: BaseWe
 def randlora(group: Group, settings: Settings) -> ModuleSpec:
     """RandLoRA: a sum of products of random bases that all modules share, each scaled."""
     why = "RandLoRA sums products of random bases"
-    refuse_unasked(group, settings, why)
+    refuse_unasked(group, why)
     (r, count), (rows, small) = group.shape("randlora_lambda", 2), group.shape("randlora_gamma", 2)
     d_out, d_in = settings.base_shape(group)
     group.check(rows == count and small == min(d_out, d_in))

@@ -53,6 +53,9 @@ class Fields:
     variant: str | None = None
     group_size: int | None = None
     randlora_alpha: float | None = None
+    wavelet_family: str | None = None
+    use_idwt: bool | None = None
+    paca_alpha: float | None = None
 
 
 @dataclass(frozen=True)

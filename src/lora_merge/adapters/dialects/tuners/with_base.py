@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_merge.adapters.dialects.grouping import Group
 from lora_merge.adapters.dialects.recipes import with_base
-from lora_merge.adapters.dialects.recipes.units import Units, precise, product, scaled, with_core
+from lora_merge.adapters.dialects.recipes.units import Units, precise, scaled, with_core
 from lora_merge.adapters.dialects.tuners.settings import Settings
 from lora_merge.adapters.forms import ModuleSpec
 from lora_merge.adapters.units import BaseWeight
@@ -163,18 +163,6 @@ def _peanut(
     half = len(hidden) // 2
     units = with_base.network(down, up, hidden[:half], hidden[half:], _ACTIVATIONS[name], base=base)
     return scaled(units, scale)
-
-
-def glora(group: Group, settings: Settings) -> ModuleSpec:
-    """PEFT's GLoRA with a B path alone; its A path multiplies W entry by entry."""
-    biased = [part for part in group.keys if part.startswith(("glora_C", "glora_D", "glora_E"))]
-    if any(part.startswith("glora_A") for part in group.keys):
-        group.refuse("its A path scales the base weight entry by entry", "leave it out")
-    if biased:
-        group.refuse(f"it changes the bias ({biased[0]})", "leave it out")
-    (d_out, r), (r_b, d_in) = group.shape("glora_B.Xd", 2), group.shape("glora_B.Xu", 2)
-    group.check(r == r_b)
-    return group.spec(("glora_B.Xu", "glora_B.Xd"), product, d_out=d_out, d_in=d_in, rank=r)
 
 
 def _d_out(group: Group, settings: Settings, d_in: int) -> int:

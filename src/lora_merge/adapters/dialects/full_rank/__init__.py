@@ -1,0 +1,1 @@
+"""Changes of full rank, read on request alone, to be cut with the error told."""
