@@ -1,16 +1,19 @@
-"""`spectra`, `resize --budget` and `compare` against the least that must be done for them.
+"""`spectra`, `resize --budget`, `compare` and `report` against the least to be done for them.
 
-    python benchmarks/analysis.py [--work DIR] [--rounds 5] [--many 32] [--out FILE.md]
+    python benchmarks/analysis.py [--work DIR] [--rounds 5] [--many 32] [--only WORD]
+        [--out FILE.md]
 
 Whole processes on adapters of Llama-3-8B's shape: `spectra` of one r=64 adapter against importing
 torch and reading the file; `resize --budget` of one r=16 adapter against a bare load-and-save
-script; `compare` of many r=16 adapters against importing torch and reading them. `--out` writes the
-table that stands in benchmarks/results/analysis.md.
+script; `compare` of many r=16 adapters against importing torch and reading them; `report` of three
+r=16 adapters against `spectra` and then `compare` of the same. `--out` writes the table that stands
+in benchmarks/results/analysis.md.
 """
 
 import argparse
 import os
 import platform
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -64,13 +67,18 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--many", type=int, default=32)
+    parser.add_argument("--only", default="", help="comparisons whose title has this word")
     parser.add_argument("--out", type=Path, help="markdown file to write")
     arguments = parser.parse_args()
     results = []
     for title, aim, ours, bare in _tasks(arguments.work, arguments.many):
+        if arguments.only not in title:
+            continue
         ratio, mine, theirs = compare([*COMMAND, *ours], bare, arguments.rounds)
         results.append(Result(title, aim, ratio, mine, theirs))
         print(" | ".join(results[-1].cells), flush=True)
+        if ours[0] == "report":
+            print(f"{ours[-1]}: {Path(ours[-1]).stat().st_size / 1e6:.2f} MB")
     if arguments.out:
         arguments.out.write_text(_document(results, arguments.rounds), encoding="utf-8")
 
@@ -86,6 +94,10 @@ def _tasks(work: Path, many: int) -> list[tuple[str, float, list[str], list[str]
         ("`spectra`, one adapter of r=64", 2.0, ["spectra", *wide, "--json"], [*read, *wide]),
         ("`resize --budget x0.5`, one of r=16", 3.0, resize, copy),
     ]
+    three = _texts(make_adapters(work / "adapters", 3, 16))
+    both = " && ".join(shlex.join([*COMMAND, name, *three]) for name in ("spectra", "compare"))
+    report = ["report", *three, "-o", str(work / "report.html")]
+    tasks.append(("`report`, three of r=16", 1.5, report, ["sh", "-c", both]))
     if many:
         folders = _texts(make_adapters(work / "adapters", many, 16))
         title = f"`compare`, {many} of r=16"
@@ -107,9 +119,9 @@ def _document(results: Sequence[Result], rounds: int) -> str:
 
 `python benchmarks/analysis.py --rounds {rounds}`: adapters of Llama-3-8B's shape in bfloat16, whole
 processes. `spectra` and `compare` stand beside importing torch and reading the same files, `resize`
-beside a script that loads and saves. Ratios are medians over rounds taken turn by turn.
-{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__.partition("+")[0]}, load
-average {os.getloadavg()[2]:.1f} over the last 15 minutes.
+beside a script that loads and saves, `report` beside `spectra` and then `compare`. Ratios are
+medians over rounds taken turn by turn. {os.cpu_count()} CPU cores ({platform.machine()}), torch
+{torch.__version__.partition("+")[0]}, load average {os.getloadavg()[2]:.1f} over 15 minutes.
 
 {table}
 """

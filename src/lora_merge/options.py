@@ -1,6 +1,6 @@
 """Fields of options dataclasses: checks, help, command lines and documents follow from them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from math import isfinite
@@ -125,18 +125,21 @@ def is_shown(spec: Field[Any]) -> bool:
     return "about" in said and bool(said.get("shown", True))
 
 
-def parse_options(kind: type[T], given: Mapping[str, Any], owner: str) -> T:
+def parse_options(
+    kind: type[T], given: Mapping[str, Any], owner: str, without: Collection[str] = ()
+) -> T:
     """Named values as an options object.
 
     Args:
         kind: Frozen dataclass whose fields are made with `option`.
         given: Values by name.
         owner: Whose parameters they are, for messages ("method ties").
+        without: Fields that this owner does not look at.
 
     Raises:
         MethodError: On an unknown name (with the nearest one) or a value out of range.
     """
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    known = {f.name: f for f in fields(kind) if f.name not in without}  # type: ignore[arg-type]
     for name, value in given.items():
         if name not in known:
             near = get_close_matches(name, known, n=1)
@@ -161,8 +164,10 @@ def check_options(values: Any, owner: str) -> None:
             _check(owner, spec.name, kind, said_of(spec), getattr(values, spec.name))
 
 
-def describe_options(kind: type[Any], presets: Mapping[str, Any] | None = None) -> list[Parameter]:
-    """Every parameter of an options dataclass, with a preset's defaults in place."""
+def describe_options(
+    kind: type[Any], presets: Mapping[str, Any] | None = None, without: Collection[str] = ()
+) -> list[Parameter]:
+    """Every parameter of an options dataclass but some, with a preset's defaults in place."""
     presets = presets or {}
     return [
         Parameter(
@@ -173,6 +178,7 @@ def describe_options(kind: type[Any], presets: Mapping[str, Any] | None = None) 
             about=str(f.metadata.get("about", "")),
         )
         for f in fields(kind)
+        if f.name not in without
     ]
 
 

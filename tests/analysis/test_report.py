@@ -3,14 +3,13 @@
 import json
 import re
 import shlex
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from browser import dump_dom, needs_chromium
 from builders import SHAPES, adapter_parts, make_adapter, save_adapter, save_parts
 from lora_merge.adapters.measured.spectra import adapter_spectra
 from lora_merge.analysis.compare import compare
@@ -21,7 +20,6 @@ from lora_merge.errors import OutputError
 from lora_merge.files.pages.html_page import write_html
 from lora_merge.ranks.choose import choose_ranks
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EVIL = "</script><img src=x onerror=alert(1)> & 'q'"
 UNEVEN = {"rank_pattern": {"up_proj": 7}, "alpha_pattern": {"up_proj": 3}}
 
@@ -136,15 +134,13 @@ def in_browser(text: str, folder: Path) -> dict:
         "</body>", f"<script>{{{_DRIVER}}}</script></body>"
     )
     file.write_text(text, encoding="utf-8")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=700,900"]
-    command += [f"--user-data-dir={folder / 'profile'}", "--dump-dom", file.as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    shown = dump_dom(file, "--window-size=700,900")
     found = re.search(r"<pre>(.*?)</pre>", shown, re.S)
     assert found, shown[-2000:]
     return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+@needs_chromium
 def test_in_chromium_by_slider_and_keyboard(tmp_path):
     """The slider's numbers are those of `choose_ranks`; keys do what a pointer does."""
     adapters = [make_adapter(n, seed=i, r=5, **UNEVEN) for i, n in enumerate(["a b", "c", EVIL])]

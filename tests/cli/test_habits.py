@@ -1,7 +1,5 @@
 """What people type, and what answers: words, completion, doctor, what was written."""
 
-import ast
-import inspect
 import json
 import os
 import shutil
@@ -12,12 +10,17 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from builders import save_adapter
+from builders import adapter_parts, make_adapter, save_adapter
+from lora_merge.adapters.adapter import build_adapter
+from lora_merge.adapters.alignment import align
+from lora_merge.adapters.config import parse_config
+from lora_merge.cli import app
 from lora_merge.cli.app import cli
 from lora_merge.cli.commands import doctor
 from lora_merge.cli.commands.methods import AUTO
 from lora_merge.cli.shared.method_names import METHOD_NAMES
 from lora_merge.errors import LoraMergeError, MethodError, SourceError
+from lora_merge.files.tensor_file import TensorDict
 from lora_merge.merge.auto import method as auto
 from lora_merge.merge.methods.other_names import CALLED, SAME
 from lora_merge.merge.methods.registry import METHODS, find_method
@@ -28,6 +31,34 @@ def run(*arguments: object) -> str:
     result = CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def complaint(capsys, *arguments: str) -> str:
+    assert app.run(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (
+            "merge a --methd ties",
+            "error: no such option '--methd'\n  try: did you mean '--method'?\n",
+        ),
+        ("mrege", "did you mean 'merge'?"),
+        ("gate a --preset X-LoRA", "did you mean 'xlora'?"),
+        ("gate a --preset zzz", "choose from: constant, "),
+        ("merge a --compat pefd", "did you mean 'peft'?"),
+        ("train", "error: missing argument 'MIXTURE'\n  try: lora-merge train --help\n"),
+    ],
+)
+def test_a_wrong_word_is_told_the_nearest_right_one(typed, said, capsys):
+    text = complaint(capsys, *typed.split())
+    assert said in text and text.startswith("error: ") and text.count("error") == 1
+
+
+def test_nothing_typed_is_answered_by_help(capsys):
+    assert complaint(capsys).startswith("Usage: ")
 
 
 def test_version_in_short():
@@ -89,10 +120,31 @@ def test_a_directory_of_adapters_suggests_all_of_them(tmp_path):
     run("merge", f"{tmp_path}/all/*", "-o", tmp_path / "out")
 
 
+def test_a_rank_rule_misspelt():
+    with pytest.raises(MethodError, match="did you mean 'energy'"):
+        parse_rule("enrgy:0.9")
+
+
 def test_a_share_without_its_x():
     with pytest.raises(MethodError, match=r"x0\.5"):
         parse_rule("budget:0.5")
     assert parse_rule("budget:x0.5").unit == "share"
+
+
+@pytest.mark.parametrize(
+    ("method", "ignored"),
+    [
+        ("ties", "gamma=0.1"),
+        ("dare", "zero_sign=plus"),
+        ("dare", "scope=row"),
+        ("breadcrumbs", "rescale=probability"),
+        ("sce", "epsilon=0.1"),
+    ],
+)
+def test_parameters_of_other_entrywise_methods_are_refused(method, ignored, tmp_path):
+    a, b = (save_adapter(tmp_path / n, seed=i) for i, n in enumerate("ab"))
+    with pytest.raises(LoraMergeError, match=ignored.partition("=")[0]):
+        run("merge", a, b, "-M", method, "-p", ignored, "-o", tmp_path / "out")
 
 
 def test_parameters_that_a_method_ignores_are_refused(tmp_path):
@@ -103,16 +155,34 @@ def test_parameters_that_a_method_ignores_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_auto_is_explained_as_it_is_written():
-    tree = ast.parse(inspect.getsource(auto.choose))
-    made = {
-        node.args[0].value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Choice"
-    }
-    assert made == set(AUTO.values())
+def with_factors_of(seed, factor, name):
+    """A random adapter with one factor of the adapter of another seed."""
+    config, tensors = adapter_parts(seed=ord(name))
+    others = adapter_parts(seed=seed)[1]
+    tensors.update({n: t for n, t in others.items() if factor in n})
+    return build_adapter(name, parse_config(config, name), TensorDict(tensors))
+
+
+def nearly_alike(name):
+    config, tensors = adapter_parts(seed=0)
+    noise = adapter_parts(seed=ord(name))[1]
+    tensors = {n: t + 0.1 * noise[n] for n, t in tensors.items()}
+    return build_adapter(name, parse_config(config, name), TensorDict(tensors))
+
+
+def test_auto_is_explained_as_it_chooses():
+    """Each line of the table on adapters that it speaks of, two of them and three."""
+    for count in (2, 3):
+        names = "abc"[:count]
+        sets = {
+            "one adapter": [make_adapter("a")],
+            "all share A, or all share B": [with_factors_of(0, "lora_A", n) for n in names],
+            "mean cosine of their deltas above 0.5": [nearly_alike(n) for n in names],
+            "all others": [make_adapter(n, seed=i) for i, n in enumerate(names)],
+        }
+        assert {n: auto.choose(align(a)).method for n, a in sets.items()} == AUTO
     text = run("methods", "auto")
-    assert all(method in text for method in made) and str(auto._SAME_TASK) in text
+    assert all(method in text for method in AUTO.values()) and str(auto._SAME_TASK) in text
     assert max(map(len, text.splitlines())) <= 80
     assert json.loads(run("methods", "auto", "--json"))["name"] == "auto"
 

@@ -1,5 +1,7 @@
 """The site: built without a warning, and no page of it asks another machine for anything."""
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from browser import dump_dom, needs_chromium
 from pages import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -50,6 +53,34 @@ def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
         assert not [name for name in loads.found if name.startswith(("http:", "https:", "//"))]
     for sheet in site.rglob("*.css"):
         assert "url(http" not in sheet.read_text(encoding="utf-8")
+
+
+_SEARCH = """<script>
+const until = (find) => new Promise((done) => {
+  const look = () => (find() ? done(find()) : setTimeout(look, 50));
+  look();
+});
+addEventListener("load", async () => {
+  const field = await until(() => document.querySelector("input.md-search__input"));
+  field.focus();
+  field.value = "wudi";
+  field.dispatchEvent(new KeyboardEvent("keyup", { bubbles: true }));
+  await until(() => document.querySelector(".md-search-result__link"));
+  const links = [...document.querySelectorAll(".md-search-result__link")].map((a) => a.href);
+  document.body.innerHTML = "<pre>" + JSON.stringify(links) + "</pre>";
+});
+</script>"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("name", ["index.html", "guides/many.html"])
+def test_the_search_works_from_a_disk(site: Path, name: str) -> None:
+    page = (site / name).with_name("driven.html")
+    page.write_text((site / name).read_text("utf-8").replace("</body>", _SEARCH + "</body>"))
+    found = re.search(r"<pre>(.*?)</pre>", dump_dom(page, "--virtual-time-budget=60000"))
+    page.unlink()
+    assert found
+    assert f"{(site / 'methods.html').as_uri()}#wudi-iso" in json.loads(found[1])
 
 
 def test_every_public_name_has_its_place(site: Path) -> None:

@@ -30,7 +30,7 @@ def merge_one(
     count = max(stack.adapters) + 1
     job = Job(
         module="layers.0.proj",
-        rank=rank if chosen.makes_rank else None,
+        rank=rank,
         weights=torch.tensor(weights or [1.0] * count, dtype=torch.float64),
         seed=seed,
         statistics=made_up_statistics(stack) if chosen.needs else {},

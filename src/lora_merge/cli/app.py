@@ -113,8 +113,11 @@ def run(arguments: list[str]) -> int:
             cli.main(arguments, prog_name="lora-merge", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        _complain(_of_usage(error))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         _complain("interrupted")
@@ -136,6 +139,18 @@ def run(arguments: list[str]) -> int:
         _complain(f"error: {place}{error.strerror or error}\n  try: {remedy}")
         return 1
     return 0
+
+
+def _of_usage(error: click.ClickException) -> str:
+    """What is wrong with a command line, and what to try."""
+    text, remedy = error.format_message().rstrip("."), ""
+    if isinstance(error, click.UsageError) and error.ctx:
+        remedy = f"{error.ctx.command_path} --help"
+    if isinstance(error, click.NoSuchOption) and error.possibilities:
+        text, remedy = error.message.rstrip("."), f"did you mean {error.possibilities[0]!r}?"
+    first, *rest = text.split(" ", 1)
+    text = " ".join([first.lower() if first.isalpha() else first, *rest])
+    return f"error: {text}" + (f"\n  try: {remedy}" if remedy else "")
 
 
 def _leave_stdout() -> None:

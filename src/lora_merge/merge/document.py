@@ -1,13 +1,14 @@
 """The table of methods as Markdown and the recipe's JSON schema: docs/ holds what these return."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_merge.merge.methods.method import Method
 from lora_merge.merge.methods.registry import METHODS
 from lora_merge.merge.recipe.recipe import Recipe, Semantics
-from lora_merge.options import describe_options
+from lora_merge.options import Parameter, describe_options
 
 _HEAD = """# Merge methods
 
@@ -57,7 +58,7 @@ formula. Methods that train (LoRA.rar, ZipLoRA, AdaMerging) are not merges of fi
 
 def methods_page() -> str:
     """docs/methods.md."""
-    parts = [_HEAD, "## What all methods share\n", _options_table(Semantics, {})]
+    parts = [_HEAD, "## What all methods share\n", _options_table(describe_options(Semantics))]
     parts.append("## Overview\n")
     parts.append("| method | space | rank | what it does |\n| --- | --- | --- | --- |")
     parts += [
@@ -100,13 +101,13 @@ def _section(method: Method) -> str:
     lines = [f"### {method.name}\n", f"{method.summary[0].upper()}{method.summary[1:]}.\n"]
     lines.append(" ".join(facts) + "\n")
     if method.parameters():
-        lines.append(_options_table(method.options, {**method.presets, **method.shown}))
+        lines.append(_options_table(method.parameters()))
     return "\n".join(lines)
 
 
-def _options_table(kind: type[Any], defaults: dict[str, Any]) -> str:
+def _options_table(parameters: Sequence[Parameter]) -> str:
     rows = ["| parameter | default | values | what it does |", "| --- | --- | --- | --- |"]
-    for p in describe_options(kind, defaults):
+    for p in parameters:
         values = f"{p.kind}{', ' if p.limits else ''}{p.limits}".replace("|", "\\|")
         default = "the method's" if p.default is None else str(p.default)
         rows.append(f"| `{p.name}` | {default} | {values} | {p.about} |")

@@ -167,13 +167,12 @@ def _stacks(
     several = module.first.num_experts > 1
     statistics = plan.statistics.of(module.name, names) if plan.statistics else {}
     statistics = {key: tensor.to(device) for key, tensor in statistics.items()}
-    makes = plan.method.makes_rank and plan.rule.kind == "fixed"
     for expert, stack in enumerate(read_stacks(plan.alignment, module, device=device)):
         yield (
             stack,
             Job(
                 module=f"{module.name}[{expert}]" if several else module.name,
-                rank=plan.ranks[module.name] if makes else None,
+                rank=plan.ranks[module.name] if plan.rule.kind == "fixed" else None,
                 weights=weights,
                 seed=plan.recipe.seed,
                 own=plan.own_at(module.name),

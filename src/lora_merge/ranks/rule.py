@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from lora_merge.errors import MethodError
 
@@ -125,9 +126,10 @@ def parse_rule(text: str) -> RankRule:
         text = f"fixed:{text}"
     match = _TEXT.match(text)
     if match is None or match["kind"] not in KINDS:
+        near = get_close_matches(text.partition(":")[0].lower(), KINDS, n=1)
+        known = f"give a rank, or one of {', '.join(KINDS)}, as in energy:0.95 or budget:x0.5"
         raise MethodError(
-            f"{text!r} is no rank rule",
-            f"give a rank, or one of {', '.join(KINDS)}, as in energy:0.95 or budget:x0.5",
+            f"{text!r} is no rank rule", f"did you mean {near[0]!r}?" if near else known
         )
     kind, raw = match["kind"], match["value"]
     spec = KINDS[kind]

@@ -21,6 +21,7 @@ from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import MethodError, NotFiniteError
 from lora_merge.merge.methods.method import Method
 from lora_merge.merge.methods.registry import find_method, methods
+from lora_merge.options import Parameter
 
 ALL = sorted(methods())
 # Parameters with which a method's own losses are off, so that what is left must be exact.
@@ -34,10 +35,11 @@ LOSSLESS: dict[str, dict[str, Any]] = {
     "wudi-iso": {"ridge": 1e-9, "beta": 0.0},
     "dc-merge": {"smoothing": "none"},
     "lego-refit": {"ridge": 1e-9, "beta": 0.0},
+    **{name: {"density": 1.0} for name in ("dare", "della", "sce")},
     **{
-        name: {"density": 1.0, "scope": "tensor"} for name in ("magnitude", "ties", "dare", "della")
+        name: {"density": 1.0, "scope": "tensor"}
+        for name in ("magnitude", "ties", "knots-ties", "core-ties")
     },
-    **{name: {"density": 1.0, "scope": "tensor"} for name in ("knots-ties", "core-ties", "sce")},
     "breadcrumbs": {"density": 1.0, "gamma": 0.0, "scope": "tensor"},
     **{
         name: {"density": 1.0, "trim": 1.0, "scope": "tensor"}
@@ -67,6 +69,11 @@ NOT_ODD = {
     **dict.fromkeys(DRAWS, "drops other entries of every copy"),
     **dict.fromkeys(SHARES - {"sce"}, "refuses shares that add up to 0"),
 }
+
+
+# How long to look for the same result; whose code to agree with, which may be the same code; what
+# to do with exact ties, which there are none of in other coordinates.
+EFFORT = {"iterations", "tolerance", "restarts", "compat", "zero_sign"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def lossless(name: str) -> dict[str, Any]:
 
 
 def tensor_scope(name: str) -> dict[str, Any]:
-    return {"scope": "tensor"} if "density" in LOSSLESS.get(name, {}) else {}
+    return {key: value for key, value in lossless(name).items() if key == "scope"}
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
@@ -225,6 +232,49 @@ def test_the_rank_asked_for_is_not_exceeded(name, seed, ranks, size, rank) -> No
     merged = merge_one(case.stack, name, rank=rank, parameters=tensor_scope(name), as_stack=True)
     assert merged.num_units <= rank
     assert bool(torch.isfinite(merged.delta()).all())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_parameter_is_ignored(name) -> None:
+    """Each changes the result for some value, or is refused."""
+    method = find_method(name)
+    stack = case_of(method, 5, (5, 3, 4), 24, 21).stack
+    for parameter in method.parameters():
+        if parameter.name in EFFORT:
+            continue
+        seen = (
+            _differs(stack, name, rank, {parameter.name: value})
+            for rank in (None, 2)
+            for value in _values(parameter)
+        )
+        taken = [differs for differs in seen if differs is not None]
+        assert not taken or any(taken), parameter.name
+
+
+def _values(parameter: Parameter) -> list[Any]:
+    if "|" in parameter.kind:
+        return parameter.kind.split(" or ")[0].split(" | ")
+    if parameter.kind == "yes or no":
+        return [True, False]
+    return [1, 2, 5] if "whole" in parameter.kind else [0.0, 0.1, 0.4, 1.0]
+
+
+def _differs(
+    stack: RankStack, name: str, rank: int | None, parameters: dict[str, Any]
+) -> bool | None:
+    start = {
+        **tensor_scope(name),
+        **({"density": 0.5} if name == "sce" else {}),
+    }  # it drops nothing
+    weights = (1.0, 0.2, 4.0)[: len(stack.adapters)]
+    try:
+        changed = merge_one(
+            stack, name, rank=rank, weights=weights, parameters={**start, **parameters}
+        )
+    except MethodError:
+        return None
+    before = merge_one(stack, name, rank=rank, weights=weights, parameters=start)
+    return float((changed - before).norm()) > 1e-9 * float(before.norm())
 
 
 @pytest.mark.parametrize("name", ALL)

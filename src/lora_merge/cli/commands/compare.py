@@ -8,7 +8,7 @@ import click
 from lora_merge.adapters.access.opening import BaseOptions
 from lora_merge.api.arguments.looking import Compare
 from lora_merge.cli.shared.fields import names_of, options_of
-from lora_merge.cli.shared.options import adapters_argument, json_option, width_option
+from lora_merge.cli.shared.options import Choice, adapters_argument, json_option, width_option
 
 if TYPE_CHECKING:
     from lora_merge.analysis.pairs.matrices import PairMatrices
@@ -33,7 +33,7 @@ Examples:
 @click.option("--cluster", metavar="K|auto", help="Group the adapters before merging.")
 @click.option(
     "--algorithm",
-    type=click.Choice(["agglomerative", "spectral"]),
+    type=Choice(["agglomerative", "spectral"]),
     default="agglomerative",
     show_default=True,
     help="How to group them.",

@@ -4,6 +4,8 @@ import sys
 
 import click
 
+from lora_merge.cli.shared.options import Choice
+
 
 @click.command(
     epilog="""\b
@@ -13,7 +15,7 @@ Install it:
   lora-merge completion fish > ~/.config/fish/completions/lora-merge.fish
 """,
 )
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", type=Choice(["bash", "zsh", "fish"]))
 def command(shell: str) -> None:
     """Print a script that lets SHELL complete commands, options, methods and paths."""
     from lora_merge.cli.app import COMPLETE, cli

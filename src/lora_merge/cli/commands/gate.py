@@ -8,6 +8,7 @@ import click
 
 from lora_merge.cli.shared.fields import options_of
 from lora_merge.cli.shared.options import (
+    Choice,
     bases_option,
     force_option,
     json_option,
@@ -30,7 +31,7 @@ Examples:
 @click.argument("adapters", nargs=-1, metavar="ADAPTER...")
 @click.option(
     "--preset",
-    type=click.Choice(list(PRESETS)),
+    type=Choice(list(PRESETS)),
     metavar="PRESET",
     default="arrow",
     show_default=True,

@@ -7,7 +7,7 @@ import click
 
 from lora_merge.adapters.access.opening import BaseOptions
 from lora_merge.cli.shared.fields import options_of
-from lora_merge.cli.shared.options import adapters_argument, json_option
+from lora_merge.cli.shared.options import Choice, adapters_argument, json_option
 
 if TYPE_CHECKING:
     from lora_merge.adapters.adapter import Adapter
@@ -18,7 +18,7 @@ _READERS = ("peft", "vllm", "sglang", "llama.cpp", "mlx", "diffusers", "comfyui"
 
 @click.command
 @adapters_argument
-@click.option("--target", type=click.Choice(_READERS), help="What this reader would do with it.")
+@click.option("--target", type=Choice(_READERS), help="What this reader would do with it.")
 @options_of(BaseOptions)
 @json_option
 def command(adapters: tuple[str, ...], target: str | None, as_json: bool, **opening: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from lora_merge.cli.shared.method_names import complete_method
-from lora_merge.cli.shared.options import WeightType, adapters_argument, together
+from lora_merge.cli.shared.options import Choice, WeightType, adapters_argument, together
 from lora_merge.cli.shared.recipe_options import (
     merging_options,
     parse_parameters,
@@ -47,12 +47,12 @@ _method_options = together(
     ),
     click.option(
         "--compat",
-        type=click.Choice(["authors", "peft", "mergekit"]),
+        type=Choice(["authors", "peft", "mergekit"]),
         help="Short for -p compat=...: whose code to agree with where they differ.",
     ),
     click.option(
         "--side",
-        type=click.Choice(["input", "output", "both"]),
+        type=Choice(["input", "output", "both"]),
         help="Short for -p side=... (wudi).",
     ),
 )

@@ -18,8 +18,7 @@ AUTO = {
     "one adapter": "svd",
     "all share A, or all share B": "fedavg",
     "mean cosine of their deltas above 0.5": "mean",
-    "two adapters": "svd",
-    "three and more": "wudi-iso",
+    "all others": "wudi-iso",
 }
 
 

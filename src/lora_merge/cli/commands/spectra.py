@@ -8,7 +8,7 @@ import click
 from lora_merge.adapters.access.opening import BaseOptions
 from lora_merge.analysis.metrics import METRICS
 from lora_merge.cli.shared.fields import options_of
-from lora_merge.cli.shared.options import adapters_argument, json_option, width_option
+from lora_merge.cli.shared.options import Choice, adapters_argument, json_option, width_option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,13 +37,13 @@ Examples:
 )
 @click.option(
     "--metric",
-    type=click.Choice(_METRICS),
+    type=Choice(_METRICS),
     default="frobenius",
     show_default=True,
     help="What the heat map shows.",
 )
 @click.option(
-    "--sort", type=click.Choice(["name", *_METRICS]), help="List modules one by one, in this order."
+    "--sort", type=Choice(["name", *_METRICS]), help="List modules one by one, in this order."
 )
 @click.option("--top", type=click.IntRange(min=1), help="List only so many modules, or values.")
 @click.option("--intruders", is_flag=True, help="With --base: count intruder dimensions.")

@@ -8,7 +8,7 @@ import click
 
 from lora_merge.api.arguments.texts import Usage
 from lora_merge.cli.shared.fields import options_of
-from lora_merge.cli.shared.options import json_option
+from lora_merge.cli.shared.options import Choice, json_option
 from lora_merge.cli.shared.texts import Rows, mixture_argument
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ Examples:
 )
 @mixture_argument
 @options_of(Usage)
-@click.option(
-    "--by", type=click.Choice(["layer", "kind", "module"]), default="layer", show_default=True
-)
+@click.option("--by", type=Choice(["layer", "kind", "module"]), default="layer", show_default=True)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw it: a .png, .svg or .pdf.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write all of it as a page.")
 @json_option

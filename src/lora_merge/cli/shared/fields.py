@@ -12,7 +12,7 @@ from typing import Annotated, Any, ForwardRef, Literal, TypeVar, get_args, get_o
 
 import click
 
-from lora_merge.cli.shared.options import together
+from lora_merge.cli.shared.options import Choice, together
 from lora_merge.options import bare_type, in_order, is_shown, said_of, sentence
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -110,7 +110,7 @@ def _is_path(kind: Any) -> bool:
 
 def _type(kind: Any, limits: Mapping[str, Any]) -> Any:
     if get_origin(kind) is Literal:
-        return click.Choice(get_args(kind))
+        return Choice(get_args(kind))
     if get_origin(kind) in (Sequence, tuple):
         kind = get_args(kind)[0]
     if isinstance(kind, str | ForwardRef):  # more than a command line can say: its text

@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import click
@@ -37,6 +38,20 @@ def take_out(given: dict[str, Any], dry_run: bool) -> None:
 def force_option(what: str) -> Callable[[F], F]:
     """`--force`, which replaces an output that is there and does nothing else."""
     return click.option("--force", is_flag=True, help=f"Replace {what} that is there.")
+
+
+class Choice(click.Choice[str]):
+    """One of some words; another is told the nearest."""
+
+    def __init__(self, choices: Iterable[str]) -> None:
+        super().__init__(choices, case_sensitive=False)
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """What the wrong word is told: the nearest, or all if none is near."""
+        near = get_close_matches(str(value).lower(), self.choices, n=1)
+        if near:
+            return f"there is no {value!r}; did you mean {near[0]!r}?"
+        return f"there is no {value!r}; choose from: {', '.join(self.choices)}"
 
 
 class WeightType(click.ParamType):  # type: ignore[type-arg]

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from lora_merge.cli.shared.options import together
+from lora_merge.cli.shared.options import Choice, together
 from lora_merge.ranks.rule import KINDS, WHOLE, RuleKind
 
 # The rules that have an option, under its name.
@@ -32,7 +32,7 @@ rule_options = together(
     *(_option(name, kind) for name, (_, kind) in _OPTIONS.items()),
     click.option(
         "--compat",
-        type=click.Choice(list(dict.fromkeys(c for kind in KINDS.values() for c in kind.compat))),
+        type=Choice(list(dict.fromkeys(c for kind in KINDS.values() for c in kind.compat))),
         help="Count as sd-scripts (--energy is its sv_fro), PEFT or LyCORIS do.",
     ),
 )

@@ -172,7 +172,7 @@ def preset(name: str, *, compat: Compat = "authors", **changes: Any) -> Rule:
     Args:
         name: One of `rule_names()`.
         compat: Whose code to agree with.
-        changes: Fields of `Rule` to set on top (density, scope, ...); None leaves a field alone.
+        changes: Fields of `Rule` to set on top (density, scope, ...).
 
     Raises:
         MethodError: If there is no such rule or a value is out of range.
@@ -184,5 +184,31 @@ def preset(name: str, *, compat: Compat = "authors", **changes: Any) -> Rule:
     if compat not in ("authors", "peft", "mergekit"):
         raise MethodError(f"compat is {compat!r}", "choose from: authors, peft, mergekit")
     shared = {"authors": {}, "peft": _PEFT, "mergekit": _MERGEKIT}[compat]
-    given = {key: value for key, value in changes.items() if value is not None}
-    return replace(_PRESETS[name], **{**shared, **_COMPAT.get((compat, name), {}), **given})
+    return replace(_PRESETS[name], **{**shared, **_COMPAT.get((compat, name), {}), **changes})
+
+
+# Parameter → the sparsifiers that look at it.
+_SEEN_BY: dict[str, tuple[Sparsifier, ...]] = {
+    "gamma": ("outliers",),
+    "epsilon": ("della",),
+    "trim": ("random",),
+    "scope": ("magnitude", "outliers", "random"),
+}
+
+
+def unseen(name: str) -> tuple[str, ...]:
+    """Parameters that a published rule looks at in no case."""
+    sparsify = _PRESETS[name].sparsify
+    return tuple(field for field, by in _SEEN_BY.items() if sparsify not in by)
+
+
+def without_effect(rule: Rule, field: str) -> str:
+    """What a rule would need for a field to have a meaning; "" where it has one."""
+    if field in ("elect_on", "zero_sign") and rule.elect == "none":
+        return "an election of signs (elect)"
+    if field == "scope" and rule.sparsify == "random" and rule.trim == 1 and rule.elect == "none":
+        return "magnitudes to rank (trim below 1) or an election of signs"
+    drops_at_random = rule.sparsify in ("random", "della")
+    if field == "rescale" and rule.rescale == "probability" and not drops_at_random:
+        return "entries that are dropped at random (dare, della)"
+    return ""

@@ -18,7 +18,14 @@ from lora_merge.merge.elementwise.bands import blocks_of
 from lora_merge.merge.elementwise.blocks import Block, Statistics
 from lora_merge.merge.elementwise.combine import measure, merge_tensor
 from lora_merge.merge.elementwise.delta import merge_delta
-from lora_merge.merge.elementwise.rule import Compat, Rule, Scope, preset
+from lora_merge.merge.elementwise.rule import (
+    Compat,
+    Rule,
+    Scope,
+    preset,
+    unseen,
+    without_effect,
+)
 from lora_merge.merge.elementwise.thresholds import brackets_of, sample_entries
 from lora_merge.merge.methods.method import Job, Method, Outcome, Survey, equal_ranks
 from lora_merge.merge.recipe.recipe import Space
@@ -70,8 +77,15 @@ def rule_of(name: str, options: EntryOptions, own: Sequence[Mapping[str, Any]] =
         options: Changes to it.
         own: Further changes for single adapters, by owner.
     """
-    changes = {f.name: getattr(options, f.name) for f in fields(options) if f.name != "compat"}
+    values = {f.name: getattr(options, f.name) for f in fields(options) if f.name != "compat"}
+    changes = {field: value for field, value in values.items() if value is not None}
     rule = preset(name, compat=options.compat, **changes)
+    for field, value in changes.items():
+        if needed := without_effect(rule, field):
+            raise MethodError(
+                f"{field} is {value!r}, which changes nothing here: it needs {needed}",
+                "leave it out",
+            )
     if not any(own):
         return rule
     return replace(rule, own=tuple(replace(rule, **parameters) for parameters in own))
@@ -257,6 +271,7 @@ def _row(
         check=partial(rule_of, rule),
         per_adapter=per_adapter.get(rule, ("density",)),
         options=EntryOptions,
+        ignores=unseen(rule),
         presets=presets,
         shown={**rule_defaults(rule), **presets},
         space=space,

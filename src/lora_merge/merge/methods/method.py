@@ -83,6 +83,7 @@ class Method:
         paper: Where it is from.
         combine: (stack, job, options) → outcome. Adapters that are absent are not in the stack.
         options: Frozen dataclass of its parameters, made with `option`.
+        ignores: Fields of `options` that it does not look at, and refuses.
         presets: Defaults that differ from those of `options`.
         shown: Defaults to show in help texts where the options themselves say None.
         space: The space it works in unless the user says otherwise.
@@ -113,6 +114,7 @@ class Method:
     paper: str
     combine: Combiner
     options: type[Any] = NoOptions
+    ignores: tuple[str, ...] = ()
     presets: Mapping[str, Any] = field(default_factory=dict)
     shown: Mapping[str, Any] = field(default_factory=dict)
     space: Space = "core"
@@ -144,14 +146,14 @@ class Method:
                 that do not go together.
         """
         given = {**self.presets, **parameters}
-        options = parse_options(self.options, given, f"method {self.name}")
+        options = parse_options(self.options, given, f"method {self.name}", self.ignores)
         if self.check is not None:
             self.check(options)
         return options
 
     def parameters(self) -> list[Parameter]:
         """Its parameters, for help texts and tables."""
-        return describe_options(self.options, {**self.presets, **self.shown})
+        return describe_options(self.options, {**self.presets, **self.shown}, self.ignores)
 
 
 def equal_ranks(stack: RankStack, what: str, remedy: str) -> tuple[int, int]:
