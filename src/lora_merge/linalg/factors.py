@@ -163,7 +163,7 @@ def pivot_sign(u: Tensor) -> Tensor:
     Signs of singular pairs are arbitrary; multiplied by these, they are the same in every run.
     """
     if u.shape[-2] == 0:
-        return torch.ones_like(u[..., :1, :])
+        return u.new_ones((*u.shape[:-2], 1, u.shape[-1]))
     pivot = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True))
     return torch.where(pivot < 0, -1.0, 1.0).to(u.dtype)
 
