@@ -100,6 +100,7 @@ def read_stacks(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    staged: bool | None = None,
 ) -> Iterator[RankStack]:
     """Read one module of all adapters; yields one stack per expert (one, usually).
 
@@ -108,41 +109,49 @@ def read_stacks(
         module: Which module.
         device: Where the stacks shall be.
         dtype: Of the stacks; float32 holds 16-bit factors exactly.
+        staged: Gather the factors on the host as they are stored, in pinned memory, and move them
+            as one; default: where the device is a GPU.
 
     Raises:
         AdapterError: If a tensor holds NaN or infinity; names adapter and module.
     """
     place = torch.device(device)
+    fill = _staged if (place.type == "cuda" if staged is None else staged) else _fill
     if module.first.num_experts == 1:
 
         def read(index: int) -> tuple[Tensor, Tensor]:
             return alignment.adapters[index].read(module.name)
 
-        yield _fill(alignment, module, read, 0, place, dtype)
+        yield fill(alignment, module, read, 0, place, dtype)
         return
     # The experts share their tensors, so these are read once and kept until the last expert.
     stored = {i: alignment.adapters[i].read(module.name) for i in module.specs}
     for expert in range(module.first.num_experts):
-        yield _fill(alignment, module, stored.__getitem__, expert, place, dtype)
+        yield fill(alignment, module, stored.__getitem__, expert, place, dtype)
 
 
 def _fill(
     alignment: Alignment,
     module: AlignedModule,
     read: Callable[[int], tuple[Tensor, Tensor]],
-    expert: int,
+    expert: int | None,
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    pinned: bool = False,
 ) -> RankStack:
-    """Copy the stored halves straight into the stack, casting on the way: no temporaries."""
+    """Copy the stored halves straight into the stack, casting on the way: no temporaries.
+
+    Without an expert, what is read is one expert's matrices already.
+    """
     first, size = module.first, module.num_units
-    down = torch.empty(size, first.d_in, dtype=dtype, device=device)
-    up = torch.empty(first.d_out, size, dtype=dtype, device=device)
+    down = torch.empty(size, first.d_in, dtype=dtype, device=device, pin_memory=pinned)
+    up = torch.empty(first.d_out, size, dtype=dtype, device=device, pin_memory=pinned)
     scale = torch.empty(size, dtype=torch.float64)
     owner = torch.empty(size, dtype=torch.int64)
     start, sound = 0, True
     for index, spec in module.specs.items():
-        a, b = to_matrix(spec, *read(index), expert)
+        a, b = read(index) if expert is None else to_matrix(spec, *read(index), expert)
         part = slice(start, start + spec.rank)
         down[part].copy_(a)
         up[:, part].copy_(b)
@@ -156,6 +165,26 @@ def _fill(
     if not sound:
         _refuse_non_finite(alignment, module)
     return stack
+
+
+def _staged(
+    alignment: Alignment,
+    module: AlignedModule,
+    read: Callable[[int], tuple[Tensor, Tensor]],
+    expert: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> RankStack:
+    """The same by way of the host: half precision travels as it is, and all halves at once."""
+    halves = {index: to_matrix(s, *read(index), expert) for index, s in module.specs.items()}
+    kinds = {half.dtype for pair in halves.values() for half in pair}
+    kind = kinds.pop() if len(kinds) == 1 else dtype
+    kind = kind if kind in (torch.float16, torch.bfloat16) else dtype
+    host = _fill(alignment, module, halves.__getitem__, None, torch.device("cpu"), kind,
+                 pinned=device.type == "cuda")  # fmt: skip
+    parts = (host.down, host.up, host.scale, host.owner)
+    down, up, scale, owner = (part.to(device, non_blocking=True) for part in parts)
+    return RankStack(down.to(dtype), up.to(dtype), scale, owner)
 
 
 def _refuse_non_finite(alignment: Alignment, module: AlignedModule) -> None:

@@ -19,8 +19,8 @@ from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.writer import Writer
 from lora_merge.errors import MethodError, NotFiniteError
 from lora_merge.files.tensor_stream import cast_to
-from lora_merge.machine.device import pick_device
-from lora_merge.machine.parallel import default_jobs, in_order
+from lora_merge.machine.device import own_stream, pick_device, workers_on
+from lora_merge.machine.parallel import in_order
 from lora_merge.merge.calibrate import present_weights
 from lora_merge.merge.methods.method import Job
 from lora_merge.merge.pipeline import (
@@ -55,7 +55,8 @@ def execute(
     Args:
         plan: What to do.
         writer: Receives the results.
-        jobs: Worker threads; default: the CPUs this process may use (one on a GPU).
+        jobs: Worker threads; default: the CPUs this process may use; on a GPU four, each with a
+            stream of its own, or fewer if its memory does not hold so many modules.
         device: "cpu", "cuda", "cuda:1" or "auto".
         on_module: Called with each report, in module order.
 
@@ -63,7 +64,7 @@ def execute(
         AdapterError: If a tensor is not finite.
     """
     place = pick_device(device)
-    workers = _workers(jobs, place)
+    workers = workers_on(place, jobs, plan.peak_bytes(1))
     shared = prepare(plan, place, workers)
     work = partial(_write_module, plan, writer, place, shared)
     reports = []
@@ -132,7 +133,7 @@ def compute(
         on_module: Called with the name of each module that is done.
     """
     place = pick_device(device)
-    workers = _workers(jobs, place)
+    workers = workers_on(place, jobs, plan.peak_bytes(1))
     shared = prepare(plan, place, workers)
     work = partial(_spool_module, plan, spool, place, shared)
     for name in in_order(work, modules, jobs=workers):
@@ -152,10 +153,6 @@ def chosen_ranks(plan: MergePlan, spool: Spool) -> dict[str, int]:
     }
     spectra = {name: spool.spectrum(name) for name in modules}
     return choose_ranks(spectra, costs, plan.rule, before=plan.ranks, max_rank=None).ranks
-
-
-def _workers(jobs: int | None, device: torch.device) -> int:
-    return jobs or (default_jobs() if device.type == "cpu" else 1)
 
 
 def _stacks(
@@ -195,7 +192,7 @@ def _write_module(
     plan: MergePlan, writer: Writer, device: torch.device, shared: Any, module: AlignedModule
 ) -> ModuleReport:
     rank = plan.ranks[module.name]
-    with _overflow_named(plan, module):
+    with own_stream(device), _overflow_named(plan, module):
         if plan.spool is not None:
             results, bias = plan.spool.take(module.name, rank)
         else:
@@ -209,7 +206,7 @@ def _spool_module(
     plan: MergePlan, spool: Spool, device: torch.device, shared: Any, module: AlignedModule
 ) -> str:
     uncut, rank = plan.rule.kind == "units", plan.ranks[module.name]
-    with _overflow_named(plan, module):
+    with own_stream(device), _overflow_named(plan, module):
         results: list[Decomposed | Finished] = []
         for merged in _merge(plan, module, device, shared):
             if plan.measured:
@@ -283,8 +280,9 @@ def prepare(plan: MergePlan, device: torch.device, jobs: int) -> Any:
 
     def survey(visit: Callable[[RankStack, Job], None]) -> None:
         def work(module: AlignedModule) -> None:
-            for stack, job in _stacks(plan, module, device, None):
-                visit(*prepare_view(stack, job, plan.method, plan.semantics))
+            with own_stream(device):
+                for stack, job in _stacks(plan, module, device, None):
+                    visit(*prepare_view(stack, job, plan.method, plan.semantics))
 
         for _ in in_order(work, plan.alignment.modules, jobs=jobs):
             pass

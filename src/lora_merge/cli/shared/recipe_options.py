@@ -209,14 +209,13 @@ def show_report(report: "MergeReport", output: "Output") -> None:
 def _show_plan(recipe: Recipe | Path, output: "Output", how: dict[str, Any]) -> None:
     import lora_merge
     from lora_merge.cli.views.merge import plan_view
-    from lora_merge.machine.device import pick_device
-    from lora_merge.machine.parallel import default_jobs
+    from lora_merge.machine.device import pick_device, workers_on
 
-    pick_device(how["device"])
+    place = pick_device(how["device"])
     plan = lora_merge.plan_recipe(recipe, allow_pickle=how["allow_pickle"], device=how["device"])
     show_notes(output, plan)
-    jobs = how["jobs"] or default_jobs()
-    output.data(plan.to_dict(jobs), *plan_view(plan.merge, jobs))
+    jobs = workers_on(place, how["jobs"], plan.peak_bytes)
+    output.data(plan.to_dict(jobs), *plan_view(plan.merge, jobs, place))
 
 
 def explain_clusters(recipe: Recipe, html: Path | None, *, as_json: bool, **how: Any) -> None:

@@ -1,5 +1,6 @@
 """Tables that show a merge: the plan before it, the report after it."""
 
+import torch
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.text import Text
@@ -8,6 +9,7 @@ from lora_merge.adapters.module_names import place_of
 from lora_merge.cli.shared.output import percent, size
 from lora_merge.cli.shared.table import table
 from lora_merge.cli.views.format import dashed
+from lora_merge.machine.device import free_bytes
 from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.report import GroupReport, MergeReport
 
@@ -17,7 +19,7 @@ _MEANING = (
 )
 
 
-def plan_view(plan: MergePlan, jobs: int) -> list[RenderableType]:
+def plan_view(plan: MergePlan, jobs: int, device: torch.device) -> list[RenderableType]:
     """A plan for a terminal."""
     further = ("own parameters",) if any(plan.own) else ()
     sources = table("adapter", "weight", "modules", "rank", *further)
@@ -53,9 +55,15 @@ def plan_view(plan: MergePlan, jobs: int) -> list[RenderableType]:
         kinds_table,
         f"{plan.method.name} would write {at_most}{size(plan.output.num_bytes)} "
         f"({plan.output.dtype})",
-        f"working memory about {size(plan.peak_bytes(jobs))} beyond torch itself, "
+        f"{_memory(device)} about {size(plan.peak_bytes(jobs))} beyond torch itself, "
         f"with {jobs} job{'s' if jobs > 1 else ''}",
     ]
+
+
+def _memory(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "working memory"
+    return f"memory of {device} ({size(free_bytes(device))} free)"
 
 
 def report_view(report: MergeReport) -> list[RenderableType]:

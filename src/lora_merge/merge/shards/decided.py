@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_merge.errors import OutputError
-from lora_merge.machine.device import pick_device
-from lora_merge.machine.parallel import default_jobs
+from lora_merge.machine.device import pick_device, workers_on
 from lora_merge.merge.auto.scale import decided_scale, with_scale
 from lora_merge.merge.elementwise.blocks import Statistics
 from lora_merge.merge.executor import prepare
@@ -67,7 +66,7 @@ def decided(plan: MergePlan, folder: Path, *, jobs: int | None, device: str) -> 
     path = folder / f"decided-{facts_of(plan).digest[:16]}.json"
     if not path.exists():
         place = pick_device(device)
-        workers = jobs or (default_jobs() if place.type == "cpu" else 1)
+        workers = workers_on(place, jobs, plan.peak_bytes(1))
         found = with_scale(plan, device=device)
         shared = prepare(found, place, workers)
         if shared is not None and not isinstance(shared, Statistics):
