@@ -17,7 +17,7 @@ ROWS = HERE / "data" / "test.jsonl"
 UPPER = HERE / "adapters" / "upper"
 
 
-def look() -> None:
+def look(folder: Path) -> None:
     """What adapters are, how they relate, what ranks to keep."""
     upper = lora_merge.open_adapter(UPPER)
     several = lora_merge.open_adapters([upper, str(HERE / "adapters" / "[dr]*")])
@@ -28,6 +28,10 @@ def look() -> None:
     print(comparison)
     print([verdict.kind for verdict in lora_merge.judge(comparison)])
     print(lora_merge.group(comparison, 2))
+    found = [lora_merge.spectra(one) for one in several]
+    print(lora_merge.draw(found, folder / "spectra.svg", metric="erank").name)
+    print(lora_merge.draw(comparison, folder / "pairs.png").name)
+    print(lora_merge.write_csv(found, folder / "spectra.csv").name)
     print(lora_merge.choose_ranks(upper, "budget:x0.5"))
 
 
@@ -80,14 +84,20 @@ def mix(folder: Path, model: torch.nn.Module) -> None:
     print(lora_merge.train(gate, BASE, ROWS, lora_merge.TrainSettings(steps=2)))
     seen = lora_merge.usage(arrow, BASE, ROWS)
     print(lora_merge.consolidate(arrow, seen, experts=2).groups)
+    print(lora_merge.consolidate(arrow, base=BASE, data=ROWS, rank=8, out=folder / "one"))
     known = lora_merge.describe(arrow, BASE, ROWS)
     print(lora_merge.novelty(known, BASE, ROWS).is_new)
     print(lora_merge.export(arrow, folder / "static", "static", weights=seen, rank=8))
     print(len(lora_merge.tune(arrow, device="cpu", tokens=[1], rounds=1, dry_run=True)), "cases")
-    try:
-        lora_merge.import_mixture(folder / "nothing")
-    except lora_merge.LoraMergeError as error:
-        print(error)
+    refused = (
+        lambda: lora_merge.import_mixture(folder / "nothing"),
+        lambda: lora_merge.check_kernels("cuda:99"),  # without an argument it takes minutes
+    )
+    for call in refused:
+        try:
+            call()
+        except lora_merge.LoraMergeError as error:
+            print(error)
 
 
 def measure(folder: Path, model: torch.nn.Module) -> None:
@@ -113,7 +123,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        look()
+        look(folder)
         make(folder)
         beside_a_model(folder, AutoModelForCausalLM.from_pretrained(BASE))
         mix(folder, AutoModelForCausalLM.from_pretrained(BASE))

@@ -19,7 +19,9 @@ import pytest
 
 import lora_merge
 from builders import make_adapter
+from lora_merge.api.tuning import KernelCheck
 from lora_merge.errors import AlignmentError, LoraMergeError, MethodError
+from lora_merge.kernels.gated_stack.gpu.compile_check import Compiled
 from lora_merge.merge.recipe.recipe import Recipe
 from lora_merge.planning import Plan
 from lora_merge.printing import Printed, Report
@@ -216,6 +218,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Printed]:
         lora_merge.arrive(here, tmp / "slots", slots=2),
         lora_merge.pack(here, tmp / "library"),
         lora_merge.consolidate(mixture, seen, experts=2),
+        KernelCheck("3.9", (80,), (Compiled("gate", 80, "x", "no room"), Compiled("up", 80, "x"))),
         lora_merge.novelty(known, base, rows),
         lora_merge.export(mixture, tmp / "static", "static"),
         lora_merge.evaluate(one, base=base, data=rows, metric="loss", cache=False),

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lora_merge.api.mixing import train as train
     from lora_merge.api.packing import check_library as check_library
     from lora_merge.api.packing import pack as pack
+    from lora_merge.api.pictures import draw as draw
+    from lora_merge.api.pictures import write_csv as write_csv
     from lora_merge.api.reporting import report as report
     from lora_merge.api.reshaping import convert as convert
     from lora_merge.api.reshaping import extract as extract
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from lora_merge.api.texts import describe as describe
     from lora_merge.api.texts import novelty as novelty
     from lora_merge.api.texts import usage as usage
+    from lora_merge.api.tuning import check_kernels as check_kernels
     from lora_merge.api.tuning import tune as tune
     from lora_merge.errors import AdapterError as AdapterError
     from lora_merge.errors import AlignmentError as AlignmentError
@@ -95,6 +98,7 @@ _PUBLIC = {
     "TrainSettings": "lora_merge.mixture.training.settings",
     "append_experts": "lora_merge.api.mixing",
     "arrive": "lora_merge.merge.arrive",
+    "check_kernels": "lora_merge.api.tuning",
     "check_library": "lora_merge.api.packing",
     "choose_ranks": "lora_merge.api.looking",
     "cluster": "lora_merge.api.merging",
@@ -106,6 +110,7 @@ _PUBLIC = {
     "plan_compare": "lora_merge.api.looking",
     "plan_convert": "lora_merge.api.reshaping",
     "describe": "lora_merge.api.texts",
+    "draw": "lora_merge.api.pictures",
     "evaluate": "lora_merge.evaluation.evaluate",
     "export": "lora_merge.api.mixing",
     "extract": "lora_merge.api.reshaping",
@@ -138,6 +143,7 @@ _PUBLIC = {
     "train": "lora_merge.api.mixing",
     "tune": "lora_merge.api.tuning",
     "usage": "lora_merge.api.texts",
+    "write_csv": "lora_merge.api.pictures",
 }
 _MODULES = ("merge",)  # callable modules
 __all__ = [
@@ -161,6 +167,7 @@ __all__ = [
     "__version__",
     "append_experts",
     "arrive",
+    "check_kernels",
     "check_library",
     "choose_ranks",
     "cluster",
@@ -169,6 +176,7 @@ __all__ = [
     "consolidate",
     "convert",
     "describe",
+    "draw",
     "evaluate",
     "export",
     "extract",
@@ -205,6 +213,7 @@ __all__ = [
     "train",
     "tune",
     "usage",
+    "write_csv",
 ]
 
 

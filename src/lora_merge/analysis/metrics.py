@@ -1,11 +1,12 @@
 """Metrics of spectra, to show and to sort by; apart, because `--help` needs no torch."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from lora_merge.ranks.measures import Measures
 
+Metric = Literal["frobenius", "spectral", "stable", "erank", "k95", "top1"]
 # Metric → how to read it off a module's measures; shown in heat maps and used for sorting.
 METRICS: dict[str, Callable[["Measures"], float]] = {
     "frobenius": lambda m: m.frobenius,

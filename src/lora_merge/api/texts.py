@@ -1,9 +1,13 @@
 """A mixture on texts: which expert speaks where, fewer experts by that, is one missing."""
 
+from dataclasses import fields
+from pathlib import Path
+
 from lora_merge.api.arguments import texts as takes_of
-from lora_merge.api.inputs import opened_mixture, opened_texts
-from lora_merge.api.mixture_like import MixtureLike
-from lora_merge.arguments import checked, takes
+from lora_merge.api.inputs import check_out, opened_mixture, opened_texts
+from lora_merge.arguments import takes
+from lora_merge.errors import ArgumentError
+from lora_merge.mixture.formats.plain import export_static
 from lora_merge.mixture.insight import consolidate as consolidating
 from lora_merge.mixture.insight import novelty as novelties
 from lora_merge.mixture.insight.usage import Usage
@@ -25,11 +29,15 @@ def usage(given: takes_of.Usage) -> Usage:
         >>> seen.experts
         ('double', 'reverse', 'upper')
     """
+    return _seen(given, by_label=given.by_label)
+
+
+def _seen(given: takes_of.Texts, *, by_label: bool = False) -> Usage:
     mixture, model, rows = opened_texts(given)
     handle = load_mixture(model, mixture, name="usage")
     try:
         seen = watch_rows(model, handle, rows, given.batch_size)
-        labels = {row.expert for row in rows if row.expert >= 0} if given.by_label else ()
+        labels = {row.expert for row in rows if row.expert >= 0} if by_label else ()
         for label in sorted(labels):
             members = [row for row in rows if row.expert == label]
             seen.labels[mixture.names[label]] = watch_rows(model, handle, members, given.batch_size)
@@ -38,25 +46,20 @@ def usage(given: takes_of.Usage) -> Usage:
         handle.detach()
 
 
-@checked()
-def consolidate(
-    mixture: MixtureLike, usage: Usage, *, experts: int, rank: int | None = None
-) -> consolidating.Consolidation:
+@takes(takes_of.Consolidate)
+def consolidate(given: takes_of.Consolidate) -> consolidating.Consolidation:
     """Merge a mixture's experts into a few, by how they are used (after arXiv 2310.01334).
 
-    For one plain adapter without a gate: `export(mixture, out, "static", weights=usage)`.
-
-    Args:
-        mixture: What there is.
-        usage: From `usage`, on text that matters.
-        experts: How many are to remain.
-        rank: Largest rank of each; None keeps the members' ranks together, without error.
+    What is written of one expert is a plain LoRA adapter: the mixture held still at its mean
+    weights, without a gate.
 
     Returns:
         The smaller mixture, who went where, and the error of the cut.
 
     Raises:
+        ArgumentError: If there is neither a usage nor base and data to measure it.
         MethodError: If the gate cannot lead groups, or the usage is of another mixture.
+        OutputError: If `out` cannot be written; nothing is left behind.
 
     Examples:
         >>> import lora_merge
@@ -66,7 +69,31 @@ def consolidate(
         >>> sorted(map(len, small.groups))
         [1, 2]
     """
-    return consolidating.consolidate(opened_mixture(mixture), usage, experts=experts, rank=rank)
+    check_out(given.out, given.mixture, given.base, given.data, force=given.force)
+    mixture = opened_mixture(given.mixture)
+    out = None if given.out is None else Path(given.out)
+    plain = given.experts == 1 and out is not None
+    if not plain:
+        consolidating.check_groups(mixture, given.experts)
+    seen = given.usage or _measured(mixture, given)
+    if plain and out is not None:
+        weights = seen.mean_weights()
+        error = export_static(mixture, out, weights=weights, rank=given.rank, force=given.force)
+        return consolidating.Consolidation(None, (tuple(mixture.names),), error)
+    done = consolidating.consolidate(mixture, seen, experts=given.experts, rank=given.rank)
+    if out is not None and done.mixture is not None:
+        done.mixture.save_pretrained(out, force=given.force)
+    return done
+
+
+def _measured(mixture: Mixture, given: takes_of.Consolidate) -> Usage:
+    if given.base is None or given.data is None:
+        raise ArgumentError(
+            "consolidate() has to know how the experts are used",
+            "give usage, or base and data to measure it",
+        )
+    shared = {spec.name: getattr(given, spec.name) for spec in fields(takes_of.TextOptions)}
+    return _seen(takes_of.Texts(mixture, given.base, given.data, **shared))
 
 
 @takes(takes_of.Describe)

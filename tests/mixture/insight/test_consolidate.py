@@ -1,15 +1,20 @@
 """Grouping, merging and cutting experts against dense algebra."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import experts_for, llama, shapes_of, tokens
 
+import lora_merge
 from builders import make_adapter
 from lora_merge.errors import MethodError
 from lora_merge.mixture.insight.consolidate import consolidate, group_experts
 from lora_merge.mixture.insight.usage import Usage
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.attach import load_mixture
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 
 def used(model: torch.nn.Module, mixture: Mixture, **gate: object) -> Usage:
@@ -126,3 +131,17 @@ def test_what_cannot_be_grouped_is_said() -> None:
     smora = Mixture(experts_for(model), "smora")
     with pytest.raises(MethodError, match="single ranks"):
         consolidate(smora, used(model, smora), experts=1)
+
+
+def test_the_public_call_refuses_before_the_model_runs(tmp_path):
+    """What can be said from the mixture alone costs no pass over texts."""
+    mixture = Mixture(str(EXAMPLES / "adapters" / "*"))
+    with pytest.raises(lora_merge.ArgumentError, match="base and data to measure it"):
+        lora_merge.consolidate(mixture, experts=2)
+    for many in (4, 0):
+        with pytest.raises(MethodError):
+            lora_merge.consolidate(mixture, base="nowhere", data=[], experts=many)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "thesis.txt").write_text("mine")
+    with pytest.raises(lora_merge.OutputError):
+        lora_merge.consolidate(mixture, base="nowhere", data=[], out=tmp_path / "there")

@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from lora_merge.adapters.access.opening import BaseOptions, OpenOptions
+from lora_merge.analysis.metrics import Metric
 from lora_merge.options import LARGEST_SEED, Needed, argument, option
 from lora_merge.planning import Folder, Telling
 
@@ -54,6 +55,30 @@ class Spectra(Telling, BaseOptions, ModuleOptions):
     keep_cores: bool = argument(
         False, "keep each module's r x r SVD, from which any truncation follows"
     )
+
+
+SPECTRA = "what `spectra` found of an adapter, or several of these"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Arguments of `draw`."""
+
+    found: Annotated[
+        "AdapterSpectra | Sequence[AdapterSpectra] | Comparison",
+        Needed(f"{SPECTRA}, or what `compare` found"),
+    ]
+    path: Annotated[Folder, Needed("file to make: `.svg`, or `.png` at 144 dots per inch")]
+    _: KW_ONLY
+    metric: Metric = option("frobenius", "what the heat map of spectra shows")
+
+
+@dataclass(frozen=True)
+class WriteCsv:
+    """Arguments of `write_csv`."""
+
+    found: Annotated["AdapterSpectra | Sequence[AdapterSpectra]", Needed(SPECTRA)]
+    path: Annotated[Folder, Needed("file to make")]
 
 
 @dataclass(frozen=True)

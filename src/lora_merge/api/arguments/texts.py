@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from lora_merge.mixture.training.settings import TrainSettings
 from lora_merge.options import Needed, argument, option
-from lora_merge.planning import Progress
+from lora_merge.planning import OUT, Folder, Progress
 
 if TYPE_CHECKING:
     from lora_merge.api.mixture_like import Base, Data, MixtureLike
+    from lora_merge.mixture.insight.usage import Usage as Seen
     from lora_merge.mixture.training.data import Dataset
 
 _MIXTURE = Needed("the mixture, or its directory; it stays as it is")
@@ -29,16 +30,21 @@ class ModelOptions:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(ModelOptions):
+    """How texts are run through it."""
+
+    max_length: int = option(512, "longer rows are cut", low=2)
+    batch_size: int = option(8, "rows of one pass", low=1)
+
+
 @dataclass(frozen=True)
-class Texts(ModelOptions):
+class Texts(TextOptions):
     """A mixture, its base model, and texts for them."""
 
     mixture: Annotated["MixtureLike", _MIXTURE]
     base: Annotated["Base", _BASE]
     data: Annotated["Data", _DATA]
-    _: KW_ONLY
-    max_length: int = option(512, "longer rows are cut", low=2)
-    batch_size: int = option(8, "rows of one pass", low=1)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,27 @@ class Usage(Texts):
     """Arguments of `usage`."""
 
     by_label: bool = argument(False, "count the rows that name an expert apart, too, in `labels`")
+
+
+@dataclass(frozen=True)
+class Consolidate(TextOptions):
+    """Arguments of `consolidate`."""
+
+    mixture: Annotated["MixtureLike", _MIXTURE]
+    usage: "Seen | None" = argument(
+        None, "from `usage`, on text that matters; default: measured with `base` on `data`"
+    )
+    _: KW_ONLY
+    base: "Base | None" = argument(None, _BASE.about)
+    data: "Data | None" = argument(None, _DATA.about)
+    experts: int = option(1, "how many remain", low=1)
+    rank: int | None = option(
+        None, "largest rank of each", low=1, unset="their members' ranks together, without error"
+    )
+    out: Folder | None = option(
+        None, "directory to make", flags=OUT, unset="the result stays in memory"
+    )
+    force: bool = option(False, "replace an output that lora-merge wrote")
 
 
 @dataclass(frozen=True)

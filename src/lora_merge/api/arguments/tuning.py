@@ -1,18 +1,25 @@
-"""Arguments of `tune`."""
+"""Arguments of `tune` and `check_kernels`."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lora_merge.options import argument, option
-from lora_merge.planning import Progress
+from lora_merge.planning import Telling
 
 if TYPE_CHECKING:
     from lora_merge.api.mixture_like import MixtureLike
 
 
 @dataclass(frozen=True)
-class Tune:
+class CheckKernels(Telling):
+    """Arguments of `check_kernels`."""
+
+    device: str = option("auto", "auto, cpu, cuda or cuda:1")
+
+
+@dataclass(frozen=True)
+class Tune(Telling):
     """Arguments of `tune`."""
 
     mixture: "MixtureLike | None" = argument(
@@ -29,6 +36,3 @@ class Tune:
     rounds: int = option(9, "how often each is timed", low=1)
     graph: bool = option(False, "time CUDA graphs instead of separate launches")
     dry_run: bool = option(False, "measure and show, keep nothing")
-    progress: Progress | None = argument(
-        None, "called after each step with what is done and how many steps that has"
-    )

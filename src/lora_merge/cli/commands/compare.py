@@ -76,7 +76,7 @@ def command(
     from lora_merge.cli.shared.output import LongList, Output
     from lora_merge.cli.views.compare import comparison_view, plan_lines
     from lora_merge.files.pages.html_page import check_page
-    from lora_merge.files.pages.pictures import check_pictures, write_pictures
+    from lora_merge.files.pages.pictures import check_pictures
 
     output = Output(as_json, width=width)
     check_pictures(svg, png)
@@ -112,10 +112,8 @@ def command(
         if html:
             shared = {name: value for name, value in given.items() if name != "seed"}
             lora_merge.report(opened, html, **shared, comparison=comparison, progress=progress)
-    if svg or png:
-        from lora_merge.analysis.comparison_figure import draw_comparison
-
-        write_pictures(lambda: draw_comparison(comparison), svg=svg, png=png)
+    for picture in filter(None, (svg, png)):
+        lora_merge.draw(comparison, picture)
     verdict = lora_merge.judge(comparison)
     document, lines = {}, []
     if cluster is not None:

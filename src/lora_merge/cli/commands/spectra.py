@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_merge.adapters.access.opening import BaseOptions
-from lora_merge.analysis.metrics import METRICS
+from lora_merge.analysis.metrics import METRICS, Metric
+from lora_merge.api.arguments.looking import BesideBase, Draw, ModuleOptions
 from lora_merge.cli.shared.fields import options_of
 from lora_merge.cli.shared.options import Choice, adapters_argument, json_option, width_option
 
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from lora_merge.adapters.measured.spectra import AdapterSpectra
-
-_METRICS = list(METRICS)
 
 
 @click.command(
@@ -28,25 +27,17 @@ Examples:
 """,
 )
 @adapters_argument
-@click.option(
-    "--module",
-    "modules",
-    multiple=True,
-    metavar="GLOB",
-    help="Only modules that match; a single one is shown in full. Repeatable.",
+@options_of(
+    ModuleOptions, about={"modules": "only modules that match; a single one is shown in full"}
 )
+@options_of(Draw, only=("metric",), about={"metric": "what the heat map shows"})
 @click.option(
-    "--metric",
-    type=Choice(_METRICS),
-    default="frobenius",
-    show_default=True,
-    help="What the heat map shows.",
-)
-@click.option(
-    "--sort", type=Choice(["name", *_METRICS]), help="List modules one by one, in this order."
+    "--sort", type=Choice(["name", *METRICS]), help="List modules one by one, in this order."
 )
 @click.option("--top", type=click.IntRange(min=1), help="List only so many modules, or values.")
-@click.option("--intruders", is_flag=True, help="With --base: count intruder dimensions.")
+@options_of(
+    BesideBase, only=("intruders",), about={"intruders": "with --base: count intruder dimensions"}
+)
 @width_option
 @click.option("--csv", type=click.Path(path_type=Path), help="Write module, i, s_i, energy to i.")
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw heat map and curves.")
@@ -64,7 +55,7 @@ Examples:
 def command(
     adapters: tuple[str, ...],
     modules: tuple[str, ...],
-    metric: str,
+    metric: Metric,
     sort: str | None,
     top: int | None,
     intruders: bool,
@@ -84,12 +75,11 @@ def command(
     if intruders and base is None:
         raise click.UsageError("--intruders needs --base")
     import lora_merge
-    from lora_merge.analysis.export import CSV_MARK, spectra_document, write_csv
-    from lora_merge.analysis.figures import draw
+    from lora_merge.analysis.export import CSV_MARK, spectra_document
     from lora_merge.cli.shared.api import show_notes_of, shown_progress
     from lora_merge.cli.shared.output import Output
     from lora_merge.files.pages.html_page import check_page
-    from lora_merge.files.pages.pictures import check_pictures, write_pictures
+    from lora_merge.files.pages.pictures import check_pictures
     from lora_merge.files.targets import check_file
 
     output = Output(as_json, width=width)
@@ -112,8 +102,9 @@ def command(
             if base is not None
         ]
     if csv:
-        write_csv(results, csv)
-    write_pictures(lambda: draw(results, metric), svg=svg, png=png)
+        lora_merge.write_csv(results, csv)
+    for picture in filter(None, (svg, png)):
+        lora_merge.draw(results, picture, metric=metric)
     if html:
         lora_merge.report(opened, html, spectra=results, pairs=False)
     if as_json:

@@ -75,33 +75,23 @@ def _refuse_shapes(mixture: Path | None) -> None:
 
 def _check(device: str, as_json: bool) -> None:
     """Compile each kernel, with every tile, gate and dtype that it can be asked for."""
+    import lora_merge
+    from lora_merge.cli.shared.api import shown_progress
     from lora_merge.cli.shared.output import Output
     from lora_merge.cli.shared.table import table
     from lora_merge.errors import MethodError
-    from lora_merge.kernels.gated_stack.gpu.fused import HAS_TRITON
-    from lora_merge.machine.device import pick_device
 
     output = Output(as_json)
-    reason = "" if HAS_TRITON else "triton is not installed"
-    if HAS_TRITON:
-        from lora_merge.kernels.gated_stack.gpu import compile_check as checking
-
-        reason = checking.refusal()
-    if reason:
-        raise MethodError(f"no kernel can be compiled: {reason}", "mixtures run eager here")
-    version, done = checking.triton_version(), []
-    targets = checking.targets(pick_device(device))
-    for capability in targets:
-        found = checking.chosen(capability)
-        with output.progress(f"compute capability {capability / 10}", len(found)) as step:
-            for one in checking.compile_all(found, capability):
-                done.append(one)
-                step()
-    failed = [one for one in done if one.error]
+    with shown_progress(output) as progress:
+        found = lora_merge.check_kernels(device, progress=progress)
     grid = table("kernel", "compute capability", "compiled", "failed", "registers", "spilled")
-    for kernel in dict.fromkeys(one.kernel for one in done):
-        for capability in targets:
-            own = [one for one in done if (one.kernel, one.capability) == (kernel, capability)]
+    for kernel in dict.fromkeys(one.kernel for one in found.launches):
+        for capability in found.capabilities:
+            own = [
+                one
+                for one in found.launches
+                if (one.kernel, one.capability) == (kernel, capability)
+            ]
             bad = sum(bool(one.error) for one in own)
             most = [
                 max((getattr(one, n) for one in own), default=0) for n in ("registers", "spilled")
@@ -109,16 +99,13 @@ def _check(device: str, as_json: bool) -> None:
             grid.add_row(
                 kernel, f"{capability / 10}", str(len(own) - bad), str(bad), *map(str, most)
             )
-    result = {
-        "schema": 1, "triton": version, "capabilities": list(targets),
-        "compiled": len(done) - len(failed), "failed": [one.to_dict() for one in failed],
-    }  # fmt: skip
-    output.data(result, grid)
-    for one in failed:
+    output.data(found.to_dict(), grid)
+    for one in found.failed:
         output.note(f"{one.kernel}, compute capability {one.capability / 10}: {one.error}")
-    if failed:
+    if found.failed:
         raise MethodError(
-            f"triton {version}: {len(failed)} of {len(done)} launches do not compile",
+            f"triton {found.triton}: {len(found.failed)} of {len(found.launches)} launches do not "
+            "compile",
             "pip install 'lora-merge[kernels]', or leave it: mixtures run eager instead",
         )
 

@@ -30,12 +30,12 @@ class Consolidation(Report):
     """What became of a mixture.
 
     Attributes:
-        mixture: The smaller mixture.
+        mixture: The smaller mixture; None where one plain adapter was written in its place.
         groups: Names of the experts in each new one, leader first.
         error: Relative Frobenius error of cutting the groups to the rank, over all modules.
     """
 
-    mixture: Mixture
+    mixture: Mixture | None
     groups: tuple[tuple[str, ...], ...]
     error: float
 
@@ -43,7 +43,8 @@ class Consolidation(Report):
         """Who went where, and the error of the cut."""
         facts = [(group[0], " + ".join(group)) for group in self.groups[:16]]
         error = f"{100 * self.error:.2g} % of the norm" if self.error else "none"
-        return Summary(f"Mixture of {len(self.groups)} groups", (*facts, ("cut", error)))
+        title = f"Mixture of {len(self.groups)} groups" if self.mixture else "One plain adapter"
+        return Summary(title, (*facts, ("cut", error)))
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per old expert."""
@@ -73,19 +74,10 @@ def consolidate(
     Raises:
         MethodError: If the gate cannot lead groups, or the usage is of another mixture.
     """
-    names = mixture.names
-    if not 1 <= experts <= len(names):
-        raise MethodError(f"{experts} of {len(names)} experts", f"1 to {len(names)}")
-    modules = mixture.gated_modules
+    check_groups(mixture, experts)
+    names, modules = mixture.names, mixture.gated_modules
     if tuple(names) != usage.experts or set(usage.modules) != {m.name for m in modules}:
         raise MethodError("the usage is that of another mixture", "measure this one's")
-    if mixture.spec.granularity == "rank":
-        raise MethodError(
-            f"the {mixture.spec.preset} gate decides over single ranks: a rank that is merged from "
-            "several has no row of its own in it",
-            "prune it (`lora-merge train --rank-l1` on another gate), or --experts 1 for one plain "
-            "adapter",
-        )
     groups = group_experts(usage, experts)
     parts: list[dict[str, RankStack]] = [{} for _ in groups]
     lost = total = 0.0
@@ -117,6 +109,24 @@ def consolidate(
     small = Mixture.of(spec, made, _gate(mixture, made, groups, usage))
     named = tuple(tuple(names[e] for e in group) for group in groups)
     return Consolidation(small, named, float((lost / total) ** 0.5) if total else 0.0)
+
+
+def check_groups(mixture: Mixture, experts: int) -> None:
+    """Refuse what a mixture's gate cannot lead, before its usage is measured.
+
+    Raises:
+        MethodError: If there are fewer experts, or the gate decides over single ranks.
+    """
+    count = len(mixture.names)
+    if not 1 <= experts <= count:
+        raise MethodError(f"{experts} of {count} experts", f"1 to {count}")
+    if mixture.spec.granularity == "rank":
+        raise MethodError(
+            f"the {mixture.spec.preset} gate decides over single ranks: a rank that is merged from "
+            "several has no row of its own in it",
+            "prune it (`lora-merge train --rank-l1` on another gate), or --experts 1 for one plain "
+            "adapter",
+        )
 
 
 def group_experts(usage: Usage, count: int) -> list[list[int]]:
