@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.linalg.factors import gram, thin_svd
+from lora_merge.linalg.unit_sums import LARGEST_GRAM, estimated_square
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ class RankStack:
     def joined(cls, parts: Sequence["RankStack"]) -> "RankStack":
         """The units of several stacks of one module, one after the other."""
         return cls(
-            torch.cat([part.down for part in parts]),
+            torch.cat([part.down for part in parts]),  # of the widest dtype
             torch.cat([part.up for part in parts], dim=1),
             torch.cat([part.scale for part in parts]),
             torch.cat([part.owner for part in parts]),
@@ -157,6 +158,24 @@ class RankStack:
         total = torch.zeros(count, count, dtype=torch.float64, device=products.device)
         return total.index_add_(1, self.owner, rows)
 
+    def adapter_squares(self) -> list[float]:
+        """Squared Frobenius norm of each adapter's delta, by owner; 0 of absent ones.
+
+        Of each adapter's own Grams alone, whether or not those of all units are known.
+        """
+        ends = torch.bincount(self.owner).cumsum(0).tolist()
+        squares = [0.0] * len(ends)
+        known = "gram_up" in self.__dict__ and "gram_down" in self.__dict__
+        for owner, end in enumerate(ends):
+            own = slice(ends[owner - 1] if owner else 0, end)
+            if known:
+                products = self.gram_up[own, own] * self.gram_down[own, own]
+            else:
+                products = gram(self.up[:, own].mT) * gram(self.down[own])
+            scale = self.scale[own]
+            squares[owner] = float(scale @ products @ scale)
+        return squares
+
     def inner(self, other: "RankStack") -> float:
         """Frobenius inner product of the two stacks' deltas."""
         if other is self:
@@ -168,6 +187,20 @@ class RankStack:
     def norm(self) -> float:
         """Frobenius norm of the delta."""
         return sqrt(max(self.inner(self), 0.0))
+
+    @property
+    def estimated(self) -> bool:
+        """Whether there are too many units for their inner products, and nobody has these."""
+        return self.num_units > LARGEST_GRAM and "gram_up" not in self.__dict__
+
+    def squared_norm(self) -> tuple[float, float]:
+        """Squared Frobenius norm and its standard error: an estimate of many units.
+
+        0 is the error of a norm that is exact: of few units, or where the Grams are known.
+        """
+        if not self.estimated:
+            return max(self.inner(self), 0.0), 0.0
+        return estimated_square(self.up, self.scale, self.down)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start..stop of the delta, shape (stop - start, d_in), in the stack's dtype."""

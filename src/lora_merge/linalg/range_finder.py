@@ -1,6 +1,6 @@
-"""The leading singular triplets of a matrix that is only seen in bands of rows.
+"""The leading singular triplets of a matrix M that is only seen by what it does to a few vectors.
 
-Block Krylov iteration on M^T M (Musco and Musco, NIPS 2015, algorithm 2), one sweep over the bands
+Block Krylov iteration on M^T M (Musco and Musco, NIPS 2015, algorithm 2), one sweep over the matrix
 per iteration: where singular values lie close together, as those of sparsified deltas do, it needs
 a third of the sweeps of subspace iteration. Memory O((m + n) l q) for q sweeps of l columns.
 """
@@ -16,6 +16,8 @@ from lora_merge.linalg.factors import gram, thin_qr, thin_svd
 
 # Yields (first row, rows) of the matrix from top to bottom, the same bands at every call.
 Bands = Callable[[], Iterator[tuple[int, Tensor]]]
+# (n, l) vectors -> M times them, (m, l), and M^T times that, (n, l).
+Sweep = Callable[[Tensor], tuple[Tensor, Tensor]]
 # Columns beyond the rank: the last triplets asked for converge as fast as the gap to these.
 _OVERSAMPLE = 16
 # Matrices smaller than this, or ranks larger than that share of them, are decomposed whole.
@@ -72,24 +74,70 @@ def leading_svd_in_bands(
         tolerance: When to stop.
         max_sweeps: When to stop at the latest.
     """
-    block = thin_qr(start)[0]
-    basis = block[:, :0]
-    left = start.new_empty(num_rows, 0)
-    energy = 0.0
     squares: list[float] = []
-    for sweep in range(1, max_sweeps + 1):
-        reached, onward = _sweep(bands, num_rows, block, squares if sweep == 1 else None)
-        basis, left = torch.cat([basis, block], dim=1), torch.cat([left, reached], dim=1)
-        square = fsum(squares)
-        previous, energy = energy, _leading_energy(left, rank)
+
+    def sweep(right: Tensor) -> tuple[Tensor, Tensor]:
+        return _sweep(bands, num_rows, right, None if squares else squares)
+
+    def enough(gained: float, energy: float) -> bool:
+        return gained <= tolerance * fsum(squares)
+
+    found = krylov(sweep, start, rank, enough, max_sweeps)
+    # A few more than asked for: the Gram that chose them is blind to the smallest.
+    chosen = found.vectors[:, -(rank + _OVERSAMPLE) :].to(start.dtype)
+    u, s, vh = thin_svd(found.left @ chosen, (found.basis @ chosen).mT)
+    return LeadingSVD(u[:, :rank], s[:rank], vh[:rank], fsum(squares), found.sweeps)
+
+
+@dataclass(frozen=True, eq=False)
+class Krylov:
+    """What a block Krylov iteration found.
+
+    Attributes:
+        basis: Of the right subspace, orthonormal, shape (n, q).
+        left: The matrix times it, shape (m, q).
+        vectors: Eigenvectors of left^T left, values ascending, float64, shape (q, q).
+        sweeps: How often the matrix was swept.
+    """
+
+    basis: Tensor
+    left: Tensor
+    vectors: Tensor
+    sweeps: int
+
+
+def krylov(
+    sweep: Sweep,
+    start: Tensor,
+    rank: int,
+    enough: Callable[[float, float], bool],
+    max_sweeps: int,
+) -> Krylov:
+    """Iterate until a sweep adds little to the energy of the leading `rank` triplets.
+
+    Args:
+        sweep: The matrix.
+        start: First guess of the right subspace, shape (n, l).
+        rank: k.
+        enough: (energy that the last sweep added, energy so far) -> whether to stop.
+        max_sweeps: When to stop at the latest.
+    """
+    block = thin_qr(start)[0]
+    basis = left = block[:, :0]
+    energy, sweeps = 0.0, 0
+    while True:
+        reached, onward = sweep(block)
+        sweeps += 1
+        basis = torch.cat([basis, block], dim=1)
+        left = torch.cat([left, reached], dim=1) if sweeps > 1 else reached
+        values, vectors = torch.linalg.eigh(gram(left.mT))
+        before, energy = energy, float(values[-rank:].clamp_min(0).sum())
         room = start.shape[0] - basis.shape[1]
-        if energy - previous <= tolerance * square or room <= 0:
-            break
+        if enough(energy - before, energy) or room <= 0 or sweeps == max_sweeps:
+            return Krylov(basis, left, vectors, sweeps)
         block = onward[:, :room]
         for _ in range(3):  # what is new may be rounding noise, which one pass leaves oblique
             block = _orthogonal_to(basis, block)
-    u, s, vh = thin_svd(left, basis.mT)
-    return LeadingSVD(u[:, :rank], s[:rank], vh[:rank], square, sweep)
 
 
 def is_worth_it(size: int, rank: int) -> bool:
@@ -140,12 +188,6 @@ def leading_svd(
     return leading_svd_in_bands(
         whole, m, start.to(matrix.device), min(rank, m, n), tolerance=tolerance, max_sweeps=sweeps
     )
-
-
-def _leading_energy(left: Tensor, rank: int) -> float:
-    """Sum of the largest `rank` squared singular values."""
-    values = torch.linalg.eigvalsh(gram(left.mT))
-    return float(values[-rank:].clamp_min(0).sum())
 
 
 def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:

@@ -58,7 +58,8 @@ def shares(stack: RankStack, job: Job) -> Tensor:
 
 def adapter_norms(stack: RankStack) -> Tensor:
     """Frobenius norm of each adapter's delta, float64, indexed by owner; 0 for absent ones."""
-    return stack.adapter_products().diagonal().clamp_min(0).sqrt()
+    squares = torch.tensor(stack.adapter_squares(), dtype=torch.float64, device=stack.owner.device)
+    return squares.clamp_min(0).sqrt()
 
 
 def equalised(stack: RankStack) -> RankStack:

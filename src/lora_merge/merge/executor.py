@@ -164,7 +164,9 @@ def _stacks(
     several = module.first.num_experts > 1
     statistics = plan.statistics.of(module.name, names) if plan.statistics else {}
     statistics = {key: tensor.to(device) for key, tensor in statistics.items()}
-    for expert, stack in enumerate(read_stacks(plan.alignment, module, device=device)):
+    dtype = plan.stack_dtype(module)
+    stacks = read_stacks(plan.alignment, module, device=device, dtype=dtype)
+    for expert, stack in enumerate(stacks):
         yield (
             stack,
             Job(
@@ -183,9 +185,10 @@ def _merge(
     plan: MergePlan, module: AlignedModule, device: torch.device, shared: Any
 ) -> Iterator[Merged]:
     for stack, job in _stacks(plan, module, device, shared):
-        # The report needs both Grams of the stack; computed first, everything else shares them.
-        precise = torch.float32 if plan.only_sums(module) else torch.float64
-        yield merge_stack(stack.measured(precise), job, plan.method, plan.options, plan.semantics)
+        # Who needs the Grams of the stack shares them: they are computed first.
+        precise = plan.gram_dtype(module)
+        stack = stack if precise is None else stack.measured(precise)
+        yield merge_stack(stack, job, plan.method, plan.options, plan.semantics)
 
 
 def _write_module(
@@ -197,7 +200,8 @@ def _write_module(
             results, bias = plan.spool.take(module.name, rank)
         else:
             merged = _merge(plan, module, device, shared)
-            results, bias = [_on_cpu(finish(m, rank)) for m in merged], _merge_bias(plan, module)
+            cut = partial(finish, rank=rank, exact=plan.semantics.exact)
+            results, bias = [_on_cpu(cut(m)) for m in merged], _merge_bias(plan, module)
         writer.add(module.name, [r.stack for r in results], bias)
         return _report(module, rank, results)
 
@@ -254,6 +258,7 @@ def _overflow_named(plan: MergePlan, module: AlignedModule) -> Iterator[None]:
 
 def _report(module: AlignedModule, rank: int, results: list[Finished]) -> ModuleReport:
     exact_square = sum(r.exact_norm**2 for r in results)
+    doubts = sum((r.exact_norm * r.exact_error) ** 2 for r in results)
     square, cross = sum(r.square for r in results), sum(r.cross for r in results)
     before = sum(r.full_square for r in results)
     squares = zip(*(r.adapter_squares for r in results), strict=True)
@@ -268,6 +273,7 @@ def _report(module: AlignedModule, rank: int, results: list[Finished]) -> Module
         details={"experts": details} if len(results) > 1 else details[0],
         full_norm=sqrt(max(before, 0)),
         adapter_norms=tuple(sqrt(max(sum(s), 0)) for s in squares),
+        exact_norm_error=sqrt(doubts / exact_square) if exact_square else 0.0,
     )
 
 

@@ -6,6 +6,8 @@ report what came of them.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import sqrt
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.linalg.gram_krylov import leading_triplets
 from lora_merge.linalg.range_finder import cut_svd, is_worth_it
+from lora_merge.linalg.unit_sums import leading_units
 from lora_merge.merge import calibrate
 from lora_merge.merge.methods.method import Job, Method, Outcome
 from lora_merge.merge.methods.spaces import (
@@ -48,16 +51,28 @@ class Merged:
     def whole(self) -> "Finished":
         """The result at the module's size, nothing cut."""
         stack = self.stack if self.place is None else self.place.lift(self.stack)
+        exact = self.exact_square
         square, cross = self._products(stack)
         before = square / (self.outcome.energy or 1.0)
-        return Finished(
-            stack, self.exact.norm(), square, cross, before, self.squares, self.outcome.details
-        )
+        return self._finished(stack, exact, square, cross, before)
+
+    @cached_property
+    def exact_square(self) -> tuple[float, float]:
+        """Squared norm of the exact sum, and its standard error."""
+        return self.exact.squared_norm()
+
+    def _finished(
+        self, stack: RankStack, exact: tuple[float, float], square: float, cross: float, full: float
+    ) -> "Finished":
+        norm, error = norm_of(*exact)
+        return Finished(stack, norm, square, cross, full, self.squares, self.outcome.details, error)
 
     def _products(self, stack: RankStack) -> tuple[float, float]:
         """<result, result> and <exact, result>, from the exact stack's Grams where possible."""
         exact, mixes = self.exact, self.outcome.mixes
         if stack.up is exact.up and stack.down is exact.down:
+            if self._same(stack):
+                return self.exact_square[0], self.exact_square[0]
             products = exact.gram_up * exact.gram_down
             square = stack.scale @ products @ stack.scale
             return float(square), float(exact.scale @ products @ stack.scale)
@@ -70,19 +85,30 @@ class Merged:
 
     def leading(self, rank: int) -> "Finished":
         """The cut of a result in units to a rank far below their number, nothing decomposed."""
-        stack, exact = self.stack, self.exact
-        u, s, vh = leading_triplets(
-            stack.up, stack.scale, stack.down, stack.gram_up, stack.gram_down, rank
-        )
+        stack = self.stack
+        if stack.estimated:
+            found = leading_units(stack.up, stack.scale, stack.down, rank)
+            u, s, vh, whole = found.u, found.s, found.vh, (found.square, found.error)
+        else:
+            u, s, vh = leading_triplets(
+                stack.up, stack.scale, stack.down, stack.gram_up, stack.gram_down, rank
+            )
+            whole = stack.squared_norm()
         root = s.sqrt()
         kept = RankStack.single(u * root.to(u.dtype), root[:, None].to(vh.dtype) * vh)
         square = float(s.square().sum())
-        same = stack.up is exact.up and stack.down is exact.down
         # A projection's product with what was projected is its square.
-        same = same and torch.allclose(stack.scale, exact.scale, rtol=1e-12, atol=0)
-        cross = square if same else exact.inner(kept)
-        full = max(stack.inner(stack), square) / (self.outcome.energy or 1.0)
-        return Finished(kept, exact.norm(), square, cross, full, self.squares, self.outcome.details)
+        exact, cross = (
+            (whole, square) if self._same(stack) else (self.exact_square, self.exact.inner(kept))
+        )
+        full = max(whole[0], square) / (self.outcome.energy or 1.0)
+        return self._finished(kept, (max(exact[0], square), exact[1]), square, cross, full)
+
+    def _same(self, stack: RankStack) -> bool:
+        """Whether a stack is the exact sum itself."""
+        exact = self.exact
+        same = stack.up is exact.up and stack.down is exact.down
+        return same and torch.allclose(stack.scale, exact.scale, rtol=1e-12, atol=0)
 
     def decomposed(self, rank: int | None = None) -> "Decomposed":
         """The result's singular units; the leading ones alone where a rank allows it."""
@@ -100,7 +126,7 @@ class Merged:
             s,
             s * met.sum(dim=1),
             found.square,
-            self.exact.norm(),
+            self.exact_square,
             self.squares,
             self.outcome,
         )
@@ -133,7 +159,7 @@ class Decomposed:
         values: Singular values, float64, shape (k,).
         cross: Inner product of each unit with the exact sum, float64, shape (k,).
         square: Squared norm of all of the result.
-        exact_norm: Frobenius norm of the exact sum.
+        exact_square: Squared norm of the exact sum, and its standard error.
         squares: Squared norm of each weighted adapter.
         outcome: What the combiner said besides.
     """
@@ -143,7 +169,7 @@ class Decomposed:
     values: Tensor
     cross: Tensor
     square: float
-    exact_norm: float
+    exact_square: tuple[float, float]
     squares: tuple[float, ...]
     outcome: Outcome
 
@@ -152,14 +178,16 @@ class Decomposed:
         keep = min(rank, self.units.num_units)
         kept = self.units.units(torch.arange(keep, device=self.values.device))
         energy = self.values.square()
+        norm, error = norm_of(*self.exact_square)
         return Finished(
             self.place.lift(kept),
-            self.exact_norm,
+            norm,
             float(energy[:keep].sum()),
             float(self.cross[:keep].sum()),
             self.square / (self.outcome.energy or 1.0),
             self.squares,
             self.outcome.details,
+            error,
         )
 
 
@@ -175,6 +203,7 @@ class Finished:
         full_square: Squared norm before the cut to a rank.
         adapter_squares: Squared norm of each weighted adapter.
         details: What the method says of this module.
+        exact_error: Standard error of `exact_norm`; 0 where it is exact.
     """
 
     stack: RankStack
@@ -184,6 +213,13 @@ class Finished:
     full_square: float
     adapter_squares: tuple[float, ...]
     details: Mapping[str, Any]
+    exact_error: float = 0.0
+
+
+def norm_of(square: float, error: float) -> tuple[float, float]:
+    """A norm and its standard error, from those of its square."""
+    norm = sqrt(max(square, 0.0))
+    return norm, error / (2 * norm) if norm > 0 else 0.0
 
 
 def merge_stack(
@@ -207,7 +243,7 @@ def merge_stack(
     space = semantics.space or method.space
     job = replace(job, weights=weights, space=space, source=stack, exact=semantics.exact)
     outcome = method.combine(view, job, options)
-    own = exact.adapter_products().diagonal().tolist()
+    own = exact.adapter_squares()
     squares = tuple(own) + (0.0,) * (len(weights) - len(own))
     merged = Merged(outcome.stack, place, exact, outcome, squares)
     if semantics.svc:

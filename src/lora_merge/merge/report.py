@@ -25,6 +25,7 @@ class ModuleReport:
         details: What the method adds, as JSON values; under "experts" one such mapping of each,
             where a module has several.
         full_norm: Frobenius norm of the result before it was cut to its rank.
+        exact_norm_error: Standard error of `exact_norm`; 0 where it is exact.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ModuleReport:
     adapter_norms: tuple[float, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     full_norm: float | None = None
+    exact_norm_error: float = 0.0
 
     @property
     def retained(self) -> float:

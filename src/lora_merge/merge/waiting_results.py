@@ -172,6 +172,7 @@ class _Numbers:
     full_square: float
     adapter_squares: tuple[float, ...]
     details: dict[str, Any]
+    exact_error: float
 
 
 def _numbers(file: Any) -> list[dict[str, Any]]:

@@ -281,6 +281,7 @@ def _row(
         anchored=True,
         separates=rule in ("ties", "dare-ties", "della", "sce"),  # what disagrees is erased
         cost=costs[space],
+        grams=False,
     )
 
 

@@ -117,4 +117,5 @@ def _sum_up(stack: RankStack, owners: list[int]) -> RankStack:
         return parts[0]
     up = torch.stack([p.up.double() * p.scale for p in parts]).sum(dim=0)
     first = parts[0]
-    return RankStack(first.down, up.to(first.up.dtype), torch.ones_like(first.scale), first.owner)
+    up = up.to(torch.promote_types(first.up.dtype, torch.float32))
+    return RankStack(first.down, up, torch.ones_like(first.scale), first.owner)

@@ -102,6 +102,7 @@ class Method:
         gauge_free: The result depends on the deltas alone, not on how they are factored.
         adapters: Smallest and largest number of adapters.
         ordered: The order of the adapters means something.
+        grams: It looks at the inner products of all units.
         sums: The result is the weighted sum of the deltas and nothing else.
         searches: It makes the rank by the cut of a matrix, of which the leading directions do.
         needs: What it needs besides the adapters, in words; "" for nothing.
@@ -132,6 +133,7 @@ class Method:
     gauge_free: bool = True
     adapters: tuple[int, int | None] = (1, None)
     ordered: bool = False
+    grams: bool = True
     sums: bool = False
     searches: bool = False
     needs: str = ""

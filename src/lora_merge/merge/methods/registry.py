@@ -47,6 +47,7 @@ _TABLE = (
         space="units",
         rank="full",
         cost="(d_in + d_out) R",
+        grams=False,
         exact=True,
     ),
     Method(
@@ -68,6 +69,7 @@ _TABLE = (
         rank="units",
         normalize="sum",
         cost="(d_in + d_out) R",
+        grams=False,
         exact=True,
     ),
     Method(
@@ -78,6 +80,7 @@ _TABLE = (
         space="factors",
         gauge_free=False,
         cost="(d_in + d_out) R",
+        grams=False,
         exact=True,
     ),
     Method(
