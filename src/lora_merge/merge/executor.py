@@ -23,6 +23,7 @@ from lora_merge.machine.device import own_stream, pick_device, workers_on
 from lora_merge.machine.parallel import in_order
 from lora_merge.merge.calibrate import present_weights
 from lora_merge.merge.methods.method import Job
+from lora_merge.merge.module_work import gram_dtype, stack_dtype
 from lora_merge.merge.pipeline import (
     Decomposed,
     Finished,
@@ -164,7 +165,7 @@ def _stacks(
     several = module.first.num_experts > 1
     statistics = plan.statistics.of(module.name, names) if plan.statistics else {}
     statistics = {key: tensor.to(device) for key, tensor in statistics.items()}
-    dtype = plan.stack_dtype(module)
+    dtype = stack_dtype(plan, module)
     stacks = read_stacks(plan.alignment, module, device=device, dtype=dtype)
     for expert, stack in enumerate(stacks):
         yield (
@@ -186,7 +187,7 @@ def _merge(
 ) -> Iterator[Merged]:
     for stack, job in _stacks(plan, module, device, shared):
         # Who needs the Grams of the stack shares them: they are computed first.
-        precise = plan.gram_dtype(module)
+        precise = gram_dtype(plan, module)
         stack = stack if precise is None else stack.measured(precise)
         yield merge_stack(stack, job, plan.method, plan.options, plan.semantics)
 

@@ -17,13 +17,11 @@ from lora_merge.adapters.measured.fingerprints import fingerprints
 from lora_merge.adapters.module_names import count_layers
 from lora_merge.adapters.writer import OutputPlan, plan_output
 from lora_merge.errors import MethodError
-from lora_merge.files.tensor_file import DTYPE_CODES, DTYPES, widest_dtype
-from lora_merge.linalg.range_finder import is_worth_it
-from lora_merge.linalg.unit_sums import LARGEST_GRAM
+from lora_merge.files.tensor_file import DTYPE_CODES, widest_dtype
 from lora_merge.merge.auto.method import choose
-from lora_merge.merge.elementwise.delta import working_bytes
 from lora_merge.merge.extras import plan_extras
 from lora_merge.merge.methods.registry import Method, find_method
+from lora_merge.merge.module_work import module_bytes, work_notes
 from lora_merge.merge.per_adapter import check_own, own_values, split_parameters
 from lora_merge.merge.planned_ranks import plan_ranks
 from lora_merge.merge.recipe.by_module import ByModule, refuse_unmatched_filters
@@ -167,57 +165,13 @@ class MergePlan:
         )
         return replace(self, ranks=ranks, output=output, spool=spool)
 
-    def searches(self, module: AlignedModule) -> bool:
-        """Whether a module's result is cut by a search for its leading directions alone."""
-        if self.semantics.exact or self.rule.kind != "fixed":
-            return False
-        if self.method.makes_rank and not self.method.searches:
-            return False
-        return is_worth_it(module.num_units, self.ranks[module.name])
-
-    def only_sums(self, module: AlignedModule) -> bool:
-        """Whether it is all that happens to a module that its units are summed and searched."""
-        how = self.semantics
-        plain = self.method.sums and not (how.svc or how.pico or how.smooth != "none")
-        return plain and self.searches(module)
-
-    def gram_dtype(self, module: AlignedModule) -> torch.dtype | None:
-        """Precision of the inner products of all units of a module; None where none are needed."""
-        if self.only_sums(module):
-            return None if self._many(module) else torch.float32
-        how = self.semantics
-        turned = (how.space or self.method.space) in ("aligned", "core")
-        turned = turned or how.svc or how.pico or how.smooth != "none"
-        needed = turned or self.method.grams or not self._many(module)
-        return torch.float64 if needed else None
-
-    def stack_dtype(self, module: AlignedModule) -> torch.dtype:
-        """How a module's stack is kept: as stored where its units are only multiplied with."""
-        stored = {spec.dtype for spec in module.specs.values()}
-        as_stored = self.only_sums(module) and self._many(module) and stored == {"BF16"}
-        return torch.bfloat16 if as_stored else torch.float32
-
-    def _many(self, module: AlignedModule) -> bool:
-        return not self.semantics.exact and module.num_units > LARGEST_GRAM
-
     def peak_bytes(self, jobs: int) -> int:
         """Estimated working memory in bytes.
 
         Per worker: the largest module as stored and as float32 stack, its Grams and its result,
         and the merged delta where that is formed.
         """
-        return jobs * max(self.module_bytes(module) for module in self.alignment.modules)
-
-    def module_bytes(self, module: AlignedModule) -> int:
-        """Estimated working memory of one module in bytes."""
-        stored = sum(s.num_parameters * DTYPES[s.dtype].itemsize for s in module.specs.values())
-        result = module.stack_bytes() * self.ranks[module.name] // module.num_units
-        stack = module.stack_bytes(self.stack_dtype(module).itemsize)
-        grams = 0 if self.gram_dtype(module) is None else 4 * 8 * module.num_units**2
-        total = stored + stack + 2 * result + grams
-        if (self.semantics.space or self.method.space) in self.method.full_rank_in:
-            total += working_bytes(module.first.d_out, module.first.d_in, len(module.specs))
-        return total
+        return jobs * max(module_bytes(self, module) for module in self.alignment.modules)
 
 
 def plan_merge(recipe: Recipe, adapters: Sequence[Adapter]) -> MergePlan:
@@ -307,27 +261,7 @@ def plan_merge(recipe: Recipe, adapters: Sequence[Adapter]) -> MergePlan:
         semantics=semantics,
         statistics=_statistics(chosen, recipe.statistics),
     )
-    return replace(plan, notes=(*plan.notes, *_search_notes(plan)))
-
-
-def _search_notes(plan: MergePlan) -> list[str]:
-    """Where results are not decomposed whole."""
-    notes = []
-    many = [m for m in plan.alignment.modules if plan.gram_dtype(m) is None]
-    if many:
-        notes.append(
-            f"norms of the exact sums of {len(many)} modules of more than {LARGEST_GRAM} units are "
-            "estimates; the report has their standard errors; --exact measures them"
-        )
-    searched = [m for m in plan.alignment.modules if plan.searches(m)]
-    if not searched:
-        return notes
-    units, ranks = max(m.num_units for m in searched), max(plan.ranks[m.name] for m in searched)
-    return [
-        *notes,
-        f"{len(searched)} modules of up to {units} units are cut to rank {ranks} by a search for "
-        "their leading directions, within 0.1 % of the exact cut's energy; --exact decomposes them",
-    ]
+    return replace(plan, notes=(*plan.notes, *work_notes(plan)))
 
 
 def _weights(recipe: Recipe, adapters: Sequence[Adapter]) -> tuple[ByModule, ...]:

@@ -17,6 +17,7 @@ from lora_merge.files.stamp import (
     is_unfinished,
     remove_listed,
 )
+from lora_merge.merge.module_work import module_bytes
 from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.shards.decided import Decision
 from lora_merge.merge.shards.facts import Facts, difference
@@ -53,7 +54,7 @@ class Shard:
 
     def of(self, plan: MergePlan) -> tuple[list[str], list[str]]:
         """Its modules, and its tensors that are not factors: about as much work in every shard."""
-        costs = {(m.name, False): plan.module_bytes(m) for m in plan.alignment.modules}
+        costs = {(m.name, False): module_bytes(plan, m) for m in plan.alignment.modules}
         for name, owners in plan.extras.items():
             size = 1
             for length in owners[0].extras[name].shape:

@@ -16,6 +16,7 @@ from typing import Any
 from lora_merge.errors import LoraMergeError, OutputError
 from lora_merge.files.documents import validated
 from lora_merge.merge.executor import compute
+from lora_merge.merge.module_work import module_bytes
 from lora_merge.merge.plan import MergePlan
 from lora_merge.merge.shards.facts import difference, facts_of
 from lora_merge.merge.shards.folder import Header
@@ -123,7 +124,7 @@ def _planned(header: str) -> MergePlan:
 
 def _tasks(work: Work, cpus: int) -> Iterator[_Task]:
     """Modules in tasks of about the same work, the largest first; every extra by itself."""
-    costs = {module.name: work.plan.module_bytes(module) for module in work.modules}
+    costs = {module.name: module_bytes(work.plan, module) for module in work.modules}
     enough = sum(costs.values()) / (_TASKS * cpus)
     group: list[str] = []
     for name in sorted(costs, key=lambda one: (-costs[one], one)):
@@ -140,7 +141,7 @@ def _tasks(work: Work, cpus: int) -> Iterator[_Task]:
 def _memory(plan: MergePlan, modules: Sequence[str], largest: float) -> int:
     """Bytes to reserve for a task: modules of a task come one after the other."""
     wanted = set(modules)
-    sizes = {m.name: plan.module_bytes(m) for m in plan.alignment.modules if m.name in wanted}
+    sizes = {m.name: module_bytes(plan, m) for m in plan.alignment.modules if m.name in wanted}
     name = max(sizes, key=sizes.__getitem__, default="")
     needed = _PROCESS + sizes.get(name, 0)
     if largest and needed > largest:
