@@ -20,15 +20,29 @@ class Planned(Protocol):
     """What of a plan these questions are about."""
 
     @property
-    def alignment(self) -> Alignment: ...
+    def alignment(self) -> Alignment:
+        """The adapters and their modules."""
+        ...
+
     @property
-    def method(self) -> Method: ...
+    def method(self) -> Method:
+        """The method."""
+        ...
+
     @property
-    def semantics(self) -> Semantics: ...
+    def semantics(self) -> Semantics:
+        """What all methods share."""
+        ...
+
     @property
-    def rule(self) -> RankRule: ...
+    def rule(self) -> RankRule:
+        """How ranks are chosen."""
+        ...
+
     @property
-    def ranks(self) -> Mapping[str, int]: ...
+    def ranks(self) -> Mapping[str, int]:
+        """Rank of each module's result."""
+        ...
 
 
 def searches(plan: Planned, module: AlignedModule) -> bool:
