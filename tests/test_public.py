@@ -264,6 +264,13 @@ def test_html_is_escaped() -> None:
         assert "<script>" not in html and "<img" not in html
 
 
+def test_a_notebook_gets_the_beginning_of_a_long_table() -> None:
+    modules = {f"model.layers.{i}.mlp.up_proj": (6, 5) for i in range(60)}
+    html = lora_merge.spectra(make_adapter(shapes=modules))._repr_html_()
+    assert "60 rows, the first 50; to_frame() has all" in html
+    assert html.count("<tr><td>") == 50 and "<td>model.layers.10.mlp.up_proj</td>" in html
+
+
 def test_a_frame_needs_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
     report = lora_merge.info(make_adapter())
     monkeypatch.setitem(sys.modules, "pandas", None)
@@ -284,6 +291,7 @@ def test_every_import_is_declared() -> None:
     wanted = [*project["dependencies"], *(one for extra in extras for one in extra)]
     names = {re.split(r"[<>=\[; ]", one)[0].lower().replace("-", "_") for one in wanted}
     names |= {"lora_merge", "sklearn", "yaml", "pandas", *sys.stdlib_module_names}
+    names.add("IPython")  # it is there where a kernel runs, and imported nowhere else
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             found = []

@@ -12,7 +12,7 @@ SOURCE = Path(lora_merge.__file__).parent
 # From the ground up; a room may import only rooms on lower lines: those of one line are strangers.
 FLOORS = [
     ["errors", "_version"],
-    ["printing", "options"],
+    ["printing", "options", "notebook"],
     ["arguments", "planning"],
     ["machine", "files", "linalg"],
     ["ranks"],

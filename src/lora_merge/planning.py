@@ -3,9 +3,11 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from lora_merge.notebook import bar, in_notebook
 from lora_merge.options import argument, option
 from lora_merge.printing import Report
 
@@ -78,8 +80,10 @@ class How:
 
 
 def counted(progress: Progress | None, what: str, total: int) -> Callable[[], None]:
-    """What to call after each of `total` steps."""
-    return lambda: progress(what, total) if progress is not None else None
+    """What to call after each of `total` steps; without `progress` a notebook shows a bar."""
+    if progress is not None:
+        return partial(progress, what, total)
+    return bar(what, total) if in_notebook() else lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,9 @@ class Telling:
     """How a function tells what it does."""
 
     progress: Progress | None = argument(
-        None, "called after each step with what is done and how many steps that has"
+        None,
+        "called after each step with what is done and how many steps that has; "
+        "without it a notebook shows a bar",
     )
 
 

@@ -1,7 +1,7 @@
 """How results print: a few lines that say what matters, a table in a notebook, a data frame."""
 
 import html
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,13 @@ class Printed:
 
 
 class Report(Printed):
-    """A result of which `to_dict` gives everything, and `to_frame` the table."""
+    """A result of which `to_dict` gives everything, and `to_frame` the table.
+
+    A notebook shows the summary, and the table's beginning when it is asked for.
+    """
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html() + _folded(self.rows())
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -74,6 +80,30 @@ class Report(Printed):
                 "a data frame needs pandas", "pip install pandas, or take rows()"
             ) from error
         return DataFrame(self.rows())
+
+
+_SHOWN = 50  # rows in a notebook
+
+
+def _folded(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table's beginning, folded away; values from files are text, never markup."""
+    if not rows:
+        return ""
+    names = list(dict.fromkeys(name for row in rows[:_SHOWN] for name in row))
+    lines = [[_cell(row.get(name)) for name in names] for row in rows[:_SHOWN]]
+    head = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in names)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
+    more = f", the first {_SHOWN}; to_frame() has all" if len(rows) > _SHOWN else ""
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<details><summary>the table ({len(rows)} rows{more})</summary>{table}</details>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_cell, value))
+    if value is None or value == {}:
+        return ""
+    return html.escape(f"{value:.4g}" if type(value) is float else str(value))
 
 
 def span(values: Collection[int], dash: str = " to ") -> str:
