@@ -12,7 +12,7 @@ from builders import SHAPES, delta, make_adapter, save_adapter
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.cli.app import run
 from lora_merge.errors import LoraMergeError, OutputError
-from lora_merge.merge.arrive import LibraryError, read_library
+from lora_merge.merge.arrive import SlotsError, read_slots
 
 
 def dense(adapter: Adapter) -> Tensor:
@@ -43,7 +43,7 @@ def test_slots_are_running_means_of_what_is_most_alike(tmp_path: Path) -> None:
     for slot, (count, mean) in slots.items():
         found = Adapter.from_pretrained(tmp_path / "lib" / slot)
         torch.testing.assert_close(dense(found), mean, rtol=1e-4, atol=1e-6)
-        assert len(read_library(tmp_path / "lib")[slot]) == count
+        assert len(read_slots(tmp_path / "lib")[slot]) == count
 
 
 def test_one_at_a_time_is_all_at_once(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_one_at_a_time_is_all_at_once(tmp_path: Path) -> None:
         for top in (tmp_path / "once", tmp_path / "each")
     )
     assert len(once) == 2 and once == each
-    assert read_library(tmp_path / "once") == read_library(tmp_path / "each")
+    assert read_slots(tmp_path / "once") == read_slots(tmp_path / "each")
     assert (
         max(s.rank for s in Adapter.from_pretrained(tmp_path / "once/slot-1").modules.values()) == 3
     )
@@ -81,8 +81,8 @@ def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
     folder = save_adapter(tmp_path / "a", seed=1)
     library = tmp_path / "lib"
     lora_merge.arrive([folder, save_adapter(tmp_path / "b", seed=2)], library, slots=2)
-    before = (library / "library.json").read_bytes()
-    with pytest.raises(LibraryError, match="2 slots already"):
+    before = (library / "slots.json").read_bytes()
+    with pytest.raises(SlotsError, match="2 slots already"):
         lora_merge.arrive(folder, library, slots=1)
     with pytest.raises(OutputError, match="lies in"):
         lora_merge.arrive(library / "slot-1", library, slots=2)
@@ -90,13 +90,13 @@ def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
         lora_merge.arrive(
             make_adapter("other", shapes=dict.fromkeys(SHAPES, (8, 8))), library, slots=2
         )
-    assert (library / "library.json").read_bytes() == before
+    assert (library / "slots.json").read_bytes() == before
     (library / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"lora-merge did not write notes\.txt"):
         lora_merge.arrive(folder, library, slots=2)
     plain = tmp_path / "merged"
     lora_merge.merge(folder).save_pretrained(plain)
-    with pytest.raises(LibraryError, match="no library of slots"):
+    with pytest.raises(SlotsError, match="no directory of slots"):
         lora_merge.arrive(folder, plain, slots=2)
 
 

@@ -22,11 +22,11 @@ from lora_merge.merge.api import merge
 from lora_merge.merge.recipe.arguments import Arrive
 from lora_merge.printing import Report, Summary
 
-LIBRARY = "library.json"
+SLOTS = "slots.json"
 _SLOT = re.compile(r"slot-[1-9]\d*")
 
 
-class LibraryError(LoraMergeError):
+class SlotsError(LoraMergeError):
     """A directory of slots that cannot be read, or cannot take an adapter."""
 
 
@@ -64,28 +64,28 @@ class Arrival:
 
 @dataclass(frozen=True, repr=False)
 class ArrivalReport(Report):
-    """What became of a library.
+    """What became of the slots.
 
     Attributes:
-        library: The directory.
+        folder: The directory.
         arrivals: One per adapter, in their order.
         slots: Slot → who is in it, the first to arrive first.
     """
 
-    library: str
+    folder: str
     arrivals: tuple[Arrival, ...]
     slots: dict[str, tuple[Member, ...]]
 
     def summary(self) -> Summary:
         """Who is where."""
         facts = [(slot, " + ".join(m.name for m in ms)) for slot, ms in self.slots.items()]
-        return Summary(f"Library {self.library}", tuple(facts))
+        return Summary(f"Slots of {self.folder}", tuple(facts))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         slots = {name: [vars(m) for m in members] for name, members in self.slots.items()}
         arrivals = [vars(arrival) for arrival in self.arrivals]
-        return {"schema": 1, "library": self.library, "arrivals": arrivals, "slots": slots}
+        return {"schema": 1, "folder": self.folder, "arrivals": arrivals, "slots": slots}
 
     def rows(self) -> list[dict[str, Any]]:
         """One mapping per arrival."""
@@ -94,35 +94,35 @@ class ArrivalReport(Report):
 
 @takes(Arrive)
 def arrive(given: Arrive) -> ArrivalReport:
-    """Take adapters, one after the other, into a library of at most so many.
+    """Take adapters, one after the other, into at most so many slots.
 
     While a slot is free an adapter gets one of its own; then it goes into the slot most like it:
     the slot becomes (n slot + adapter) / (n + 1), n being who is there, cut to its rank again.
-    The library is replaced whole or stays as it was.
+    The directory is replaced whole or stays as it was.
 
     Raises:
-        LibraryError: If the directory is no library, has more slots already, or an adapter has
+        SlotsError: If the directory holds no slots, or more already, or an adapter has
             tensors that a running mean would count wrongly.
         OutputError: If lora-merge did not write all of it, or an adapter lies in it.
 
     Examples:
         >>> import lora_merge
-        >>> report = lora_merge.arrive("examples/adapters/*", "library", slots=2)
+        >>> report = lora_merge.arrive("examples/adapters/*", "slots", slots=2)
         >>> [arrival.slot for arrival in report.arrivals[:2]]
         ['slot-1', 'slot-2']
     """
-    library, slots = Path(given.library), given.slots
+    folder, slots = Path(given.into), given.slots
     opened = open_adapters(given.adapters)
-    _check(opened, library, slots)
-    there = library.exists() and any(library.iterdir())
-    with atomic_directory(library, force=there) as staging, noting_inputs():
-        # Inside: what the library reads of itself is no input that it must not replace.
-        members = read_library(library) if there else {}
+    _check(opened, folder, slots)
+    there = folder.exists() and any(folder.iterdir())
+    with atomic_directory(folder, force=there) as staging, noting_inputs():
+        # Inside: what is read of the slots is no input that it must not replace.
+        members = read_slots(folder) if there else {}
         if len(members) > slots:
-            raise LibraryError(
-                f"{library} has {len(members)} slots already", f"give --slots {len(members)}"
+            raise SlotsError(
+                f"{folder} has {len(members)} slots already", f"give --slots {len(members)}"
             )
-        now = {name: Adapter.from_pretrained(library / name) for name in members}
+        now = {name: Adapter.from_pretrained(folder / name) for name in members}
         stored = dict(now)
         arrivals = []
         for adapter in opened:
@@ -148,60 +148,60 @@ def arrive(given: Arrive) -> ArrivalReport:
             arrivals.append(Arrival(adapter.name, slot, bool(before), cosines, kept))
         for name, slot_adapter in now.items():
             if slot_adapter is stored.get(name):
-                shutil.copytree(library / name, staging / name)
+                shutil.copytree(folder / name, staging / name)
             else:
                 slot_adapter.save_pretrained(staging / name)
-        report = ArrivalReport(str(library), tuple(arrivals), members)
+        report = ArrivalReport(str(folder), tuple(arrivals), members)
         text = json.dumps({"version": 1, "slots": report.to_dict()["slots"]}, indent=2) + "\n"
-        (staging / LIBRARY).write_text(text, encoding="utf-8")
+        (staging / SLOTS).write_text(text, encoding="utf-8")
     return report
 
 
 @dataclass(frozen=True)
 class _Slots:
-    """The file of a library of slots."""
+    """The file that says who is where."""
 
     version: int
     slots: dict[str, tuple[Member, ...]]
 
 
-def read_library(library: Path) -> dict[str, tuple[Member, ...]]:
+def read_slots(folder: Path) -> dict[str, tuple[Member, ...]]:
     """Slot → who is in it.
 
     Raises:
-        LibraryError: If the directory is no library.
+        SlotsError: If the directory holds no slots.
     """
     remedy = "name a directory that lora-merge arrive made, or one that is not there"
-    path = library / LIBRARY
+    path = folder / SLOTS
     if not path.is_file():
-        raise LibraryError(f"{library} has no {LIBRARY}: it is no library of slots", remedy)
-    data = read_json(path, str(library), error=LibraryError)
+        raise SlotsError(f"{folder} has no {SLOTS}: it is no directory of slots", remedy)
+    data = read_json(path, str(folder), error=SlotsError)
     what = f"{path} does not list slots and who is in them"
-    slots = validated(_Slots, data, what, remedy, error=LibraryError)
+    slots = validated(_Slots, data, what, remedy, error=SlotsError)
     odd = [slot for slot, members in slots.slots.items() if not (_SLOT.fullmatch(slot) and members)]
     if slots.version != 1 or odd:
-        raise LibraryError(f"{path} is not understood{f' ({odd[0]})' if odd else ''}", remedy)
+        raise SlotsError(f"{path} is not understood{f' ({odd[0]})' if odd else ''}", remedy)
     return slots.slots
 
 
-def _check(adapters: Sequence[Adapter], library: Path, slots: int) -> None:
+def _check(adapters: Sequence[Adapter], folder: Path, slots: int) -> None:
     """What can be refused before anything is read."""
     if not adapters:
-        raise LibraryError("no adapter arrives", "name one at least")
+        raise SlotsError("no adapter arrives", "name one at least")
     if slots < 1:
-        raise LibraryError(f"{slots} slots hold nothing", "give --slots 1 at least")
+        raise SlotsError(f"{slots} slots hold nothing", "give --slots 1 at least")
     for adapter in adapters:
         if adapter.extras:
             name = next(iter(adapter.extras))
-            raise LibraryError(
+            raise SlotsError(
                 f"{adapter.name} has tensors that are not low-rank factors ({name}, ...); a "
                 "running mean would count them wrongly",
                 "drop them first: lora-merge merge ADAPTER --extras drop -o OUT",
             )
         for path in adapter.files:
-            if is_within(path, library):
+            if is_within(path, folder):
                 raise OutputError(
-                    f"{adapter.name} lies in {library}, which is replaced", "move it out first"
+                    f"{adapter.name} lies in {folder}, which is replaced", "move it out first"
                 )
 
 

@@ -12,20 +12,20 @@ from lora_merge.merge.recipe.arguments import Arrive
 @click.command(
     epilog="""\b
 Examples:
-  lora-merge arrive math code chat --into library --slots 2
-  lora-merge arrive poems --into library --slots 2
-  lora-merge gate 'library/slot-*' -o mixture
+  lora-merge arrive math code chat --into slots --slots 2
+  lora-merge arrive poems --into slots --slots 2
+  lora-merge gate 'slots/slot-*' -o mixture
 """,
 )
 @adapters_argument
 @options_of(Arrive)
 @json_option
 def command(adapters: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Take ADAPTERs, one after the other, into a library of at most K slots (K-Merge).
+    """Take ADAPTERs, one after the other, into at most K slots (K-Merge).
 
     An adapter gets a slot of its own while one is free. Then it joins the slot most like it, which
     becomes the mean of all who are in it. Every slot is an adapter that loads everywhere, and
-    library.json says who is where. The library is replaced whole, or stays as it was.
+    slots.json says who is where. The directory is replaced whole, or stays as it was.
     """
     import lora_merge
     from lora_merge.cli.shared.output import Output, percent
@@ -40,7 +40,7 @@ def command(adapters: tuple[str, ...], as_json: bool, **given: Any) -> None:
     for arrival in report.arrivals:
         cosine = f"{arrival.cosines[arrival.slot]:.3f}" if arrival.merged else "its own"
         grid.add_row(short[arrival.adapter], arrival.slot, cosine, percent(arrival.kept))
-    lines = [f"wrote {report.library}: {len(report.slots)} slots"]
+    lines = [f"wrote {report.folder}: {len(report.slots)} slots"]
     for slot, members in report.slots.items():
         lines.append(f"  {slot}: {' + '.join(short[member.name] for member in members)}")
     output.data(report.to_dict(), grid, *lines)

@@ -155,7 +155,7 @@ class Arrive:
         "AdaptersLike",
         Needed("new ones, in their order, which matters; what `open_adapters` takes"),
     ]
-    library: Annotated[Folder, Needed("directory of slots; made if it is not there", ("--into",))]
+    into: Annotated[Folder, Needed("directory of slots; made if it is not there", ("--into",))]
     _: KW_ONLY
     slots: Annotated[int, Needed("K, how many there may be", ("--slots",), low=1)]
     rank: int | None = option(
