@@ -31,6 +31,7 @@ class Line:
 
 
 _TEXTS = "--base {model} --data {rows} --device cpu"
+_SEARCH = "--over scale --sampler random"
 _TRAINING = ("out.training", "out.training.metrics.jsonl")
 
 COMMANDS: dict[str, Line] = {
@@ -57,6 +58,24 @@ COMMANDS: dict[str, Line] = {
     "cluster": Line(("a", "sora"), "cluster {a} {sora} --rank 4 -o OUT"),
     "data": Line(("statistics",), "merge {a} {b} -M regmean --statistics {statistics} -o OUT"),
     "join": Line(("sharded",), "join OUT --keep", ("out.shards",), beside=("sharded", ".shards")),
+    "merge that goes on": Line(
+        ("half",),
+        "merge {a} {b} {c} -M ties --scale 1 --rank energy:0.9 --resume -o OUT",
+        ("out.shards",),
+        beside=("half", ".shards"),
+    ),
+    "pack --append": Line(
+        ("library", "c"), "pack {c} --name c --append -o OUT", beside=("library", "")
+    ),
+    "info of a library": Line(("library",), "info {library} --json"),
+    "info of GGUF": Line(("gguf",), "info {gguf} --json"),
+    "run in full": Line(("full_recipe",), "run {full_recipe} -o OUT"),
+    "experts": Line(("moe", "experts"), "merge {moe} {experts} -M svd --rank 2 -o OUT"),
+    "convert experts": Line(
+        ("moe", "moe_base"), "convert {moe} --experts stacked --base {moe_base} -o OUT"
+    ),
+    "resize by Fisher": Line(("fisher",), "resize {a} --energy 0.9 --fisher {fisher} -o OUT"),
+    "compare as files": Line(("a",), "compare {a} {b} {c} --svg OUT.svg --html OUT.html --json"),
     "pack": Line(("a",), "pack {a} {b} {c} -o OUT"),
     "pack --check": Line(("library",), "pack {library} --check --json"),
     "merge a library": Line(("library",), "merge {library} -M svd --rank 3 -o OUT"),
@@ -100,6 +119,43 @@ COMMANDS: dict[str, Line] = {
         ("one", "rows"),
         f"search {{one}} {{two}} {_TEXTS} --over scale --trials 2 --sampler random -o OUT",
         ("out.search",),
+    ),
+    "search that goes on": Line(
+        ("studied", "studied", "two"),
+        f"search {{one}} {{two}} {_TEXTS} {_SEARCH} --trials 2 -o OUT",
+        ("out.search",),
+        beside=("studied", ".search"),
+    ),
+    "soup": Line(("one", "rows"), f"soup {{one}} {{two}} {_TEXTS} -o OUT"),
+    "sweep": Line(("a",), "sweep {a} {b} --rank 2 --count 2 -o OUT"),
+    "sweep over all": Line(("a",), "sweep {a} {b} --over scale,weights --rank 2 --count 2 -o OUT"),
+    "evaluate choices": Line(
+        ("choices", "one"), "evaluate {one} --base {model} --data {choices} --device cpu --json"
+    ),
+    "evaluate by text": Line(("retrieved", "rows"), f"evaluate {{retrieved}} {_TEXTS}"),
+    "train ranks": Line(
+        ("ranked", "rows"),
+        f"train {{ranked}} {_TEXTS} --steps 1 --save-every 0 -o OUT",
+        _TRAINING,
+    ),
+    "train experts": Line(
+        ("routed", "rows"),
+        f"train {{routed}} {_TEXTS} --steps 1 --train-experts --save-every 0 -o OUT",
+        _TRAINING,
+    ),
+    "train that goes on": Line(
+        ("checkpoint", "checkpoint", "routed"),
+        f"train {{routed}} {_TEXTS} --steps 2 --save-every 1 --resume -o OUT",
+        _TRAINING,
+        beside=("checkpoint", ".training"),
+    ),
+    "prune": Line(
+        ("routed", "rows"),
+        f"train {{routed}} {_TEXTS} --steps 2 --rank-l1 1e-3 --save-every 0 -o OUT",
+        _TRAINING,
+    ),
+    "train by text": Line(
+        ("retrieving", "rows"), f"train {{retrieving}} {_TEXTS} -o OUT", _TRAINING
     ),
     "train": Line(
         ("routed", "rows"),

@@ -4,7 +4,8 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ import yaml
 from safetensors.torch import save_file
 from tiny import letters_model, shapes_of
 
-from builders import SHAPES, save_adapter, save_parts
+from builders import SHAPES, save_adapter, save_base, save_parts
 from lora_merge.adapters.adapter import Adapter
+from lora_merge.files.stamp import begin_stamp
 from lora_merge.mixture.mixture import Mixture
 
 _BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -72,8 +74,81 @@ def build(root: Path) -> dict[str, Path]:
         places[name] = root / name
         run_quietly(*words, str(places[name]))
     places["sharded"] = root / "sharded.shards"
+    places |= _begun(root, places) | _more_kinds(root, places)
     _age(root)
     return places
+
+
+def _begun(root: Path, places: Mapping[str, Path]) -> dict[str, Path]:
+    """What runs leave that were killed: half a merge, a study, a checkpoint of a training."""
+    three = [str(places[name]) for name in "abc"]
+    whole = ("-M", "ties", "--scale", "1", "--rank", "energy:0.9", "--shard", "1/1")
+    run_quietly("merge", *three, *whole, "-o", str(root / "half"))
+    half = root / "half.shards"
+    (half / "1-of-1" / "shard.json").unlink()
+    for path in sorted((half / "1-of-1").glob("*.part"))[1:]:
+        path.unlink()
+    begin_stamp(half / "1-of-1")
+    pair, texts = [str(places["one"]), str(places["two"])], _texts(places)
+    how = ("--over", "scale", "--trials", "1", "--sampler", "random")
+    run_quietly("search", *pair, *texts, *how, "-o", str(root / "studied"))
+    how = ("--steps", "2", "--save-every", "1")
+    run_quietly("train", str(places["routed"]), *texts, *how, "-o", str(root / "trained"))
+    found = {"half": half, "studied": root / "studied.search"}
+    return {**found, "checkpoint": root / "trained.training"}
+
+
+def _more_kinds(root: Path, places: Mapping[str, Path]) -> dict[str, Path]:
+    """Experts, gates over ranks and by text, rows of other kinds, Fisher, a recipe of every key."""
+    found = {
+        "moe": _moe(root / "moe", 1),
+        "experts": _moe(root / "experts", 2),
+        "choices": root / "choices.jsonl",
+        "fisher": root / "fisher.safetensors",
+        "full_recipe": root / "full.yaml",
+    }
+    choices = {"prompt": "ab", "choices": ["c", "de"], "answer": 1}
+    rows = [{**choices, "task": "one"}, {**choices, "answer": 0, "task": "two"}] * 2
+    found["choices"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    moments = dict(_tensors(places["moments"]))
+    for module, (d_out, _) in SHAPES.items():
+        moments[f"{module}.output_fisher"] = _noise(d_out, seed=3).square()
+    save_file(moments, found["fisher"])
+    found["moe_base"] = Path(save_base(root / "moe_base", dict(_expert_shapes()), num_experts=2))
+    pair = [places["one"], places["two"]]
+    for name, preset in (("ranked", "smora"), ("retrieving", "retrieve")):
+        found[name] = root / name
+        Mixture(pair, preset, hidden_size=32).save_pretrained(root / name)
+    found["retrieved"] = root / "retrieved"
+    run_quietly("train", str(root / "retrieving"), *_texts(places), "-o", str(root / "retrieved"))
+    data = {
+        "merge_method": "ties",
+        "adapters": [
+            {"adapter": str(places["a"]), "weight": [1.0, 0.5]},
+            {"adapter": str(places["b"]), "parameters": {"density": 0.5}},
+        ],
+        "rank": "budget:x0.5", "ranks": "per-module", "normalize": "sum", "extras": "drop",
+        "norm_equalise": True, "restore_norm": "mean", "smooth": "flat", "space": "core",
+        "basis": "stacks", "rename": ["model=net"], "accept_base_models": True, "scale": "auto",
+        "base_model": "tiny-base", "version": 1,
+    }  # fmt: skip
+    found["full_recipe"].write_text(yaml.safe_dump(data))
+    return found
+
+
+def _expert_shapes() -> Iterator[tuple[str, tuple[int, int]]]:
+    for expert, leaf in product(range(2), ("gate_proj", "up_proj", "down_proj")):
+        size = (16, 12) if leaf == "down_proj" else (12, 16)
+        yield f"model.layers.0.mlp.experts.{expert}.{leaf}", size
+
+
+def _moe(folder: Path, seed: int) -> Path:
+    """Experts as modules of their own."""
+    return save_adapter(folder, seed=seed, shapes=dict(_expert_shapes()))
+
+
+def _texts(places: Mapping[str, Path]) -> list[str]:
+    return ["--base", str(places["model"]), "--data", str(places["rows"]), "--device", "cpu"]
 
 
 def _age(folder: Path) -> None:
@@ -93,9 +168,10 @@ def run_quietly(*words: str) -> None:
 
 
 def files_of(place: Path) -> list[Path]:
-    """The files of a place that a reader looks at."""
+    """The files of a place that a reader looks at; stamps where something goes on with it."""
     found = sorted(place.rglob("*")) if place.is_dir() else [place]
-    return [path for path in found if path.is_file() and not path.name.startswith(".")]
+    stamped = place.suffix == ".shards" or place.name in ("library", "slots")
+    return [p for p in found if p.is_file() and (stamped or not p.name.startswith("."))]
 
 
 def _with_a_model(root: Path) -> dict[str, Path]:
@@ -110,8 +186,7 @@ def _with_a_model(root: Path) -> dict[str, Path]:
     for name, preset in (("routed", "meteora"), ("classified", "xlora")):
         places[name] = root / name
         Mixture(pair, preset, hidden_size=32).save_pretrained(places[name])
-    texts = ("--base", str(places["model"]), "--data", str(places["rows"]), "--device", "cpu")
-    run_quietly("describe", str(places["routed"]), *texts, "-o", str(places["described"]))
+    run_quietly("describe", str(places["routed"]), *_texts(places), "-o", str(places["described"]))
     return places
 
 

@@ -1,7 +1,11 @@
 """Damage to files, drawn from a seed: what a mistake, a broken disk or a hostile author leaves."""
 
 # ruff: noqa: E501 - tables of hostile values
+import contextlib
+import io
 import json
+import pickle
+import sqlite3
 import struct
 from collections.abc import Callable
 from datetime import date
@@ -9,6 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
 import yaml
 
 _DEEP: Any = []
@@ -28,7 +33,7 @@ _BYTES = (b"\0", b"\xff", b"{", b"\x80\x81", b"\n" * 50, b"9" * 20, b"[" * 2000)
 
 def damage(path: Path, data: bytes, random: Random) -> tuple[bytes, str]:
     """A file's bytes with something wrong in them, and what was done."""
-    structured = _damage_tensors if path.suffix == ".safetensors" else _damage_text
+    structured = _BY_KIND.get(path.suffix, _damage_text)
     if random.random() < 0.8:
         try:
             return structured(path, data, random)
@@ -40,6 +45,9 @@ def damage(path: Path, data: bytes, random: Random) -> tuple[bytes, str]:
             RecursionError,
             yaml.YAMLError,
             struct.error,
+            OverflowError,
+            sqlite3.Error,
+            pickle.PicklingError,
         ):
             pass  # damaged before, so that it has no structure any more
     return _damage_bytes(data, random)
@@ -154,6 +162,40 @@ def _damage_tensors(path: Path, data: bytes, random: Random) -> tuple[bytes, str
     return struct.pack("<Q", len(text)) + text + bytes(body), said
 
 
+def _damage_checkpoint(path: Path, data: bytes, random: Random) -> tuple[bytes, str]:
+    state = torch.load(io.BytesIO(data), weights_only=True)
+    if random.random() < 0.3:
+        tensor = random.choice(state["tensors"])
+        tensor.view(-1)[0] = random.choice((float("nan"), float("inf"), 1e38))
+        said = "a tensor"
+    else:
+        state, said = _damage_tree(state, random)
+    made = io.BytesIO()
+    torch.save(state, made)
+    return made.getvalue(), said
+
+
+def _damage_database(path: Path, data: bytes, random: Random) -> tuple[bytes, str]:
+    """Another value in a cell, or a table that is gone."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as base:
+        base.deserialize(data)
+        names = [
+            row[0] for row in base.execute("SELECT name FROM sqlite_master WHERE type='table'")
+        ]
+        filled = [n for n in names if base.execute(f"SELECT count(*) FROM {n}").fetchone()[0]]
+        table = random.choice(filled)
+        if random.random() < 0.1:
+            base.execute(f"DROP TABLE {table}")
+            base.commit()
+            return base.serialize(), f"no {table}"
+        columns = [row[1] for row in base.execute(f"PRAGMA table_info({table})")]
+        column = random.choice(columns)
+        value = random.choice([v for v in VALUES if isinstance(v, str | float | int | None)])
+        base.execute(f"UPDATE {table} SET {column} = ?", (value,))
+        base.commit()
+        return base.serialize(), f"{table}.{column} {value!r:.40}"
+
+
 _FLOATS: dict[str, Callable[[float], bytes]] = {
     "F32": lambda value: struct.pack("<f", value),
     "F64": lambda value: struct.pack("<d", value),
@@ -176,3 +218,11 @@ def _damage_values(header: Any, names: list[str], body: bytearray, random: Rando
     for place in range(start, end, size) if everywhere else [start]:
         body[place : place + size] = pack(value)
     return f"{name} is {value} {'everywhere' if everywhere else 'once'}"
+
+
+_BY_KIND = {
+    ".safetensors": _damage_tensors,
+    ".part": _damage_tensors,
+    ".pt": _damage_checkpoint,
+    ".db": _damage_database,
+}

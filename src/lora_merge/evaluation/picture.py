@@ -4,12 +4,23 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lora_merge.evaluation.search import STUDY, optuna_module
+from lora_merge.evaluation.search import STUDY, optuna_module, storage_of
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.pages.pictures import check_pictures
 from lora_merge.files.targets import MARK
 
 _DPI = 120
+
+
+def check_drawings(folder: Path) -> list[Path]:
+    """The files that `draw_study` makes in a directory.
+
+    Raises:
+        LoraMergeError: If matplotlib is not installed, or one must not be replaced.
+    """
+    files = [folder / "history.png", folder / "values.png"]
+    check_pictures(*files)
+    return files
 
 
 def draw_study(study: Path, folder: Path) -> list[Path]:
@@ -26,11 +37,10 @@ def draw_study(study: Path, folder: Path) -> list[Path]:
         LoraMergeError: If matplotlib is not installed.
         OutputError: If they cannot be written.
     """
-    files = [folder / "history.png", folder / "values.png"]
-    check_pictures(*files)
+    files = check_drawings(folder)
     from optuna.visualization import matplotlib as drawing
 
-    opened = optuna_module().load_study(study_name=STUDY, storage=f"sqlite:///{study.resolve()}")
+    opened = optuna_module().load_study(study_name=STUDY, storage=storage_of(study))
     # Of several objectives their mean, which also decides between the trials of the front.
     several = len(opened.directions) > 1
     shown = {"target_name": opened.user_attrs["wanted"]["metric"]}

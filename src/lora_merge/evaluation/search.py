@@ -2,11 +2,13 @@
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.arguments import takes
@@ -16,6 +18,8 @@ from lora_merge.evaluation.options import Search
 from lora_merge.evaluation.rows import ALL, Rows, RowsError
 from lora_merge.evaluation.search_space import SearchSpace
 from lora_merge.files.atomic import atomic_file
+from lora_merge.files.documents import validated
+from lora_merge.files.targets import check_file
 from lora_merge.merge.api import run_recipe
 from lora_merge.merge.auto.scale import with_scale
 from lora_merge.merge.plan import plan_merge
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
 _FAILED = "failed"
+_MARK = b'"schema": 1'
 STUDY = "lora-merge"  # its name in the file
 
 
@@ -134,6 +139,9 @@ def search(given: Search) -> SearchResult:
         >>> len(found.trials), found.best.scores["all"] <= found.trials[0].scores["all"]
         (3, True)
     """
+    optuna_module()
+    from optuna.trial import FixedTrial
+
     start = as_recipe(given.recipe)
     adapters = open_recipe(start)
     plan = plan_merge(start, adapters)  # refused before a model is loaded
@@ -159,16 +167,39 @@ def search(given: Search) -> SearchResult:
     opened = _open_study(
         given.study, wanted, len(tasks) if given.pareto else 1, bench.metric.higher
     )
-    if not _ended(opened) and not _waiting(opened):
-        opened.enqueue_trial(space.start())
+    with _of_file(given.study):
+        if not _ended(opened) and not _waiting(opened):
+            opened.enqueue_trial(space.start())
     step = counted(given.progress, "searching", given.trials)
     while (done := len(_ended(opened))) < given.trials:
         opened.sampler = _sampler(given.sampler, given.seed + done + 1_000_003 * given.worker)
-        trial = _try(opened, space, adapters, chosen, tasks, given.pareto)
+        with _of_file(given.study):
+            asked = opened.ask()
+            tried = space.recipe_of(asked)
+        trial = _try(opened, asked, tried, adapters, chosen, tasks, given.pareto)
         step()
         if given.on_trial is not None:
             given.on_trial(trial)
-    return _result(opened, space, adapters, chosen, reported)
+    with _of_file(given.study):
+        trials = _trials_of(opened)
+        front = tuple(sorted(trial.number for trial in opened.best_trials))
+        best = _best_of(trials, front, bench.metric.higher)
+        recipe = space.recipe_of(FixedTrial(best.values))
+    seen = report.tasks or [ALL]  # a task of one row has none that was held out
+    rows = {"base": reported.score(None)}
+    with suppress(LoraMergeError):  # a start that could not be merged, or scored
+        rows["start"] = _scores(start, adapters, reported, seen)
+    rows["winner"] = _scores(recipe, adapters, reported, seen)
+    return SearchResult(
+        bench.metric.name,
+        bench.metric.higher,
+        recipe,
+        best,
+        trials,
+        front,
+        {name: _mean_over_tasks(scores, seen) for name, scores in rows.items()},
+        _mattered(opened, sum(not trial.failed for trial in trials)),
+    )
 
 
 def _refuse_nameless(rows: Rows) -> None:
@@ -190,10 +221,44 @@ def save_winner(result: SearchResult, out: Path, *, force: bool = False) -> None
     run_recipe(result.recipe, out, force=force)
 
 
+def check_report(path: Path) -> None:
+    """Refuse a report that somebody else wrote, before anything is tried.
+
+    Raises:
+        OutputError: If it must not be replaced.
+    """
+    check_file(path, _MARK)
+
+
 def save_report(result: SearchResult, path: Path) -> None:
     """Write everything a search found as one JSON file."""
-    with atomic_file(path, "choose another place", mark=b'"schema": 1') as staging:
+    with atomic_file(path, "choose another place", mark=_MARK) as staging:
         staging.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _of_file(path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """What Optuna, SQLAlchemy and sqlite3 make of a damaged file, in a line.
+
+    Raises:
+        LoraMergeError: Naming the file.
+    """
+    try:
+        yield
+    except LoraMergeError:
+        raise
+    except Exception as error:
+        if path is None:
+            raise
+        reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+        raise LoraMergeError(
+            f"{path} holds no study that can be read: {reason}", "name another file"
+        ) from error
+
+
+def storage_of(path: str | os.PathLike[str]) -> str:
+    """The address of a study's file; in a plain one, ?, % and {} would mean something else."""
+    return f"sqlite:///file:{quote(str(Path(path).resolve()))}?uri=true"
 
 
 def _open_study(
@@ -202,29 +267,23 @@ def _open_study(
     """The study in a file, made if it is not there; refused if it is of something else."""
     optuna = optuna_module()
     direction = "maximize" if higher else "minimize"
-    storage = None
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        storage = f"sqlite:///{Path(path).resolve()}"
-    try:
+    with _of_file(path):
         study: Study = optuna.create_study(
-            storage=storage,
+            storage=None if path is None else storage_of(path),
             study_name=STUDY,
             directions=[direction] * count,
             load_if_exists=True,
         )
-    except Exception as error:  # of SQLAlchemy, Optuna and sqlite3
-        raise LoraMergeError(
-            f"{path} holds no study that can be read: {error}", "name another file"
-        ) from error
-    before = study.user_attrs.get("wanted")
-    if before is not None and before != wanted:
-        changed = sorted(key for key in wanted if before.get(key) != wanted[key])
-        raise LoraMergeError(
-            f"the study in {path} is of another search ({', '.join(changed)} differ)",
-            "name another file, or ask for the same",
-        )
-    study.set_user_attr("wanted", wanted)
+        before = study.user_attrs.get("wanted")
+        changed = before and sorted(key for key in wanted if before.get(key) != wanted[key])
+        if changed:
+            raise LoraMergeError(
+                f"the study in {path} is of another search ({', '.join(changed)} differ)",
+                "name another file, or ask for the same",
+            )
+        study.set_user_attr("wanted", wanted)
     return study
 
 
@@ -251,9 +310,27 @@ def _waiting(study: "Study") -> list[Any]:
     return study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
 
-def _trial_of(found: Any) -> Trial:
-    said = found.user_attrs
-    return Trial(found.number, dict(found.params), said.get("scores", {}), said.get(_FAILED, ""))
+def _trials_of(study: "Study") -> tuple[Trial, ...]:
+    """All that ended, in order."""
+    found = []
+    for one in _ended(study):
+        said = one.user_attrs
+        scores = validated(dict[str, float], said.get("scores", {}), f"trial {one.number}")
+        found.append(Trial(one.number, dict(one.params), scores, str(said.get(_FAILED, ""))))
+    return tuple(found)
+
+
+def _best_of(trials: Sequence[Trial], front: Sequence[int], higher: bool) -> Trial:
+    """The best mean of the front."""
+    scored = [trial for trial in trials if not trial.failed]
+    if not scored:
+        raise LoraMergeError(
+            f"no trial could be merged and scored; the first: {trials[0].failed}",
+            "widen what may vary",
+        )
+    sign = -1 if higher else 1
+    members = (trial for trial in scored if trial.number in front)
+    return min(members, key=lambda t: (sign * t.scores[ALL], t.number))
 
 
 def _ended(study: "Study") -> list[Any]:
@@ -276,17 +353,16 @@ def _sampler(name: str, seed: int) -> Any:
 
 def _try(
     study: "Study",
-    space: SearchSpace,
+    trial: Any,
+    recipe: Recipe,
     adapters: Sequence[Adapter],
     bench: Bench,
     tasks: Sequence[str],
     pareto: bool,
 ) -> Trial:
-    """One trial: ask, merge, score, tell."""
+    """One trial: merge, score, tell."""
     from optuna.trial import TrialState
 
-    trial = study.ask()
-    recipe = space.recipe_of(trial)
     try:
         scores = _scores(recipe, adapters, bench, tasks)
     except LoraMergeError as error:  # a merge that these values do not allow
@@ -308,51 +384,6 @@ def _scores(
 
 def _mean_over_tasks(scores: dict[str, float], tasks: Sequence[str]) -> dict[str, float]:
     return {**scores, ALL: sum(scores[task] for task in tasks) / len(tasks)}
-
-
-def _result(
-    study: "Study",
-    space: SearchSpace,
-    adapters: Sequence[Adapter],
-    chosen: Bench,
-    reported: Bench,
-) -> SearchResult:
-    from optuna.trial import FixedTrial
-
-    trials = [
-        Trial(
-            t.number, dict(t.params), t.user_attrs.get("scores", {}), t.user_attrs.get(_FAILED, "")
-        )
-        for t in _ended(study)
-    ]
-    scored = [trial for trial in trials if not trial.failed]
-    if not scored:
-        raise LoraMergeError(
-            f"no trial could be merged and scored; the first: {trials[0].failed}",
-            "widen what may vary",
-        )
-    higher = chosen.metric.higher
-    front = sorted(t.number for t in study.best_trials)
-    sign = -1 if higher else 1
-    best = min(
-        (t for t in scored if t.number in front), key=lambda t: (sign * t.scores[ALL], t.number)
-    )
-    recipe = space.recipe_of(FixedTrial(best.values))
-    seen = reported.rows.tasks or [ALL]  # a task of one row has none that was held out
-    rows = {"base": reported.score(None)}
-    with suppress(LoraMergeError):  # a start that could not be merged, or scored
-        rows["start"] = _scores(space.recipe, adapters, reported, seen)
-    rows["winner"] = _scores(recipe, adapters, reported, seen)
-    return SearchResult(
-        chosen.metric.name,
-        higher,
-        recipe,
-        best,
-        tuple(trials),
-        tuple(front),
-        {name: _mean_over_tasks(scores, seen) for name, scores in rows.items()},
-        _mattered(study, len(scored)),
-    )
 
 
 def _mattered(study: "Study", scored: int) -> dict[str, float]:

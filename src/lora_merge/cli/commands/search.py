@@ -66,8 +66,8 @@ def command(
     from lora_merge.cli.shared.api import shown_progress
     from lora_merge.cli.shared.open import check_out
     from lora_merge.cli.shared.output import Output
-    from lora_merge.evaluation.picture import draw_study
-    from lora_merge.evaluation.search import save_report, save_winner
+    from lora_merge.evaluation.picture import check_drawings, draw_study
+    from lora_merge.evaluation.search import check_report, save_report, save_winner
 
     output = Output(as_json)
     recipe: Any = Path(adapters[0])
@@ -77,11 +77,16 @@ def command(
         recipe["scale"] = "auto"
     check_out(out, *adapters, given["base"], given["data"], force=force)
     folder = out.parent / f"{out.name}.search"
+    draws = find_spec("matplotlib") is not None
+    if folder.is_dir():
+        check_report(folder / "report.json")
+        if draws:
+            check_drawings(folder)
     with shown_progress(output) as progress:
         result = lora_merge.search(recipe, study=folder / "study.db", **given, progress=progress)
-    save_winner(result, out, force=force)
     save_report(result, folder / "report.json")
-    drawn = draw_study(folder / "study.db", folder) if find_spec("matplotlib") else []
+    drawn = draw_study(folder / "study.db", folder) if draws else []
+    save_winner(result, out, force=force)
     output.data(result.to_dict(), *search_view(result))
     for file in (out, folder / "report.json", *drawn):
         output.note(f"wrote {file}")

@@ -2,7 +2,6 @@
 
 import io
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from lora_merge.files.targets import check_file, check_target
 from lora_merge.mixture.training.settings import TrainSettings
 
 _STATE, _METRICS = "state.pt", "metrics.jsonl"
+_AFRESH = "start afresh without --resume"
+_LAST = 1 << 40  # step
 _FREE = ("save_every", "eval_every")  # settings that a resumed run may have otherwise
 
 
@@ -74,31 +75,50 @@ def restore_state(
     if not (work / _STATE).is_file():
         return 0
     state = _read_state(work)
-    kept, now = state["settings"], asdict(settings)
-    changed = [k for k in now if kept.get(k) != now[k] and k not in _FREE]
-    shapes = [tuple(t.shape) for t in state["tensors"]]
+    now = asdict(settings)
+    changed = [k for k in now if state.settings.get(k) != now[k] and k not in _FREE]
+    shapes = [tuple(t.shape) for t in state.tensors]
     if changed or shapes != [tuple(t.shape) for t in tensors]:
         what = ", ".join(changed) or "the mixture"
         raise MethodError(
             f"{work}: the checkpoint belongs to a run with other settings ({what})",
-            "give the same settings, or start afresh without --resume",
+            f"give the same settings, or {_AFRESH}",
         )
-    with torch.no_grad():
-        for tensor, value in zip(tensors, state["tensors"], strict=True):
-            tensor.copy_(value)
-    if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
-
-
-def _read_state(work: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(work / _STATE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise MethodError(
-            f"{work}: the checkpoint cannot be read", "start afresh without --resume"
-        ) from error
-    return state
+        with torch.no_grad():
+            for tensor, value in zip(tensors, state.tensors, strict=True):
+                tensor.copy_(value)
+        if optimizer is not None:
+            optimizer.load_state_dict(state.optimizer or {})
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise MethodError(f"{work}: the checkpoint does not fit: {error}", _AFRESH) from error
+    return state.step
+
+
+@dataclass(frozen=True)
+class _State:
+    """A checkpoint, as `save_state` writes it."""
+
+    step: int
+    settings: dict[str, Any]
+    tensors: list[Any]
+    optimizer: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.step <= _LAST:
+            raise ValueError(f"step {self.step}")
+        finite = (isinstance(t, Tensor) and bool(torch.isfinite(t).all()) for t in self.tensors)
+        if not all(finite):
+            raise ValueError("what is no tensor, or not finite")
+
+
+def _read_state(work: Path) -> _State:
+    what = f"{work}: the checkpoint cannot be read"
+    try:
+        state = torch.load(work / _STATE, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds here, and all mean the same to the user
+        raise MethodError(what, _AFRESH) from error
+    return validated(_State, state, what, _AFRESH, error=MethodError)
 
 
 @dataclass(frozen=True)
