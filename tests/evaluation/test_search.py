@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -210,3 +211,25 @@ def test_a_search_in_which_everything_overflows_ends(tmp_path) -> None:
     start = {"merge_method": "svd", "adapters": [str(huge)], "scale": 1.0}
     with pytest.raises(LoraMergeError, match=r"no trial could be merged and scored; .* infinite"):
         search(start, trials=2, over=["scale"], sampler="random", **SETTINGS)
+
+
+def test_a_study_may_have_any_name_and_is_refused_when_it_is_damaged(tmp_path) -> None:
+    study = tmp_path / "a?b=%20{x}#c" / "study.db"
+    how = {**SETTINGS, "over": ["scale"], "sampler": "random", "study": study}
+    search(recipe(), trials=1, **how)
+    assert [path.name for path in tmp_path.iterdir()] == ["a?b=%20{x}#c"] and study.is_file()
+    assert len(search(recipe(), trials=2, **how).trials) == 2
+    whole = study.read_bytes()
+    for change in (
+        "UPDATE trial_params SET param_value = 'much'",
+        "UPDATE trial_user_attributes SET value_json = '[1]'",
+        "UPDATE study_user_attributes SET value_json = '{'",
+        "UPDATE trials SET state = 'gone'",
+        "DROP TABLE trial_values",
+    ):
+        with sqlite3.connect(study) as base:
+            base.execute(change)
+        base.close()
+        with pytest.raises(LoraMergeError, match="no study that can be read"):
+            search(recipe(), trials=2, **how)
+        study.write_bytes(whole)

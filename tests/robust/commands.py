@@ -25,6 +25,11 @@ class Line:
         return "OUT" in self.words
 
     @property
+    def changes(self) -> bool:
+        """Whether it changes an output that is there."""
+        return self.beside is not None and not self.beside[1]
+
+    @property
     def makes_files(self) -> bool:
         """Whether its outputs are single files."""
         return "OUT." in self.words
@@ -65,7 +70,7 @@ COMMANDS: dict[str, Line] = {
         beside=("half", ".shards"),
     ),
     "pack --append": Line(
-        ("library", "c"), "pack {c} --name c --append -o OUT", beside=("library", "")
+        ("index", "c"), "pack {c} --name c --append -o OUT", beside=("library", "")
     ),
     "info of a library": Line(("library",), "info {library} --json"),
     "info of GGUF": Line(("gguf",), "info {gguf} --json"),

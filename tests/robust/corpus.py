@@ -73,7 +73,7 @@ def build(root: Path) -> dict[str, Path]:
     ):
         places[name] = root / name
         run_quietly(*words, str(places[name]))
-    places["sharded"] = root / "sharded.shards"
+    places["sharded"], places["index"] = root / "sharded.shards", root / "library" / "library.json"
     places |= _begun(root, places) | _more_kinds(root, places)
     _age(root)
     return places

@@ -20,8 +20,8 @@ KILLED = -9
 _PAGE = 4096
 # The files of each output.
 Outputs = list[dict[str, bytes]]
-# `arrive` changes what is there, and has kills of its own in its tests.
-WRITING = {n: line for n, line in COMMANDS.items() if line.writes and n != "arrive"}
+# What changes what is there (`arrive`, `pack --append`) has kills of its own in its tests.
+WRITING = {n: line for n, line in COMMANDS.items() if line.writes and not line.changes}
 
 
 @dataclass(frozen=True)

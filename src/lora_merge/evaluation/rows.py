@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_merge.errors import LoraMergeError
 from lora_merge.files.documents import parse_json
 from lora_merge.files.lines import Lines
-from lora_merge.mixture.training.data import IGNORED
+from lora_merge.mixture.training.data import IGNORED, token_ids
 
 Kind = Literal["text", "response", "choices", "label"]
 ALL = "all"  # the name of all tasks together, in scores
@@ -201,7 +201,7 @@ def _index(value: Any, count: int | None) -> int:
 
 
 def _ids(tokenizer: Any, text: str, *, first: bool = True) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=first)["input_ids"])
+    return tuple(token_ids(tokenizer, text, special=first))
 
 
 def _ended(tokenizer: Any, ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,17 +2,17 @@
 
 import json
 import os
+import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.arguments import takes
-from lora_merge.errors import LoraMergeError
+from lora_merge.errors import LoraMergeError, SourceError
 from lora_merge.evaluation.bench import Bench, open_bench
 from lora_merge.evaluation.options import Search
 from lora_merge.evaluation.rows import ALL, Rows, RowsError
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _FAILED = "failed"
 _MARK = b'"schema": 1'
+_PATIENCE = 100.0  # seconds until another process has written
 STUDY = "lora-merge"  # its name in the file
 
 
@@ -245,10 +246,9 @@ def _of_file(path: str | os.PathLike[str] | None) -> Iterator[None]:
     """
     try:
         yield
-    except LoraMergeError:
-        raise
     except Exception as error:
-        if path is None:
+        told = isinstance(error, LoraMergeError) and not isinstance(error, SourceError)
+        if path is None or told:
             raise
         reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
         raise LoraMergeError(
@@ -256,9 +256,15 @@ def _of_file(path: str | os.PathLike[str] | None) -> Iterator[None]:
         ) from error
 
 
-def storage_of(path: str | os.PathLike[str]) -> str:
-    """The address of a study's file; in a plain one, ?, % and {} would mean something else."""
-    return f"sqlite:///file:{quote(str(Path(path).resolve()))}?uri=true"
+def storage_of(path: str | os.PathLike[str]) -> Any:
+    """Optuna's storage in a file, which has no address: there ?, % and {} mean something else."""
+    from sqlalchemy.pool import NullPool
+
+    def connect() -> sqlite3.Connection:
+        return sqlite3.connect(path, timeout=_PATIENCE, check_same_thread=False)
+
+    how = {"creator": connect, "poolclass": NullPool}
+    return optuna_module().storages.RDBStorage("sqlite://", engine_kwargs=how)
 
 
 def _open_study(

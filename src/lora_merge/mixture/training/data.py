@@ -172,7 +172,19 @@ def _parts(
 
 def _tokens(tokenizer: Any, text: str, *, first: bool) -> list[int]:
     """Token ids; only the first piece of a row gets what the tokenizer puts before a text."""
-    return list(tokenizer(text, add_special_tokens=first)["input_ids"])
+    return token_ids(tokenizer, text, special=first)
+
+
+def token_ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    """A text's tokens, with or without what the tokenizer puts around a text.
+
+    Raises:
+        ValueError: If it cannot be called; a damaged one raises anything.
+    """
+    try:
+        return [int(one) for one in tokenizer(text, add_special_tokens=special)["input_ids"]]
+    except Exception as error:
+        raise ValueError(f"the tokenizer fails: {type(error).__name__}: {error}") from error
 
 
 def _expert_of(row: Mapping[str, Any], experts: Sequence[str]) -> int:
