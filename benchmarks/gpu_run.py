@@ -5,10 +5,11 @@
     python benchmarks/gpu_run.py --device cpu --small --out DIR   a rehearsal
 
 In this order: versions; which kernels compile; the GPU tests, each failure's last line printed as
-it happens; every row of the table in docs/kernels.md at 8 layers, with a profile per candidate. A
-part has a share of the budget and is cut off at its end; the slowest tests come last, so that they
-are what a cut leaves out. Results are JSON files in DIR, written at once. Nothing is installed:
-what the machine lacks of the required packages (pydantic, say) is carried along, made with
+it happens; what a token costs the host; every row of the table in docs/kernels.md at 8 layers, with
+a profile per candidate. A part has a share of the budget and is cut off at its end; the slowest
+tests and rows come last, so that they are what a cut leaves out. Results are JSON files in DIR,
+written at once. Nothing is installed: what the machine lacks of the required packages (pydantic,
+say) is carried along, made with
 `pip install --target CARRIED --python-version 3.12 --only-binary :all: pydantic`, and named by
 PYTHONPATH=CARRIED.
 """
@@ -35,9 +36,14 @@ PACKAGES = (
 # Fastest first; a file that is cut off loses what is behind it.
 TESTS = (
     "test_kernels.py", "test_gate_expand.py", "test_fused.py", "test_tuned.py", "test_in_models.py",
-    "test_grouped.py",
+    "../../merge/test_on_gpu.py", "test_grouped.py",
 )  # fmt: skip
-SHARES = {"compile": 0.15, "tests": 0.3, "bench": 1.0}  # of what is left when the part begins
+SHARES = {
+    "compile": 0.15,
+    "tests": 0.3,
+    "host": 0.1,
+    "bench": 1.0,
+}  # of what is left when the part begins
 
 
 def lines_of(command: list[str], seconds: float, extra: dict[str, str]) -> Iterator[str]:
@@ -95,17 +101,22 @@ def compiled(seconds: float, out: Path, found: dict[str, Any]) -> dict[str, Any]
         sys.executable, "benchmarks/compile_matrix.py", "--sample", "--capability",
         str(10 * major + minor), "--out", str(out.resolve()),
     ]  # fmt: skip
-    shown = []
+    return shown(command, seconds)
+
+
+def shown(command: list[str], seconds: float) -> dict[str, Any]:
+    """A command's lines, printed as they come, the last of them kept."""
+    lines = []
     for line in lines_of(command, seconds, {}):
         print(f"  {line}", flush=True)
-        shown.append(line)
-    return {"lines": shown[-40:]}
+        lines.append(line)
+    return {"lines": lines[-40:]}
 
 
 def tested(seconds: float, small: bool, device: str) -> dict[str, Any]:
     """The tests of the kernels on the GPU, or in Triton's interpreter; see `gpu_report`."""
     suite = ROOT / "tests" / "kernels" / "triton_suite"
-    files = [str(suite / name) for name in TESTS[: 1 if small else None]]
+    files = [str((suite / name).resolve()) for name in TESTS[: 1 if small else None]]
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_report",
         "--tb=short", *files,
@@ -143,12 +154,18 @@ def measured(seconds: float, out: Path, options: argparse.Namespace) -> dict[str
         "--no-compile", "--profile-all",
     ]  # fmt: skip
     if options.small:
-        command += ["--small", "--only", "decode-1-dense", "decode-1-top2", "prefill-top2"]
-    shown = []
-    for line in lines_of(command, seconds, {}):
-        print(f"  {line}", flush=True)
-        shown.append(line)
-    return {"lines": shown[-40:]}
+        command += ["--small"]
+    return shown(command, seconds)
+
+
+def host(seconds: float, out: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What a decoded token costs the host, by part."""
+    command = [
+        sys.executable, "benchmarks/host_token.py", "--device", options.device, "--out",
+        str(out.resolve()), "--layers", "2" if options.small else "8",
+        "--rounds", "4" if options.small else "40",
+    ]  # fmt: skip
+    return shown(command, seconds)
 
 
 def main() -> None:
@@ -168,6 +185,7 @@ def main() -> None:
     parts = {
         "compile": lambda s: compiled(s, options.out, document["versions"]),
         "tests": lambda s: tested(s, options.small, options.device),
+        "host": lambda s: host(s, options.out, options),
         "bench": lambda s: measured(s, options.out, options),
     }
     for name, part in parts.items():

@@ -51,7 +51,10 @@ def _title(document: dict[str, Any]) -> str:
 
 
 def _cell(case: Case, document: dict[str, Any]) -> str:
-    """Every candidate's ratio, the best first, with the spread of the best."""
+    """Every candidate's ratio, the best first, with its spread and its share of the ceiling.
+
+    The ceiling is the base without adapters, the unit of vLLM and SGLang.
+    """
     rows = [row for row in document["rows"] if row["case"]["name"] == case.name]
     if not rows:
         return "not measured"
@@ -63,7 +66,9 @@ def _cell(case: Case, document: dict[str, Any]) -> str:
     if shown:
         seconds = rows[0]["seconds"][order[0]]
         spread = (seconds["high"] - seconds["low"]) / seconds["median"] / 2
-        shown[0] = f"**{shown[0]}** ± {100 * spread:.0f} %"
+        ceiling = case.kind in ("decode", "prefill", "generate") and not case.faster
+        share = f" ({100 / ratios[order[0]]:.0f} % of the ceiling)" if ceiling else ""
+        shown[0] = f"**{shown[0]}** ± {100 * spread:.0f} %{share}"
     return ", ".join(shown + failed)
 
 

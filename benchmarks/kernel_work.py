@@ -103,11 +103,19 @@ def twin(model: nn.Module, *, share: bool = True) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def attached(base: nn.Module, mixture: Mixture, how: str) -> Any:
+def attached(base: nn.Module, mixture: Mixture, how: str, *, graph: bool = False) -> Any:
     """The base with a mixture on one implementation; the joined layouts move its weights."""
     layouts = {"rows": "rows", "border": "border", "joined": "rows"}
-    model = twin(base, share=how not in layouts)
-    load_mixture(model, mixture, layout=layouts.get(how, "stack"))
+    layout = layouts.get(how.split()[0], "stack")
+    model = twin(base, share=layout == "stack")
+    load_mixture(model, mixture, layout=layout, graph=graph)
+    return model
+
+
+def switched_off(base: nn.Module, mixture: Mixture, *, graph: bool = False) -> Any:
+    """The base with a mixture that does nothing; with `graph` its steps are recorded."""
+    model = attached(base, mixture, "eager", graph=graph)
+    model.mixture.set_gate(weights=[0.0] * len(mixture.names))
     return model
 
 
@@ -156,6 +164,20 @@ def implementations(setting: Setting) -> list[str]:
     return ["eager", "rows", "border", *([] if refused else ["triton", "joined"])]
 
 
+def one_after_another(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Without launches that begin before the one before them has ended."""
+    from lora_merge.kernels.gated_stack.gpu import _launch
+
+    def run() -> Any:
+        before, _launch.overlaps = _launch.overlaps, lambda device: False
+        try:
+            return call()
+        finally:
+            _launch.overlaps = before
+
+    return run
+
+
 def call_of(setting: Setting, how: str, call: Callable[[], Any]) -> Callable[[], Any]:
     name = how.split()[0]
 
@@ -189,6 +211,9 @@ def decode(setting: Setting, case: Case) -> dict[str, Callable[[], Any]]:
     models = {"base": base}
     models |= {how: attached(base, mixture, how) for how in implementations(setting)}
     work = {how: ways(model, how) for how, model in models.items()}
+    if "joined" in models and setting.device.type == "cuda":
+        late = attached(base, mixture, "joined")
+        work["joined no-overlap"] = one_after_another(ways(late, "joined no-overlap"))
     if setting.compile:
         for how in ("base", "eager"):
             compiled = torch.compile(models[how], dynamic=False)
@@ -200,7 +225,7 @@ def prefill(setting: Setting, case: Case) -> dict[str, Callable[[], Any]]:
     """One forward pass over a prompt."""
     base, mixture = build(setting), mixture_of(setting, case)
     ids = tokens(setting, 1, 32 if setting.small else case.tokens)
-    ways = [how for how in implementations(setting) if how != "joined"]  # for few tokens
+    ways = implementations(setting)
     if "triton" in ways and case.experts >= 4 * (case.top_k or case.experts):
         ways.append("grouped")
     models = {"base": base} | {how: attached(base, mixture, how) for how in ways}
@@ -213,21 +238,26 @@ def prefill(setting: Setting, case: Case) -> dict[str, Callable[[], Any]]:
 
 
 def generate(setting: Setting, case: Case) -> dict[str, Callable[[], Any]]:
-    """Hugging Face's generate, greedy, with no graph."""
+    """Hugging Face's generate, greedy; with `case.steps` every candidate records its steps."""
     base = build(setting)
     paths = setting.adapters(case.experts, case.rank)
     prompt = tokens(setting, 1, 8 if setting.small else CONTEXT)
     new = 4 if setting.small else 128
+    steps = case.steps and setting.device.type == "cuda"
     models: dict[str, Any] = {"base": base}
     if case.against == "xlora":
-        mixture = Mixture(paths, "xlora", hidden_size=setting.config.hidden_size)
+        gate = {"top_k": case.experts} if case.distilled else {}
+        kind = "meteora" if case.distilled else "xlora"
+        mixture = Mixture(paths, kind, hidden_size=setting.config.hidden_size, **gate)
         models["peft"] = _peft_xlora(setting, base, paths)
     elif case.against == "arrow":
         mixture = Mixture(paths, "arrow", top_k=case.top_k)
         models["peft"] = _peft_arrow(base, paths, case.top_k or 1)
     else:
         mixture = mixture_of(setting, case)
-    models |= {how: attached(base, mixture, how) for how in implementations(setting)}
+    if steps:
+        models["base"] = switched_off(base, mixture, graph=True)
+    models |= {how: attached(base, mixture, how, graph=steps) for how in implementations(setting)}
 
     def way(model: Any, how: str) -> Callable[[], Any]:
         def call() -> Any:
@@ -258,6 +288,17 @@ def _peft_arrow(base: nn.Module, paths: list[str], top_k: int) -> Any:
     from peft import ArrowConfig, create_arrow_model
 
     return create_arrow_model(twin(base), paths, ArrowConfig(top_k=top_k)).eval()
+
+
+def inactive(setting: Setting, case: Case) -> dict[str, Callable[[], Any]]:
+    """One token through a model whose mixture is switched off."""
+    base, mixture, ids = build(setting), mixture_of(setting, case), tokens(setting, 1, 1)
+    models = {"base": base, "inactive": switched_off(base, mixture)}
+
+    def way(model: Any, how: str) -> Callable[[], Any]:
+        return call_of(setting, how, lambda: model(input_ids=ids, use_cache=False))
+
+    return {how: way(model, how) for how, model in models.items()}
 
 
 def training(setting: Setting, case: Case) -> dict[str, Callable[[], Any]]:
@@ -311,6 +352,6 @@ def cluster(setting: Setting, case: Case) -> dict[str, Callable[[], Any]]:
 
 
 KINDS = {
-    "decode": decode, "prefill": prefill, "generate": generate, "training": training,
-    "cluster": cluster,
+    "decode": decode, "prefill": prefill, "generate": generate, "inactive": inactive,
+    "training": training, "cluster": cluster,
 }  # fmt: skip
