@@ -86,6 +86,13 @@ def read_header(path: Path) -> FileHeader:
     """
     try:
         with path.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                raise SourceError(
+                    f"{path} is a GGUF file of llama.cpp, not safetensors",
+                    "name the directory that it was converted from; an adapter's own file ends in "
+                    ".gguf",
+                )
+            file.seek(0)
             size = path.stat().st_size
             raw = header_text(file)
         text = raw.decode("utf-8")

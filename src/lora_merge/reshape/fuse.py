@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align, read_stacks
+from lora_merge.adapters.formats.peft import PEFT
 from lora_merge.adapters.identity.expert_layout import fit_to
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.errors import AdapterError, MethodError, OutputError
@@ -34,6 +35,7 @@ from lora_merge.planning import How, Plan
 from lora_merge.printing import Report, Summary
 from lora_merge.printing import notes as noted
 from lora_merge.reshape.fuse_targets import Match, Target, match_adapter
+from lora_merge.reshape.module_renames import renamed
 
 # What a trainer saves beside an adapter when it changed the tokenizer or the chat format.
 _TOKENIZER = (
@@ -185,6 +187,8 @@ def plan_fuse(adapter: Adapter, base: Path, *, weight: float = 1.0) -> FusePlan:
     if not isfinite(weight):
         raise MethodError(f"the weight is {weight}", "give a finite number")
     checkpoint = open_checkpoint(base)
+    if adapter.dialect in ("gguf", "mlx"):  # the base tells llama.cpp's names and order of rows
+        adapter = renamed(adapter, PEFT, base=checkpoint)
     adapter = fit_to(adapter, {name: place.shape for name, place in checkpoint.tensors.items()})
     return FusePlan(adapter, checkpoint, match_adapter(adapter, checkpoint), weight)
 

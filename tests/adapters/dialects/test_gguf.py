@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lora_merge
@@ -16,7 +16,7 @@ from builders import adapter_parts, delta, save_adapter, save_parts
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.alignment import align
 from lora_merge.cli.app import run
-from lora_merge.errors import AdapterError, AlignmentError, LoraMergeError
+from lora_merge.errors import AdapterError, AlignmentError, LoraMergeError, SourceError
 from lora_merge.reshape.convert import ConversionPlan
 from lora_merge.reshape.gguf_names import _turned
 
@@ -231,6 +231,23 @@ def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
         plan(wide, base=model)
     assert "float32" in refusal.value.remedy
     plan(wide, base=model, dtype="float32")
+
+
+def test_fuse_finds_what_a_gguf_adapter_changes(tmp_path: Path) -> None:
+    """Names and the order of rows come from the base: the result is that of the PEFT adapter."""
+    model = base(tmp_path / "base")
+    adapter = Adapter.from_pretrained(save_adapter(tmp_path / "a", shapes=SHAPES))
+    ours = there(adapter, tmp_path / "gguf", "gguf", model)
+    fused = [tmp_path / "one", tmp_path / "other"]
+    for one, out in zip((adapter, ours), fused, strict=True):
+        lora_merge.fuse(one, base=model, out=out)
+    wanted, found = (load_file(out / "model.safetensors") for out in fused)
+    for name, tensor in wanted.items():
+        assert tensor.any()
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+    with pytest.raises(SourceError, match="a GGUF file") as refusal:
+        lora_merge.fuse(ours, base=tmp_path / "gguf" / "adapter.gguf", out=tmp_path / "three")
+    assert "converted from" in refusal.value.remedy
 
 
 def test_other_files_and_other_architectures_are_named(tmp_path: Path) -> None:
