@@ -54,6 +54,7 @@ FLAGS = {
     "dtype": (["--dtype", "float16"], "dtype", "float16"),
     "ranks": (["--ranks", "per-module"], "ranks", "per-module"),
     "extras": (["--extras", "drop"], "extras", "drop"),
+    "experts": (["--experts", "per-expert"], "experts", "per-expert"),
     "seed": (["--seed", "7"], "seed", 7),
     "schedule": (["--schedule", "linear"], "adapters", {"weight": 2 / 3}),
     "base": (["--base", "folder"], "base", "folder"),

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from lora_merge.adapters.access.coerce import open_adapters
+from lora_merge.adapters.access.coerce import base_for, open_adapters
+from lora_merge.adapters.identity.expert_choice import all_in_layout
 from lora_merge.adapters.in_memory import MadeAdapter
 from lora_merge.arguments import takes
 from lora_merge.errors import MethodError
@@ -74,6 +75,8 @@ def merge(given: takes_of.Merge) -> MadeAdapter[MergeReport]:
 
 def _plan_merge(given: takes_of.Merge) -> PlannedMerge:
     opened = open_adapters(given.adapters, rename=given.rename, base=given.base)
+    base = None if given.base is None else base_for(given.base, tuple(given.rename))
+    opened = all_in_layout(opened, given.experts, base)
     weights = [1.0] * len(opened) if given.weights is None else list(given.weights)
     own = [{}] * len(opened) if given.own_parameters is None else list(given.own_parameters)
     for what, values in (("weights", weights), ("mappings in own_parameters", own)):

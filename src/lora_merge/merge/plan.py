@@ -12,6 +12,7 @@ from lora_merge.adapters.adapter import Adapter
 from lora_merge.adapters.aligned_module import AlignedModule
 from lora_merge.adapters.alignment import Alignment, align
 from lora_merge.adapters.formats.table import format_of
+from lora_merge.adapters.identity.expert_choice import peft_of
 from lora_merge.adapters.measured.activations import Statistics
 from lora_merge.adapters.measured.fingerprints import fingerprints
 from lora_merge.adapters.module_names import count_layers
@@ -162,6 +163,7 @@ class MergePlan:
             extras=self.output.extras,
             base_model=self.alignment.base_model,
             file_format=self.output.file_format,
+            peft_version=peft_of(self.recipe.experts),
         )
         return replace(self, ranks=ranks, output=output, spool=spool)
 
@@ -236,6 +238,7 @@ def plan_merge(recipe: Recipe, adapters: Sequence[Adapter]) -> MergePlan:
         extras={n: (a[0].extras[n].dtype, a[0].extras[n].shape) for n, a in kept.items()},
         base_model=alignment.base_model,
         file_format=format_of(alignment.adapters),
+        peft_version=peft_of(recipe.experts),
     )
     notes = [
         *([reason] if reason else []),

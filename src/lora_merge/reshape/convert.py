@@ -17,7 +17,7 @@ from lora_merge.adapters.base_weights import CheckpointBase
 from lora_merge.adapters.formats.file_format import FileFormat
 from lora_merge.adapters.formats.table import FORMATS, format_of
 from lora_merge.adapters.forms import ModuleSpec, to_matrix
-from lora_merge.adapters.identity.expert_choice import in_layout
+from lora_merge.adapters.identity.expert_choice import in_layout, peft_of
 from lora_merge.adapters.in_memory import MadeAdapter, make
 from lora_merge.adapters.rank_stack import RankStack
 from lora_merge.adapters.units import Verdict
@@ -261,7 +261,7 @@ def plan_conversion(
         for name, spec in adapter.modules.items()
     }
     dtype = code_of(options.dtype) or commonest_dtype(s.dtype for s in adapter.modules.values())
-    version = "0.18.1" if options.experts == "stacked-0.18" else NEW_EXPERTS
+    version = peft_of(options.experts)
     plan = ConversionPlan(adapter, dialect, target, ranks, dtype, options.energy, version)
     plan.output  # noqa: B018 - checks that the format can hold it
     return plan

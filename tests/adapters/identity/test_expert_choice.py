@@ -112,6 +112,37 @@ def test_the_old_orientation_has_the_shapes_that_peft_0_18_writes(models: Any, t
         lora_merge.plan_convert(source, experts="stacked-0.18")
 
 
+@pytest.mark.parametrize("layout", ["per-expert", "stacked", "stacked-0.18"])
+def test_a_merge_is_written_in_the_layout_that_is_asked_for(
+    layout: str, models: Any, tmp_path: Path
+) -> None:
+    """Inputs in two layouts; the sum is exact, and the recipe beside it makes the same bytes."""
+    base = models[0] / "base"
+    one = stacked_file(tmp_path / "one")
+    lora_merge.convert(models[0] / "adapter", tmp_path / "two", experts="per-expert", base=base)
+    recipe = {
+        "merge_method": "cat", "adapters": [str(one), str(tmp_path / "two")],
+        "base": str(base), "experts": layout, "accept_base_models": True,
+    }  # fmt: skip
+    lora_merge.run_recipe(recipe, tmp_path / "out")
+    lora_merge.run_recipe(tmp_path / "out" / "lora_merge.yaml", tmp_path / "again")
+    first, second = (tmp_path / name / "adapter_model.safetensors" for name in ("out", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config.get("target_parameters") is not None) == (layout != "per-expert")
+    if layout != "per-expert":
+        assert config["peft_version"] == {"stacked": "0.19.0"}.get(layout, "0.18.1")
+    made = lora_merge.open_adapter(tmp_path / "out", base=base)
+    plain = lora_merge.merge(
+        [one, tmp_path / "two"], method="cat", experts="stacked", base=base, accept_base_models=True
+    )
+    lora_merge.convert(made, tmp_path / "back", experts="stacked", base=base)
+    back = Adapter.from_pretrained(tmp_path / "back")
+    for name in back.modules:
+        for ours, theirs in zip(back.stacks(name), plain.stacks(name), strict=True):
+            torch.testing.assert_close(ours.delta(), theirs.delta(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("mixtral", [False, True])
 def test_mlx_has_experts_apart_and_gives_them_back(mixtral: bool, tmp_path: Path) -> None:
     source = stacked_file(tmp_path / "a")

@@ -15,7 +15,7 @@ from functools import partial
 from torch import Tensor
 
 from lora_merge.adapters.adapter import Adapter
-from lora_merge.adapters.base_weights import BaseModel
+from lora_merge.adapters.base_weights import BaseModel, CheckpointBase
 from lora_merge.adapters.config import ExpertLayout
 from lora_merge.adapters.dialects.peft_experts import INPUTS_FIRST, turned
 from lora_merge.adapters.forms import ModuleSpec
@@ -27,6 +27,7 @@ from lora_merge.adapters.identity.expert_layout import (
 )
 from lora_merge.adapters.identity.expert_names import expert_place
 from lora_merge.adapters.units import Units
+from lora_merge.adapters.writer import NEW_EXPERTS
 from lora_merge.errors import AdapterError
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -62,6 +63,21 @@ def in_layout(
     if layout == "stacked-0.18":
         return _as_the_parameter_lies(done, base)
     return done
+
+
+def all_in_layout(
+    adapters: list[Adapter], layout: ExpertLayout | None, base: CheckpointBase | None
+) -> list[Adapter]:
+    """Adapters with their experts in one layout; None leaves them as they are."""
+    if layout is None:
+        return adapters
+    names = () if base is None else base.checkpoint.tensors
+    return [in_layout(adapter, layout, names, base) for adapter in adapters]
+
+
+def peft_of(layout: ExpertLayout | None) -> str:
+    """The PEFT that stores experts as a layout has them."""
+    return "0.18.1" if layout == "stacked-0.18" else NEW_EXPERTS
 
 
 def all_stacked(adapter: Adapter, base: BaseModel | None) -> Adapter:

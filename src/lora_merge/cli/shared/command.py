@@ -9,7 +9,7 @@ _GROUPS = {
     "Input": """accept_base_models allow_pickle alpha base base_name checkpoint data
         evaluation exclude general include modules names rename rslora statistics tuned weight
         weights""",
-    "Result": """csv dtype each explain extras force html into out plot png
+    "Result": """csv dtype each experts explain extras force html into out plot png
         print_recipe sort svg to top""",
     "Run": """address as_json batch_size bf16 device devices dry_run engine eval_every help jobs
         max_length cache quiet resume save_every seed shard strict verbose worker""",

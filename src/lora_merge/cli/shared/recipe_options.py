@@ -76,7 +76,10 @@ merging_options = together(
         help="Weight of an adapter; repeat it, in the adapters' order. May be negative.",
     ),
     options_of(OpenOptions, without=("allow_pickle",)),
-    options_of(Recipe, only=("seed", "dtype", "ranks", "extras", "accept_base_models", "base")),
+    options_of(
+        Recipe,
+        only=("seed", "dtype", "ranks", "extras", "experts", "accept_base_models", "base"),
+    ),
     run_options,
 )
 

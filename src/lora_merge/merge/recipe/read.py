@@ -11,6 +11,7 @@ from lora_merge.adapters.access.coerce import base_for
 from lora_merge.adapters.adapter import Adapter, open_adapter
 from lora_merge.adapters.base_weights import BaseModel
 from lora_merge.adapters.config import AdapterConfig
+from lora_merge.adapters.identity.expert_choice import all_in_layout
 from lora_merge.adapters.identity.rename import rename_all
 from lora_merge.adapters.references import expand, pin, resolve
 from lora_merge.errors import MethodError
@@ -92,7 +93,7 @@ def open_recipe(recipe: Recipe, *, allow_pickle: bool = False) -> list[Adapter]:
     """
     base = None if recipe.base is None else base_for(recipe.base, recipe.rename)
     opened = [_open(item, allow_pickle, base) for item in recipe.adapters]
-    return rename_all(opened, recipe.rename)
+    return all_in_layout(rename_all(opened, recipe.rename), recipe.experts, base)
 
 
 def _open(item: AdapterItem, allow_pickle: bool, base: BaseModel | None) -> Adapter:

@@ -7,7 +7,7 @@ must not import torch.
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
-from lora_merge.adapters.config import RankLayout
+from lora_merge.adapters.config import ExpertLayout, RankLayout
 from lora_merge.errors import LoraMergeError
 from lora_merge.files.header import DTypeName
 from lora_merge.options import argument, option
@@ -85,6 +85,12 @@ class RecipeOptions(Semantics):
     extras: ExtrasPolicy = option(
         "average", "what to do with biases and modules that were saved whole"
     )
+    experts: ExpertLayout | None = option(
+        None,
+        "layout of MoE experts in the result: a module each, or one parameter as PEFT stores it "
+        "since 0.19, or before",
+        unset="the inputs'",
+    )
     accept_base_models: bool = option(False, "accept adapters that name different base models")
     base_model: str | None = argument(
         None, "the base model that one of the adapters must have, if given"
@@ -138,6 +144,7 @@ class Recipe(RecipeOptions):
         dtype: Output dtype; None: the inputs'.
         ranks: One rank for all modules, or one per module.
         extras: What becomes of tensors that are not low-rank factors.
+        experts: Layout of MoE experts in the result; None: the inputs'.
         accept_base_models: Merge adapters of different base models.
         base_model: The base model that one of the adapters must have, if given.
         rename: Changes of module names, FROM=TO, done on every adapter that has such names.
