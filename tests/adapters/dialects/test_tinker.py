@@ -84,3 +84,50 @@ def test_stacks_that_do_not_fit_are_refused(half: str) -> None:
         opened({**tensors, key: wrong})
     with pytest.raises(AdapterError, match="one of A and B"):
         opened({k: t for k, t in tensors.items() if k != key})
+
+
+def shared_outer(numbered: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Megatron-Bridge's names for SGLang, and the deltas, each written out."""
+    random = torch.Generator().manual_seed(1)
+    tensors, deltas = {}, {}
+    sizes = {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
+    for leaf, (rows, columns) in sizes.items():
+        a = torch.randn(EXPERTS, RANK, columns, generator=random)
+        b = torch.randn(EXPERTS, rows, RANK, generator=random)
+        shared, own = (b, "A") if leaf == "down_proj" else (a, "B")
+        shared[:] = shared[0].clone()
+        pair = {"A": a, "B": b}
+        other = "B" if own == "A" else "A"
+        tensors[f"{STEM}.{leaf}.lora_{other}.weight"] = pair[other][:1]
+        if numbered:
+            for expert in range(EXPERTS):
+                tensors[f"{STEM}.{expert}.{leaf}.lora_{own}.weight"] = pair[own][expert]
+        else:
+            tensors[f"{STEM}.{leaf}.lora_{own}.weight"] = pair[own]
+        for expert in range(EXPERTS):
+            deltas[f"model.layers.0.mlp.experts.{expert}.{leaf}"] = 3 * b[expert] @ a[expert]
+    return tensors, deltas
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_shared_outer_factors_are_those_of_every_expert(numbered: bool) -> None:
+    tensors, deltas = shared_outer(numbered)
+    adapter = opened(tensors)
+    assert adapter.modules.keys() == deltas.keys()
+    for name, wanted in deltas.items():
+        torch.testing.assert_close(delta(adapter, name), wanted.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_shared_factor_without_its_experts_is_refused() -> None:
+    tensors, _ = shared_outer(numbered=True)
+    for key in tensors:
+        lost = {k: t for k, t in tensors.items() if k != key}
+        if key.startswith(f"{STEM}.2."):  # another number of experts, and no config says how many
+            assert len(opened(lost).modules) == 3 * EXPERTS - 1
+        elif not any(key.startswith(f"{STEM}.{e}.") for e in range(EXPERTS)):
+            with pytest.raises(AdapterError):
+                opened(lost)
+        wider = {**tensors, key: torch.cat([tensors[key], tensors[key]], dim=-2)}
+        if key.endswith(("lora_A.weight", "gate_proj.lora_A.weight")):
+            with pytest.raises(AdapterError):
+                opened(wider)
