@@ -120,6 +120,41 @@ def test_a_directory_of_adapters_suggests_all_of_them(tmp_path):
     run("merge", f"{tmp_path}/all/*", "-o", tmp_path / "out")
 
 
+@pytest.mark.parametrize("written", [True, False])
+def test_a_recipe_runs_from_any_directory(written, tmp_path, monkeypatch):
+    """Its paths are meant from where it lies, those of one that a merge wrote from above."""
+    for i, name in enumerate("ab"):
+        save_adapter(tmp_path / "all" / name, seed=i)
+    monkeypatch.chdir(tmp_path)
+    run("merge", "all/a", "all/b", "-M", "svd", "-o", "out/first")
+    recipe = tmp_path / "out" / "first" / "lora_merge.yaml"
+    if not written:
+        recipe = tmp_path / "all" / "mine.yaml"
+        recipe.write_text("merge_method: svd\nadapters: [{adapter: '[ab]'}]\nscale: auto\n")
+    for name in ("elsewhere", "out/first"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+        run("run", os.path.relpath(recipe), "-o", tmp_path / "again")
+        one, other = (
+            (tmp_path / n / "adapter_model.safetensors").read_bytes()
+            for n in ("out/first", "again")
+        )
+        assert one == other
+        shutil.rmtree(tmp_path / "again")
+
+
+def test_a_recipe_names_a_member_of_a_library_beside_it(tmp_path, monkeypatch):
+    folders = [save_adapter(tmp_path / n, seed=i) for i, n in enumerate("ab")]
+    run("pack", *folders, "-o", tmp_path / "lib")
+    (tmp_path / "r.yaml").write_text(
+        "merge_method: svd\nadapters: [{adapter: 'lib:a'}, {adapter: b}]\n"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run("run", "../r.yaml", "-o", "out")
+    assert "../lib:a" in (tmp_path / "elsewhere" / "out" / "lora_merge.yaml").read_text()
+
+
 def test_a_rank_rule_misspelt():
     with pytest.raises(MethodError, match="did you mean 'energy'"):
         parse_rule("enrgy:0.9")

@@ -17,6 +17,7 @@ from lora_merge.adapters.references import expand, pin, resolve
 from lora_merge.errors import MethodError
 from lora_merge.files.documents import read_yaml
 from lora_merge.merge.recipe.mergekit_words import translate
+from lora_merge.merge.recipe.paths import located
 from lora_merge.merge.recipe.recipe import AdapterItem, Recipe, RecipeError
 from lora_merge.ranks.rule import parse_rule
 
@@ -77,7 +78,7 @@ def as_recipe(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> Re
         RecipeError: If it is no valid recipe.
     """
     if isinstance(recipe, str | os.PathLike):
-        return expanded(read_recipe(Path(recipe)))
+        return expanded(located(read_recipe(Path(recipe)), Path(recipe)))
     if isinstance(recipe, Recipe):
         return recipe
     return expanded(parse_recipe(dict(recipe), "the recipe"))
