@@ -7,7 +7,7 @@ not until the device is done. Per token:
 
     generate    transformers' loop around the model: inputs, masks, the choice of the token
     python      the model's modules and our hooks: what is asked, not what is launched
-    operators   the same operators alone, one after another, as the host launches them
+    operators   the same calls of torch alone, one after another: what they are made of, launched
     launches    kernels, copies and graphs that reach a GPU
 
 With `--device cuda` the same models once more with `graph=True`, whose step is one launch; the base
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from kernel_cases import Case
 from kernel_work import build, forced, implementations, mixture_of, setting_of, tokens, twin
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from transformers import StaticCache, logging
 
 from lora_merge.kernels.gated_stack import dispatch
@@ -37,16 +37,17 @@ from lora_merge.mixture.runtime.attach import load_mixture
 PROMPT, NEW = 16, 24
 
 
-class Noted(TorchDispatchMode):
-    """Notes every operator that a call makes."""
+class Noted(TorchFunctionMode):
+    """Notes every call of torch that the model's Python makes, attributes aside."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[Callable[[], Any]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.made.append(lambda: func(*args, **kwargs))
+        if getattr(func, "__name__", "") != "__get__":
+            self.made.append(lambda: func(*args, **kwargs))
         return func(*args, **kwargs)
 
 
@@ -127,7 +128,7 @@ def main() -> None:
     options.small, options.compile, options.profile_all = True, False, False
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         setting = setting_of(options, Path(folder))
         case = Case("host", "host", "decode", 8, 16, 0.0)
@@ -143,8 +144,9 @@ def main() -> None:
                 if how == "base" and graph:
                     model.mixture.set_gate(weights=[0.0] * case.experts)
                 name = f"{how}, graph" if graph else how
-                rows[name] = parts_of(model, prompt, how, options.rounds)
-                each = "  ".join(f"{part} {value:.0f}" for part, value in rows[name].items())
+                parts = parts_of(model, prompt, how, options.rounds)
+                rows[name] = {part: round(value) for part, value in parts.items()}
+                each = "  ".join(f"{part} {value}" for part, value in rows[name].items())
                 print(f"{name}: {each}", flush=True)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
