@@ -67,8 +67,10 @@ def lines_of(command: list[str], seconds: float, extra: dict[str, str]) -> Itera
         code = process.wait()
         if process.stdout is not None:
             process.stdout.close()
-        if code and not alive:
-            print(f"  cut off after {seconds:.0f} s", flush=True)
+        if code:
+            print(
+                f"  exit code {code}" if alive else f"  cut off after {seconds:.0f} s", flush=True
+            )
 
 
 def versions(device: str) -> dict[str, Any]:

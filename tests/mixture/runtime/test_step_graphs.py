@@ -146,6 +146,25 @@ def test_a_copy_records_its_own_and_detaching_leaves_no_trace(recorder: TapeReco
     torch.testing.assert_close(said(recording), said(llama()))
 
 
+def test_two_mixtures_share_a_recorder(recorder: TapeRecorder) -> None:
+    model, plain = llama(), llama()
+    for each in (model, plain):
+        load_mixture(each, sharp(each, "meteora"), graph=each is model)
+        load_mixture(each, sharp(each, "arrow"), name="b", graph=each is model)
+    both = [model.lora_mixtures["mixture_default"], model.lora_mixtures["mixture_b"]]
+    torch.testing.assert_close(said(model), said(plain), atol=2e-5, rtol=1e-4)
+    for each in (model, plain):
+        each.lora_mixtures["mixture_default"].activate()
+    torch.testing.assert_close(said(model), said(plain), atol=2e-5, rtol=1e-4)
+    assert both[0].graphs is both[1].graphs and len(recorder.tapes) == 2
+    for each in (model, plain):
+        each.lora_mixtures["mixture_default"].detach()
+    torch.testing.assert_close(said(model), said(plain), atol=2e-5, rtol=1e-4)
+    assert "forward" in model.__dict__
+    both[1].detach()
+    assert "forward" not in model.__dict__
+
+
 @pytest.mark.parametrize("preset", ["xlora", "sequence"])
 def test_gates_that_look_back_are_refused(preset: str, recorder: TapeRecorder) -> None:
     model = llama()
