@@ -24,6 +24,8 @@ def look(folder: Path) -> None:
     print(lora_merge.info(upper))
     print(lora_merge.spectra(upper))
     print(lora_merge.plan_compare(several))
+    print(lora_merge.plan_neighbours(several, count=1))
+    print(lora_merge.neighbours(several, count=1))
     comparison = lora_merge.compare(several)
     print(comparison)
     print([verdict.kind for verdict in lora_merge.judge(comparison)])

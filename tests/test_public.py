@@ -209,7 +209,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Printed]:
         *(lora_merge.report(here, tmp / "page.html"), merged.report, fused, seen),
         lora_merge.spectra_beside_base(one, base),
         *(lora_merge.plan_merge(here, rank=8), lora_merge.plan_resize(one, 4)),
-        lora_merge.plan_compare(here),
+        *(lora_merge.plan_compare(here), lora_merge.neighbours(here, count=1)),
         *(lora_merge.resize(one, 4).report, lora_merge.plan_convert(one)),
         *(lora_merge.convert(one).report, lora_merge.plan_fuse(one, base)),
         lora_merge.plan_extract(base, tmp / "tuned", 8),

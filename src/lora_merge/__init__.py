@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from lora_merge.api.looking import group as group
     from lora_merge.api.looking import info as info
     from lora_merge.api.looking import judge as judge
+    from lora_merge.api.looking import neighbours as neighbours
     from lora_merge.api.looking import plan_compare as plan_compare
+    from lora_merge.api.looking import plan_neighbours as plan_neighbours
     from lora_merge.api.looking import spectra as spectra
     from lora_merge.api.looking import spectra_beside_base as spectra_beside_base
     from lora_merge.api.merging import cluster as cluster
@@ -108,6 +110,7 @@ _PUBLIC = {
     "convert": "lora_merge.api.reshaping",
     "pack": "lora_merge.api.packing",
     "plan_compare": "lora_merge.api.looking",
+    "plan_neighbours": "lora_merge.api.looking",
     "plan_convert": "lora_merge.api.reshaping",
     "describe": "lora_merge.api.texts",
     "draw": "lora_merge.api.pictures",
@@ -125,6 +128,7 @@ _PUBLIC = {
     "judge": "lora_merge.api.looking",
     "load_mixture": "lora_merge.mixture.runtime.attach",
     "methods": "lora_merge.api.merging",
+    "neighbours": "lora_merge.api.looking",
     "novelty": "lora_merge.api.texts",
     "open_adapter": "lora_merge.adapters.access.coerce",
     "open_adapters": "lora_merge.adapters.access.coerce",
@@ -190,6 +194,7 @@ __all__ = [
     "load_mixture",
     "merge",
     "methods",
+    "neighbours",
     "novelty",
     "open_adapter",
     "open_adapters",
@@ -199,6 +204,7 @@ __all__ = [
     "plan_extract",
     "plan_fuse",
     "plan_merge",
+    "plan_neighbours",
     "plan_recipe",
     "plan_resize",
     "report",

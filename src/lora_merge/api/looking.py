@@ -8,6 +8,7 @@ from lora_merge.analysis import compare as comparing
 from lora_merge.analysis.beside_base import BaseReport, default_cache, relate_to_base
 from lora_merge.analysis.families import Algorithm, cluster_adapters
 from lora_merge.analysis.info import AdapterInfo, describe
+from lora_merge.analysis.neighbours import nearest
 from lora_merge.analysis.pairs.plan import ComparisonPlan, plan_comparison
 from lora_merge.analysis.verdicts import Judgement, judgement
 from lora_merge.api.arguments import looking as takes_of
@@ -150,6 +151,63 @@ def plan_compare(given: takes_of.Compare) -> ComparisonPlan:
         modules=given.modules,
         angles=given.angles,
         per_module=given.per_module,
+        accept_base_models=given.accept_base_models,
+        jobs=given.jobs,
+    )
+
+
+@takes(takes_of.Neighbours)
+def neighbours(given: takes_of.Neighbours) -> nearest.Neighbours:
+    """Each adapter's nearest by the cosine of the deltas, families and near-duplicates.
+
+    For pools that are too large for `compare`: memory grows with the number of adapters and not
+    with that of pairs. Sketches choose candidates, whose cosines are then measured.
+
+    Returns:
+        The neighbours, what may have been missed, families, near-duplicates.
+
+    Raises:
+        MethodError: If there are not so many adapters, or the patterns match no module.
+        AlignmentError: If they do not fit together.
+
+    Examples:
+        >>> import lora_merge
+        >>> near = lora_merge.neighbours("examples/adapters/*", count=1)
+        >>> [len(one) for one in near.neighbours]
+        [1, 1, 1]
+    """
+    opened = open_adapters(given.adapters, **given.opening)
+    names = {name for adapter in opened for name in adapter.modules}
+    return nearest.neighbours_of(
+        opened,
+        given.count,
+        modules=given.modules,
+        accept_base_models=given.accept_base_models,
+        jobs=given.jobs,
+        on_module=counted(given.progress, "comparing", 2 * len(names)),
+    )
+
+
+@takes(takes_of.Neighbours)
+def plan_neighbours(given: takes_of.Neighbours) -> ComparisonPlan:
+    """What `neighbours` would take, from the adapters' headers.
+
+    Returns:
+        The numbers; `peak_bytes` is about the process's peak.
+
+    Raises:
+        MethodError: If there are not so many adapters, or the patterns match no module.
+        AlignmentError: If they do not fit together.
+
+    Examples:
+        >>> import lora_merge
+        >>> lora_merge.plan_neighbours("examples/adapters/*", count=1).pairs
+        3
+    """
+    return nearest.plan_neighbours(
+        open_adapters(given.adapters, **given.opening),
+        given.count,
+        modules=given.modules,
         accept_base_models=given.accept_base_models,
         jobs=given.jobs,
     )

@@ -60,7 +60,7 @@ def leading_units(up: Tensor, scale: Tensor, down: Tensor, rank: int) -> Leading
         down: Shape (R, n).
         rank: k.
     """
-    product = _Sum(up, scale, down, _dtype_of(up, down))
+    product = _Sum(up, scale, down, product_dtype(up, down))
     start = _signs(down.shape[1], min(rank + _OVERSAMPLE, *product.shape), "start", up.device)
 
     def enough(gained: float, energy: float) -> bool:
@@ -98,28 +98,32 @@ class _Sum:
 
     def times(self, right: Tensor) -> Tensor:
         """M right, (m, l), float32."""
-        met = self._by_rows(self.down, right)
-        return self._by_rows(self.up, met * self.scale[:, None].float())
+        met = times(self.down, right, self.dtype) * self.scale[:, None].float()
+        return times(self.up, met, self.dtype)
 
     def sweep(self, right: Tensor) -> tuple[Tensor, Tensor]:
         """M right, and M^T of that."""
         reached = self.times(right)
-        met = self._by_columns(self.up, reached) * self.scale[:, None].float()
-        return reached, self._by_columns(self.down, met)
-
-    def _by_rows(self, factor: Tensor, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        return torch.cat([(part.to(self.dtype) @ x).float() for part in factor.split(_BLOCK)])
-
-    def _by_columns(self, factor: Tensor, x: Tensor) -> Tensor:
-        total = x.new_zeros(factor.shape[1], x.shape[1])
-        x = x.to(self.dtype)
-        for part, rows in zip(factor.split(_BLOCK), x.split(_BLOCK), strict=True):
-            total += part.to(self.dtype).mT @ rows
-        return total
+        met = transposed_times(self.up, reached, self.dtype) * self.scale[:, None].float()
+        return reached, transposed_times(self.down, met, self.dtype)
 
 
-def _dtype_of(up: Tensor, down: Tensor) -> torch.dtype:
+def times(factor: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`factor @ x`, multiplied in a dtype, returned in float32; `factor` is cast part by part."""
+    x = x.to(dtype)
+    return torch.cat([(part.to(dtype) @ x).float() for part in factor.split(_BLOCK)])
+
+
+def transposed_times(factor: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`factor.mT @ x`, the same way."""
+    total = torch.zeros(factor.shape[1], x.shape[1], device=x.device)
+    x = x.to(dtype)
+    for part, rows in zip(factor.split(_BLOCK), x.split(_BLOCK), strict=True):
+        total += part.to(dtype).mT @ rows
+    return total
+
+
+def product_dtype(up: Tensor, down: Tensor) -> torch.dtype:
     """bfloat16 where both factors are, and the CPU multiplies it (twice as fast as float32)."""
     half = up.dtype == down.dtype == torch.bfloat16
     quick = up.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

@@ -13,7 +13,7 @@ from lora_merge.machine.parallel import default_jobs
 from lora_merge.printing import Report, Summary
 
 # What Python, torch and the libraries for trees and tables take before anything is read.
-_PROCESS = 280 << 20
+PROCESS_BYTES = 280 << 20
 # Bytes for each of the R x R numbers of a module: two Grams and what is made of them, in float64 up
 # to 256 units and in float32 beyond; and what is worked on part by part.
 _EXACT, _MANY, _PARTS = 40, 20, 12 << 20
@@ -49,7 +49,7 @@ class ComparisonPlan(Report):
     @property
     def peak_bytes(self) -> int:
         """About the peak of the process."""
-        return _PROCESS + self.result_bytes + self.jobs * self.working_bytes
+        return PROCESS_BYTES + self.result_bytes + self.jobs * self.working_bytes
 
     def summary(self) -> Summary:
         """What is compared, and the memory it takes."""
@@ -112,12 +112,17 @@ def plan_comparison(
         adapters=count,
         modules=len(alignment.modules),
         units=max(module.num_units for module in alignment.modules),
-        reads=sum(
-            spec.num_parameters * DTYPES[spec.dtype].itemsize
-            for module in alignment.modules
-            for spec in module.specs.values()
-        ),
+        reads=read_bytes(alignment.modules),
         working_bytes=max(working(module) for module in alignment.modules),
         result_bytes=kept * tables,
         jobs=jobs or default_jobs(),
+    )
+
+
+def read_bytes(modules: Sequence[AlignedModule]) -> int:
+    """Bytes of all factors of some modules, as stored."""
+    return sum(
+        spec.num_parameters * DTYPES[spec.dtype].itemsize
+        for module in modules
+        for spec in module.specs.values()
     )

@@ -113,6 +113,16 @@ class Compare(Telling, BaseOptions, BaseNames, ModuleOptions):
 
 
 @dataclass(frozen=True)
+class Neighbours(Telling, BaseOptions, BaseNames, ModuleOptions):
+    """Arguments of `neighbours`."""
+
+    adapters: Annotated["AdaptersLike", Needed(ADAPTERS)]
+    count: int = option(
+        5, "neighbours of each adapter", flags=("--neighbours",), low=1, metavar="K"
+    )
+
+
+@dataclass(frozen=True)
 class Report(Telling, BaseOptions, BaseNames, ModuleOptions):
     """Arguments of `report`."""
 

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from lora_merge.adapters.access.opening import BaseOptions
-from lora_merge.api.arguments.looking import Compare
+from lora_merge.api.arguments.looking import Compare, Neighbours
 from lora_merge.cli.shared.fields import names_of, options_of
 from lora_merge.cli.shared.options import Choice, adapters_argument, json_option, width_option
 
 if TYPE_CHECKING:
+    from lora_merge.adapters.adapter import Adapter
     from lora_merge.analysis.pairs.matrices import PairMatrices
+    from lora_merge.cli.shared.output import Output
 
 # Modules whose principal angles are shown; --json has all.
 MOST_MODULES = 4
@@ -27,6 +29,7 @@ Examples:
   lora-merge compare 'runs/*' --cluster auto
   lora-merge compare 'runs/*' --html runs.html --svg runs.svg
   lora-merge compare 'runs/*' --cluster 4 --algorithm spectral --json
+  lora-merge compare library --neighbours 5
 """,
 )
 @adapters_argument
@@ -37,6 +40,14 @@ Examples:
     default="agglomerative",
     show_default=True,
     help="How to group them.",
+)
+@options_of(
+    Neighbours,
+    only=("count",),
+    unset=True,
+    about={
+        "count": "of very many adapters, only each one's K nearest, families and near-duplicates"
+    },
 )
 @options_of(
     Compare,
@@ -58,6 +69,7 @@ def command(
     cluster: str | None,
     algorithm: Literal["agglomerative", "spectral"],
     per_module: bool,
+    count: int | None,
     width: int | None,
     svg: Path | None,
     png: Path | None,
@@ -78,11 +90,17 @@ def command(
     from lora_merge.files.pages.html_page import check_page
     from lora_merge.files.pages.pictures import check_pictures
 
+    if count is not None:
+        _no_pictures(cluster=cluster, svg=svg, png=png, html=html, per_module=per_module)
     output = Output(as_json, width=width)
     check_pictures(svg, png)
     check_page(html)
     opening = {name: given.pop(name) for name in names_of(BaseOptions)}
     opened = lora_merge.open_adapters(adapters, **opening)
+    if count is not None:
+        shared = {name: given[name] for name in ("modules", "accept_base_models")}
+        _neighbours(output, opened, count, shared, dry_run)
+        return
     if dry_run:
         plan = lora_merge.plan_compare(opened, **given, angles=chosen, per_module=bool(html))
         output.data(plan.to_dict(), *plan_lines(plan))
@@ -127,6 +145,33 @@ def command(
         return
     view = comparison_view(comparison, verdict, single, width=output.width, plain=output.plain)
     output.data(document, view, *lines)
+
+
+def _no_pictures(**given: object) -> None:
+    for name, value in given.items():
+        if value:
+            flag = "--" + name.replace("_", "-")
+            raise click.UsageError(f"--neighbours has no table of all pairs: leave out {flag}")
+
+
+def _neighbours(
+    output: "Output", opened: "list[Adapter]", count: int, shared: dict[str, Any], dry_run: bool
+) -> None:
+    """The nearest of each, where pairs are too many to show."""
+    import lora_merge
+    from lora_merge.cli.shared.api import show_notes_of, shown_progress
+    from lora_merge.cli.views.compare import plan_lines
+    from lora_merge.cli.views.pairs.neighbours import neighbours_view
+
+    if dry_run:
+        plan = lora_merge.plan_neighbours(opened, count, **shared)
+        output.data(plan.to_dict(), *plan_lines(plan))
+        return
+    show_notes_of(output, opened)
+    _spare_memory(len(opened))
+    with shown_progress(output) as progress:
+        found = lora_merge.neighbours(opened, count, **shared, progress=progress)
+    output.data(found.to_dict(), neighbours_view(found, width=output.width, plain=output.plain))
 
 
 def _spare_memory(count: int) -> None:

@@ -13,11 +13,11 @@ from lora_merge.analysis.pairs.plan import ComparisonPlan
 from lora_merge.analysis.trajectory import Trajectory
 from lora_merge.analysis.verdicts import MEANING, Judgement, Kind, Verdict
 from lora_merge.cli.shared.output import size as bytes_text
-from lora_merge.cli.views.angles import angles_view, degrees
 from lora_merge.cli.views.dendrogram import dendrogram
 from lora_merge.cli.views.format import number, shorten
 from lora_merge.cli.views.glyphs import RAMP
 from lora_merge.cli.views.grid import grid
+from lora_merge.cli.views.pairs.angles import angles_view, degrees
 from lora_merge.printing import short_names
 
 if TYPE_CHECKING:

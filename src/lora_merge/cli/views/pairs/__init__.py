@@ -1,0 +1,1 @@
+"""Pairs of adapters for a terminal: the angles between two, the neighbours of each."""
