@@ -60,7 +60,7 @@ def test_candidates_are_what_their_recipes_make(tmp_path: Path) -> None:
 
 
 def test_refusals_write_nothing(tmp_path: Path) -> None:
-    with pytest.raises(MethodError, match="leaves no choice"):
+    with pytest.raises(MethodError, match="no choice for eyes"):
         lora_merge.sweep(recipe(), tmp_path / "look", count=1)
     with pytest.raises(MethodError, match="cannot vary"):
         lora_merge.sweep(recipe(), tmp_path / "look", over=["colour"])
@@ -77,3 +77,10 @@ def test_the_command_names_what_differs(tmp_path: Path, capsys) -> None:
     assert run([*command, "-o", out]) == 0
     shown = capsys.readouterr().out
     assert "candidate-1" in shown and "method svd" in shown
+
+
+def test_no_sweep_is_larger_than_eyes_can_take(tmp_path: Path) -> None:
+    for how in ({"count": 1}, {"count": 10**9}, {"seed": -1}, {"seed": 2**70}):
+        with pytest.raises(MethodError, match="from"):
+            lora_merge.sweep(recipe(), tmp_path / "look", over=["scale", "weights"], **how)
+    assert not (tmp_path / "look").exists()

@@ -202,6 +202,21 @@ def test_the_working_directory_stays(tmp_path: Path, monkeypatch: pytest.MonkeyP
             check_target(Path(named), force=True)
 
 
+def test_names_lead_where_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name, said in (
+        ("missing/../../here", "working directory"),
+        ("~", "home"),
+        ("~x/y", "home"),
+    ):
+        with pytest.raises(OutputError, match=said), atomic_directory(Path(name), force=True):
+            pass
+        with pytest.raises(OutputError), atomic_file(Path(name)):
+            pass
+    assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
+
+
 def test_targets_are_refused_before_work(tmp_path: Path) -> None:
     foreign = tmp_path / "home"
     put("thesis.tex")(foreign)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_merge.errors import SourceError
-from lora_merge.files.documents import read_cache, read_json, read_yaml
+from lora_merge.files.documents import read_cache, read_json, read_yaml, validated
 
 PLAIN = st.recursive(
     st.none()
@@ -101,3 +101,12 @@ def test_a_file_says_how_large_it_is_before_it_is_read(tmp_path: Path) -> None:
         read_json(Path("/dev/zero"), "it")
     with pytest.raises(SourceError, match="cannot read"):
         read_json(tmp_path / "missing", "it")
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-Infinity", "1e999"])
+def test_a_text_is_no_way_to_say_infinity(text: str) -> None:
+    for kind, data in ((dict[str, float], {"a": text}), (list[float], [1.0, text])):
+        with pytest.raises(SourceError, match="not finite"):
+            validated(kind, data, "x")
+    # Where a file may hold infinity as a number, it may.
+    assert validated(list[float], [float("inf")], "x") == [float("inf")]

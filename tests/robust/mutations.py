@@ -40,7 +40,7 @@ def damage(path: Path, data: bytes, random: Random) -> tuple[bytes, str]:
         except (
             ValueError,
             TypeError,
-            KeyError,
+            LookupError,
             AttributeError,
             RecursionError,
             yaml.YAMLError,

@@ -87,4 +87,4 @@ class MakeSoup(BenchOptions):
         None, "rank of the means, or a rule; default: the largest of the adapters'"
     )
     held_out: float = option(0.3, "share of the rows that choose nothing", above=0, below=1)
-    seed: int = option(0, "of the split")
+    seed: int = option(0, "of the split", low=0, high=LARGEST_SEED)

@@ -169,15 +169,18 @@ def search(given: Search) -> SearchResult:
         given.study, wanted, len(tasks) if given.pareto else 1, bench.metric.higher
     )
     with _of_file(given.study):
-        if not _ended(opened) and not _waiting(opened):
+        done = len(_ended(opened))
+        if not done and not _waiting(opened):
             opened.enqueue_trial(space.start())
     step = counted(given.progress, "searching", given.trials)
-    while (done := len(_ended(opened))) < given.trials:
+    while done < given.trials:
         opened.sampler = _sampler(given.sampler, given.seed + done + 1_000_003 * given.worker)
         with _of_file(given.study):
             asked = opened.ask()
             tried = space.recipe_of(asked)
         trial = _try(opened, asked, tried, adapters, chosen, tasks, given.pareto)
+        with _of_file(given.study):
+            done = len(_ended(opened))
         step()
         if given.on_trial is not None:
             given.on_trial(trial)

@@ -17,9 +17,11 @@ from lora_merge.merge.auto.scale import with_scale
 from lora_merge.merge.plan import plan_merge
 from lora_merge.merge.recipe.read import as_recipe, open_recipe
 from lora_merge.merge.recipe.recipe import Recipe
+from lora_merge.options import LARGEST_SEED
 from lora_merge.printing import Report, Summary
 
 SWEEP = "sweep.json"
+MOST = 10_000  # candidates
 # The scale alone goes from the start over this to the start times this.
 _AROUND = 2.0
 
@@ -112,8 +114,10 @@ def sweep(
         >>> [candidate.values["scale"] for candidate in found.candidates]
         [0.5, 0.25, 1.0]
     """
-    if count < 2:
-        raise MethodError("a sweep of one leaves no choice", "give a count of 2 at least")
+    if not 2 <= count <= MOST:
+        raise MethodError(f"a sweep of {count} is no choice for eyes", f"from 2 to {MOST}")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise MethodError(f"no seed {seed}", f"from 0 to {LARGEST_SEED}")
     start, out = as_recipe(recipe), Path(out)
     adapters = open_recipe(start)
     plan = plan_merge(start, adapters)

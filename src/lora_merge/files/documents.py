@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
@@ -146,11 +147,31 @@ def validated(
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(kind).validate_python(data)
+        found = TypeAdapter(kind).validate_python(data)
     except ValidationError as faults:
         first = faults.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "its top"
         raise error(f"{what}: {place:.100}: {first['msg'].lower()}", remedy) from faults
+    if not _all_finite(found) and _all_finite(data):  # pydantic takes "nan" for a number
+        raise error(f"{what}: a text stands for a number that is not finite", remedy)
+    return found
+
+
+def _all_finite(tree: Any) -> bool:
+    """Whether every float in dataclasses, mappings and sequences is."""
+    waiting = [tree]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, float):
+            if not isfinite(one):
+                return False
+        elif is_dataclass(one):
+            waiting += vars(one).values()
+        elif isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, list | tuple):
+            waiting += one
+    return True
 
 
 def _not_plain(tree: Any, finite: bool) -> str | None:

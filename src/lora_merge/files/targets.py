@@ -33,6 +33,7 @@ def check_target(
     _check_name(target)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise OutputError(f"{target} exists and is no directory", "choose another -o")
+    target = target.resolve()  # of "missing/../there", what is there
     if is_within(Path.cwd(), target):
         raise OutputError(
             f"{target} is the working directory, or above it", "choose another -o: a new directory"
@@ -62,7 +63,12 @@ def check_target(
 
 
 def _check_name(path: Path) -> None:
-    """Refuse a name that the system does not take, whatever is there."""
+    """Refuse a name that the system does not take, or that means a home to whoever reads it."""
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        raise OutputError(
+            f"{path}: nothing is written to a directory called {path.parts[0]}",
+            "write out the path of the home",
+        )
     try:
         path.lstat()
     except OSError as error:

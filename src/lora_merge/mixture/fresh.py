@@ -18,6 +18,8 @@ from lora_merge.adapters.dialects.spelling import PREFIX
 from lora_merge.errors import MethodError
 from lora_merge.files.tensor_file import TensorDict
 
+_LARGEST_RANK = 1 << 16
+
 
 def fresh_adapters(
     modules: Mapping[str, tuple[int, int]],
@@ -39,9 +41,10 @@ def fresh_adapters(
     Raises:
         MethodError: If there are no modules.
     """
-    if not modules or rank < 1:
+    if not modules or not 1 <= rank <= _LARGEST_RANK:
         raise MethodError(
-            f"{len(modules)} modules, rank {rank}: nothing to train", "a rank of at least 1"
+            f"{len(modules)} modules, rank {rank}: nothing to train",
+            f"a rank from 1 to {_LARGEST_RANK}",
         )
     config: dict[str, Any] = {
         "peft_type": "LORA",

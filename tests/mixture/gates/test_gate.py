@@ -129,6 +129,12 @@ def test_settings_without_a_meaning_are_refused(settings: dict, message: str) ->
         gate_spec("meteora", **settings)
 
 
+def test_a_preset_in_a_file_is_a_name() -> None:
+    for preset in (["meteora"], None, 3):
+        with pytest.raises(MethodError, match="the gate's preset is"):
+            GateSpec.from_json({**gate_spec("meteora").to_json(), "preset": preset})
+
+
 def test_a_whole_model_signal_cannot_be_averaged_over_a_prompt() -> None:
     with pytest.raises(MethodError, match="averaged over a prompt"):
         gate_spec("xlora", sequence=True)

@@ -87,6 +87,8 @@ class GateSpec:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot mean anything."""
+        if not isinstance(self.preset, str):
+            raise MethodError(f"the gate's preset is {self.preset!r:.50}", "give its name")
         for name, choices in (("signal", Signal), ("granularity", Granularity), ("value", Value)):
             if getattr(self, name) not in get_args(choices):
                 raise MethodError(

@@ -18,6 +18,7 @@ from lora_merge.errors import MethodError
 from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.gates.text_index import empty_gate
 
+_WIDEST = 1 << 20  # a hidden state
 _READS_HIDDEN = ("q_proj", "query", "q_lin", "query_key_value", "c_attn", "qkv", "gate_proj")
 
 
@@ -41,13 +42,13 @@ def initial_gate(
         only: Experts whose prototypes are wanted; default: all.
     """
     if spec.signal == "hidden":
-        width = hidden_size or _hidden_size(alignment)
+        width = _width(alignment, hidden_size)
         outputs = num_experts + int(spec.null_expert)
         if spec.granularity == "module":
             outputs *= len(alignment.modules)
         return classifier_tensors(spec, width, outputs, seed)
     if spec.signal == "text":
-        return empty_gate(num_experts, hidden_size or _hidden_size(alignment))
+        return empty_gate(num_experts, _width(alignment, hidden_size))
     tensors: dict[str, Tensor] = {}
     if not spec.has_rows:
         return tensors
@@ -126,6 +127,13 @@ def _uniform(rows: int, width: int, name: str, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1))
     drawn = torch.rand(rows, width, generator=generator) * 2 - 1
     return drawn * (1 / math.sqrt(width))
+
+
+def _width(alignment: Alignment, given: int | None) -> int:
+    """Width of the model's hidden state, as given or as the modules tell."""
+    if given is not None and not 1 <= given <= _WIDEST:
+        raise MethodError(f"a hidden state of {given} numbers", f"from 1 to {_WIDEST}")
+    return given or _hidden_size(alignment)
 
 
 def _hidden_size(alignment: Alignment) -> int:

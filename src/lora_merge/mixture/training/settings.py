@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from lora_merge.errors import MethodError
 from lora_merge.options import LARGEST_SEED, check_options, option
+
+_LARGEST = 1e30  # what an optimizer's float32 bears
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class TrainSettings:
     def __post_init__(self) -> None:
         """Refuse settings that cannot mean anything."""
         check_options(self, "a training")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and value > _LARGEST:
+                raise MethodError(f"{name} is {value:g}", f"{_LARGEST:g} at most")
 
     @property
     def rank_step(self) -> float:
