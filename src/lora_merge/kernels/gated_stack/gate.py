@@ -1,5 +1,7 @@
 """How scores become weights: softmax, sigmoid or as they are; of all, or of the top k."""
 
+import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -62,6 +64,19 @@ def activate(
         if rule.value == "softmax_twice":
             weights = torch.softmax(weights, dim=-1)
         return weights if factor == 1.0 else weights * factor
+    kept, index = kept_of(scores, rule, bias)
+    if factor != 1.0:
+        kept = kept * factor
+    return torch.zeros_like(scores).scatter_(-1, index, kept)
+
+
+def kept_of(scores: Tensor, rule: Activation, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Weights of the top k scores alone, and their places; arguments as of `activate`.
+
+    Returns:
+        Both of shape (..., k).
+    """
+    assert rule.top_k is not None
     if rule.value in ("softmax_all", "softmax_twice"):
         scores = torch.softmax(scores / rule.temperature, dim=-1)
     if bias is None:
@@ -73,9 +88,7 @@ def activate(
         kept = torch.softmax(kept, dim=-1)
     elif rule.value != "softmax_all":
         kept = _values(kept, rule)
-    if factor != 1.0:
-        kept = kept * factor
-    return torch.zeros_like(scores).scatter(-1, index, kept)
+    return kept, index
 
 
 def _values(scores: Tensor, rule: Activation) -> Tensor:
@@ -87,3 +100,46 @@ def _values(scores: Tensor, rule: Activation) -> Tensor:
     if rule.temperature != 1.0:
         scores = scores / rule.temperature
     return torch.sigmoid(scores) if rule.value == "sigmoid" else torch.softmax(scores, dim=-1)
+
+
+def kept_of_one(scores: Sequence[float], rule: Rule) -> list[tuple[int, float]]:
+    """The same as `weights_of` for one token: for a few scores, numbers are faster than tensors.
+
+    Args:
+        scores: One token's.
+        rule: The gate.
+
+    Returns:
+        Place and weight of each score that is kept, without the null expert's.
+    """
+    values = [abs(score) for score in scores] if rule.absolute else scores
+    if rule.null_score is not None:
+        values = [*values, rule.null_score]
+    size, how = len(values), rule.value
+    kept: Sequence[int] = range(size)
+    if rule.top_k is not None and rule.top_k < size:
+        kept = sorted(kept, key=values.__getitem__, reverse=True)[: rule.top_k]
+    if how in ("softmax_all", "softmax_twice"):
+        values = _softmax(values, rule.temperature)
+    chosen = [values[place] for place in kept]
+    if how == "softmax":
+        chosen = _softmax(chosen, rule.temperature)
+    elif how == "softmax_twice":
+        chosen = _softmax(chosen, 1.0)
+    elif how == "sigmoid":
+        chosen = [0.5 + 0.5 * math.tanh(value / rule.temperature / 2) for value in chosen]
+    elif how == "binary":
+        chosen = [1.0] * len(chosen)
+    if rule.factor != 1.0:
+        chosen = [value * rule.factor for value in chosen]
+    pairs = list(zip(kept, chosen, strict=True))
+    if rule.null_row or rule.null_score is not None:
+        return [pair for pair in pairs if pair[0] != size - 1]
+    return pairs
+
+
+def _softmax(values: Sequence[float], temperature: float) -> list[float]:
+    highest = max(values)
+    powers = [math.exp((value - highest) / temperature) for value in values]
+    total = sum(powers)
+    return [power / total for power in powers]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from lora_merge.mixture.runtime.call.modules import Modules
@@ -62,6 +63,16 @@ class Bank:
     def identities(self) -> tuple[tuple[str, str], ...]:
         """Name and mark of each expert."""
         return tuple(zip(self.names, self.marks, strict=True))
+
+    @cached_property
+    def groups(self) -> list[Modules]:
+        """All modules, each group once."""
+        return list({id(group): group for group, _ in self.places.values()}.values())
+
+    def settle(self) -> None:
+        """Have all modules look at what does not change inside a call."""
+        for group in self.groups:
+            group.settle()
 
     def forget(self) -> None:
         """What runs has been moved or changed: copies of it are none any more."""

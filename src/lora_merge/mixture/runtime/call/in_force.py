@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -140,6 +141,13 @@ class InForce:
     def is_per_row(self) -> bool:
         """Whether rows of the batch have weights of their own."""
         return self.weights is not None and len(self.weights) > 1
+
+    @cached_property
+    def decides_each_alone(self) -> bool:
+        """Whether a module needs nothing but a token and these weights, and nobody looks on."""
+        if self.observe is not None or self.only is not None:
+            return False
+        return not self.spec.is_local or (self.spec.has_rows and not self.remembers)
 
     @property
     def needs_tokens(self) -> bool:

@@ -70,3 +70,6 @@ class Modules(Protocol):
 
     def add(self, passed: Any, index: int, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
         """Add the experts of member `index` to its output."""
+
+    def settle(self) -> None:
+        """Look once, before a call of the model, at what does not change inside of it."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_merge.kernels.gated_stack import dispatch
 from lora_merge.mixture.runtime.call.hooks import counted
 from lora_merge.mixture.runtime.call.in_force import InForce, Switch
 from lora_merge.mixture.runtime.call.kv_state import Companion
@@ -95,6 +96,7 @@ class Pass:
         replay: Whether gradient checkpointing computes again what was computed before.
         routed: Which tokens an expert of a MoE layer gets; None outside of those.
         waiting: Shared inputs, by the modules that share them.
+        each_alone: Whether every token may be decided alone, by plain operations without gradients.
     """
 
     switch: Switch
@@ -106,6 +108,7 @@ class Pass:
     replay: bool = False
     routed: Routed | None = None
     waiting: dict[object, Waiting] = field(default_factory=dict)
+    each_alone: bool = False
 
 
 _CURRENT: ContextVar[Pass | None] = ContextVar("lora_merge_pass", default=None)
@@ -140,7 +143,11 @@ def begin(switch: Switch, gate: InForce) -> Pass:
         made = switch.traced = Pass(switch, gate)
         return made
     switch.hooks.check_places()
-    made = Pass(switch, gate, outer=_CURRENT.get())
+    alone = gate.decides_each_alone and not torch.is_grad_enabled()
+    alone = alone and not torch._C._get_tracing_state() and dispatch.forced() != "reference"
+    if alone and gate.bank is not None:
+        gate.bank.settle()
+    made = Pass(switch, gate, outer=_CURRENT.get(), each_alone=alone)
     counted(switch, 1)
     _CURRENT.set(made)
     return made

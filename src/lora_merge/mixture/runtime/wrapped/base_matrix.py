@@ -37,9 +37,11 @@ class JoinedGroup:
         self.siblings = Siblings(len(linears))
         # Looking up a module's attributes costs as much as a small kernel.
         self._shapes = [(linear._parameters, linear.out_features) for linear in linears]
-        self._ways = (self._mixed, self._base)  # bound once, to be told by identity
+        # Bound once, to be told by identity.
+        self._ways, self._one_token = (self._mixed, self._base), self._quick
         self._at_base = Pass(group.switch, group.switch.default)
         self.join()
+        group.whole = self.is_whole
         for index, linear in enumerate(self.linears):
             linear.forward = partial(self.run, index)  # type: ignore[method-assign]
 
@@ -55,6 +57,9 @@ class JoinedGroup:
         for linear, view in zip(self.linears, self.joined.weights, strict=True):
             linear.weight.data = view
         self.group.adopt(self.joined)
+        self._weights = self.joined.rows[: self.joined.outputs[-1]]
+        used = sum(self.joined.splits)
+        self._splits = [*self.joined.splits, len(self.joined.padded) - used]
         self._plans: dict[int, Plan] = {}
         held: list[tuple[nn.Module, str]] = [(linear, "weight") for linear in self.linears]
         held += [(self.group, name) for name in self.group._parameters]
@@ -91,10 +96,22 @@ class JoinedGroup:
 
     def run(self, index: int, input: Tensor) -> Tensor:
         """Forward of module `index`."""
-        passed = current(self.group.switch)
+        group = self.group
+        passed = current(group.switch)
+        if (
+            passed is not None
+            and passed.each_alone
+            and not passed.bypass
+            and group.is_joined
+            and input.numel() == self.joined.d_in
+            and input.dtype is group.plain_dtype
+            and input.is_cpu
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        ):
+            return self.siblings.take(passed, index, input, self._one_token)
         mixed = passed if passed is not None and not passed.bypass else None
         if passed is None:
-            mixed = of_module(self.group.switch)
+            mixed = of_module(group.switch)
         if self._may_join(input) and self._pays(mixed, input):
             way = self._ways[mixed is None]
             return self.siblings.take(mixed or passed or self._at_base, index, input, way)
@@ -102,15 +119,35 @@ class JoinedGroup:
         y = functional.linear(input, linear.weight, linear.bias)
         if mixed is None:
             return y
-        return self.group.add(mixed, index, input, y, in_place=not torch.is_grad_enabled())
+        return group.add(mixed, index, input, y, in_place=not torch.is_grad_enabled())
+
+    def _quick(self, passed: Pass, x: Tensor, start: int, stop: int) -> Sequence[Tensor]:
+        """Outputs of modules start..stop for one token on a CPU, which is decided alone."""
+        prepared = self.group.prepared_for(passed, start, stop)
+        if prepared is None or stop - start != len(self.linears):
+            return self._mixed(passed, x, start, stop)
+        tokens = x.reshape(1, -1)
+        *ys, u, scores, _ = functional.linear(tokens, self.joined.padded).split_with_sizes(
+            self._splits, dim=1
+        )
+        terms = prepared.of_products(passed, tokens, u, self._given(scores))
+        shape = x.shape[:-1]
+        for place, (parts, (parameters, width)) in enumerate(zip(terms, self._shapes, strict=True)):
+            y = ys[place]
+            for units, up, weight in parts:
+                y.addmm_(units, up, alpha=weight)
+            bias = parameters["bias"]
+            ys[place] = (y if bias is None else y.add_(bias)).view(*shape, width)
+        return ys
 
     def _may_join(self, x: Tensor) -> bool:
-        """Whether one product may stand for many: no gradient, no graph, no other dtype."""
+        """Whether one product may stand for many: no gradient, graph, other dtype or rank gates."""
         return not (
             torch.is_grad_enabled()
             or x.dtype != self.joined.matrix.dtype
             or torch.compiler.is_compiling()
             or torch.is_autocast_enabled(x.device.type)
+            or self.group.rank_gates is not None
         )
 
     def _pays(self, passed: Pass | None, x: Tensor) -> bool:
@@ -121,8 +158,8 @@ class JoinedGroup:
 
     def _mixed(self, passed: Pass, x: Tensor, start: int, stop: int) -> list[Tensor]:
         """Outputs of modules start..stop."""
-        outs = None
-        if stop - start == len(self.linears) and self.is_whole():  # neither apart nor moved
+        outs, whole = None, self.group.is_joined if passed.each_alone else self.is_whole()
+        if stop - start == len(self.linears) and whole:  # neither apart nor moved
             outs = self._by_kernel(passed, x) or self._joined(passed, x)
         if outs is None:
             ys, zs = self._plain(x, start, stop), self.group.gated(passed, x, start, stop)
@@ -136,7 +173,7 @@ class JoinedGroup:
         many = len(tokens) > base_matrix.FEW_TOKENS
         if many or stop - start != len(self.linears) or not self.is_whole():
             return self._finish(self._plain(x, start, stop), x, start)
-        both = functional.linear(tokens, joined.rows[: joined.outputs[-1]])
+        both = functional.linear(tokens, self._weights)
         ys = both.split_with_sizes(joined.splits[:-2], dim=1)
         return self._finish([y.contiguous() for y in ys], x, start)
 
@@ -183,9 +220,12 @@ class JoinedGroup:
         return [functional.linear(x, linear.weight) for linear in self.linears[start:stop]]
 
     def _gated(self, passed: Pass, x: Tensor, u: Tensor, scores: Tensor) -> Sequence[Tensor]:
-        """Gated units of all members; without rows in the matrix the gate makes its own scores."""
-        given = scores if self.joined.scores and self._pieces is None else None
-        return self.group.gate_parts(passed, x, u, given, 0, len(self.linears))
+        """Gated units of all members."""
+        return self.group.gate_parts(passed, x, u, self._given(scores), 0, len(self.linears))
+
+    def _given(self, scores: Tensor) -> Tensor | None:
+        """Scores from the matrix; without rows in it the gate makes its own."""
+        return scores if self.joined.scores and self._pieces is None else None
 
 
 def join_groups(

@@ -1,7 +1,7 @@
 """Modules that read the same input, gated together: one shrink and one gate for q, k and v."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -21,6 +21,7 @@ from lora_merge.mixture.runtime.wrapped.decide import decide
 from lora_merge.mixture.runtime.wrapped.decided_outside import decided_outside
 from lora_merge.mixture.runtime.wrapped.member import Member
 from lora_merge.mixture.runtime.wrapped.packed_members import PackedMembers
+from lora_merge.mixture.runtime.wrapped.prepared import Prepared, Term
 from lora_merge.mixture.runtime.wrapped.shared_input import Siblings
 
 # Modules that get tokens sorted by who wants them.
@@ -53,7 +54,16 @@ class Group(PackedMembers):
         self.is_cross = [m.is_cross for m in members]
         self.is_routed = any(_ROUTED.search(name) for name in self.names)
         self._shrink = members[0].shrink
-        self._compute = self.parts  # one bound method, to be told by identity
+        self._compute = self.parts  # bound once each, to be told by identity
+        self._compute_terms = self.terms
+        self._is_plain = self.form == "linear" and set(self.output_scales) == {1.0}
+        self.prepared: dict[tuple[int, int], Prepared] = {}
+        self._prepared_at: list[int] = []
+        # What `settle` finds: a dtype whose tokens need no second thought; whether all of the
+        # matrix that holds the base weights as well is where it was, if there is one.
+        self.plain_dtype: torch.dtype | None = None
+        self.is_joined = False
+        self.whole: Callable[[], bool] | None = None
 
     def add(self, passed: Pass, index: int, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
         """Add the experts of member `index` to its output.
@@ -65,9 +75,15 @@ class Group(PackedMembers):
             y: Output of its base module.
             in_place: Whether `y` may be overwritten.
         """
+        dtype = self.plain_dtype if passed.each_alone and in_place else None
+        if x.dtype is dtype and y.dtype is dtype and x.is_cpu and y.is_contiguous():
+            flat = y.view(-1, y.shape[-1])
+            for units, up, weight in self.siblings.take(passed, index, x, self._compute_terms):
+                flat.addmm_(units, up, alpha=weight)
+            return y
         if x.device.type != self._rows[0].device.type:
             self.to(x.device)  # the model has been offloaded since, to compute elsewhere
-        up: Tensor = self._ups[index]
+        up = self._ups[index]
         if self._reads_two(passed):
             z = self.parts(passed, x, index, index + 1)[0]
         else:
@@ -81,6 +97,39 @@ class Group(PackedMembers):
         if self.form == "conv":
             return expand(y.movedim(1, -1), z, up).movedim(-1, 1)
         return expand(y, z, up, in_place=in_place)
+
+    def settle(self) -> None:
+        """Look once, before a call of the model, at what does not change inside of it."""
+        down = self._rows[0]
+        plain = self._is_plain and down.is_cpu and not self.has_kernel
+        plain = plain and self._parameters["rank_gates"] is None
+        self.plain_dtype = down.dtype if plain else None
+        addresses = [tensor.data_ptr() for tensor in self._held] if plain else []
+        if addresses != self._prepared_at:  # what has been prepared holds views of something else
+            self.prepared, self._prepared_at = {}, addresses
+        self.is_joined = self.whole is not None and self.whole()
+
+    def terms(self, passed: Pass, x: Tensor, start: int, stop: int) -> list[Sequence[Term]]:
+        """What is to be added to the outputs of members start..stop, of tokens decided alone."""
+        prepared = self.prepared_for(passed, start, stop)
+        if prepared is not None:
+            return prepared.terms(passed, x)
+        zs = self.gated(passed, x, start, stop)
+        return [((z, up, 1.0),) for z, up in zip(zs, self._ups[start:stop], strict=True)]
+
+    def prepared_for(self, passed: Pass, start: int, stop: int) -> Prepared | None:
+        """What has been prepared for members start..stop under a pass's gate, if it can be."""
+        spec = passed.gate.spec
+        if not spec.is_local:
+            weights = passed.weights if spec.decides_before else passed.gate.weights
+            if weights is None or len(weights) != 1 or not weights.is_cpu:
+                return None
+        found = self.prepared.get((start, stop))
+        if found is None or found.spec is not spec:
+            if self.num_general or not (self.uniform or stop - start == 1):
+                return None
+            found = self.prepared[start, stop] = Prepared(self, spec, start, stop)
+        return found
 
     def _reads_two(self, passed: Pass) -> bool:
         """Whether members may read different texts, which the gate must not mix up."""
@@ -138,7 +187,7 @@ class Group(PackedMembers):
         """The packed matrix, where no gradient is wanted of a part of it."""
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in self._rows):
             return None
-        return self._packed if not torch.compiler.is_compiling() and self.is_packed() else None
+        return None if torch.compiler.is_compiling() else self.packed()
 
     def _products(self, passed: Pass, x: Tensor, start: int, stop: int) -> Tensor | None:
         """Products with the gate's rows, shape (T, n), if its scores are made of them."""

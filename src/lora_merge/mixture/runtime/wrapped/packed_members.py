@@ -160,6 +160,7 @@ class PackedMembers(nn.Module):
         self.has_kernel = not refusal(self.down.device, self.down.dtype)
         self.plans: dict[tuple[Any, ...], Plan] = {}
         self._rows = (self.down, self.weight)
+        self._held = tuple(t for t in (*self._rows, *self._ups) if t is not None)
         self._packed = None
         _, down, weight = self.factors()
         if self.weight is not None and weight is not None:
@@ -190,7 +191,12 @@ class PackedMembers(nn.Module):
 
     def is_packed(self) -> bool:
         """Whether the packed matrix is what the parameters hold (a deep copy separates them)."""
+        return self.packed() is not None
+
+    def packed(self) -> Tensor | None:
+        """The matrix of `down` and the gate's rows, while the parameters are views of it."""
         down, weight = self._rows
         if self._packed is None or weight is None:
-            return False
-        return [down.data_ptr(), weight.data_ptr()] == self._addresses
+            return None
+        same = [down.data_ptr(), weight.data_ptr()] == self._addresses
+        return self._packed if same else None

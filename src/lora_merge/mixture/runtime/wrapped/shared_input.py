@@ -42,7 +42,8 @@ class Siblings:
             x: What it reads.
             compute: The same object whenever it means the same.
         """
-        if not self.together or passed.stage is None or torch.compiler.is_compiling():
+        shares = self.together and passed.stage is not None
+        if not shares or not (passed.each_alone or not torch.compiler.is_compiling()):
             return compute(passed, x, index, index + 1)[0]
         waiting = passed.waiting.get(self)
         if waiting is not None and waiting.compute is compute and index in waiting.parts:
