@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from test_resize import peft_deltas
 
-from builders import SHAPES
+from builders import SHAPES, save_adapter
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.cli.app import cli
 from lora_merge.errors import MethodError, OutputError
@@ -159,6 +159,21 @@ def test_not_finite_tensors_are_named(models, tmp_path):
     save_file(tensors, tuned / "model.safetensors")
     report = extract(open_checkpoint(base), open_checkpoint(tuned), tmp_path / "out", "2")
     assert {c.name for c in report.coverage if c.what == "not finite"} == {name}
+
+
+def test_what_was_extracted_goes_with_adapters_of_that_base(models, tmp_path, monkeypatch):
+    """PEFT names a base by the path that it was loaded from."""
+    base, tuned, _ = models
+    monkeypatch.chdir(base.parent.parent)
+    named = base.relative_to(base.parent.parent)
+    shapes = {"model.layers.0.mlp.up_proj": SHAPES["model.layers.0.mlp.up_proj"]}
+    save_adapter(tmp_path / "a", shapes=shapes, base_model_name_or_path=str(named))
+    for arguments in (
+        ["extract", "--base", named, "--tuned", tuned, "-o", tmp_path / "x", "--rank", 2],
+        ["compare", tmp_path / "x", tmp_path / "a"],
+    ):
+        result = CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
 
 
 def test_command_line(models, tmp_path):

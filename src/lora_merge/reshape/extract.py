@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -199,7 +200,7 @@ class ExtractPlan(Plan[MadeAdapter[ExtractReport]]):
 
     def _output(self, parts: Mapping[str, Difference], ranks: RankPlan) -> OutputPlan:
         config = AdapterConfig(
-            base_model=self.options.base_name or self.base.folder.name,
+            base_model=self.options.base_name or _called(self.base.folder),
             r=None,
             target_modules=tuple(sorted(parts)),
             fan_in_fan_out=any(map(self.base.is_conv1d, parts)),
@@ -274,6 +275,13 @@ def _choose(
         )
         lowered[name] = one.modules[name]
     return RankPlan(plan.rule, lowered, None, plan.threshold), capped
+
+
+def _called(folder: Path) -> str:
+    """What an adapter trained on a directory calls it: the path as it was given, below here."""
+    if folder.is_absolute() or ".." in folder.parts or not folder.parts:
+        return folder.resolve().name
+    return folder.as_posix()
 
 
 def _difference(

@@ -68,7 +68,9 @@ class ExtractOptions:
     )
     exclude: Sequence[str] = option((), "patterns of modules to leave out", metavar="GLOB")
     base_name: str | None = option(
-        None, "name of the base model for the adapter's config", unset="its directory's"
+        None,
+        "name of the base model for the adapter's config",
+        unset="its directory's path, or name if it is not below here",
     )
     layout: RankLayout = option(
         "uniform",
