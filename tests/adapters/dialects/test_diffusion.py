@@ -18,6 +18,7 @@ from lora_merge import merge
 from lora_merge.adapters.adapter import Adapter, build_adapter
 from lora_merge.adapters.alignment import align, read_stacks
 from lora_merge.adapters.config import AdapterConfig
+from lora_merge.cli.app import run
 from lora_merge.errors import AdapterError
 from lora_merge.files.tensor_file import TensorDict
 
@@ -248,3 +249,71 @@ def test_reading_what_was_written_is_the_identity(tmp_path: Path) -> None:
         assert load_file(*(tmp_path / f"{spelling}2").glob("*.safetensors")).keys() == (
             load_file(*(tmp_path / spelling).glob("*.safetensors")).keys()
         )
+
+
+def flux_file(seed: int, rank: int, width: int = 8) -> dict[str, Tensor]:
+    """sd-scripts' `split_qkv`: three LoRAs side by side in one fused projection, and one other."""
+    g = torch.Generator().manual_seed(seed)
+    stem = "lora_unet_double_blocks_0_img_attn_"
+    ups = [torch.randn(width, rank, generator=g) for _ in range(3)]
+    return {
+        f"{stem}qkv.lora_down.weight": torch.randn(3 * rank, width, generator=g),
+        f"{stem}qkv.lora_up.weight": torch.block_diag(*ups),
+        f"{stem}qkv.alpha": torch.tensor(2.0),
+        f"{stem}proj.lora_down.weight": torch.randn(rank, width, generator=g),
+        f"{stem}proj.lora_up.weight": torch.randn(width, rank, generator=g),
+        f"{stem}proj.alpha": torch.tensor(2.0),
+    }
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_a_merge_of_fused_blocks_is_exact_and_told(method: str, tmp_path: Path) -> None:
+    files = [flux_file(seed, rank) for seed, rank in ((1, 2), (2, 4))]
+    for number, file in enumerate(files):
+        save_file(file, tmp_path / f"{number}.safetensors")
+    sources = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    adapter = Adapter.from_pretrained(sources[0])
+    assert any("one LoRA for each of q, k and v" in note for note in adapter.notes)
+    merged = merge(sources, method=method, rank=None if method == "cat" else 8, scale=1)
+    merged.save_pretrained(tmp_path / "out")
+    written = load_file(tmp_path / "out" / "lora.safetensors")
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    wanted = sum(
+        2.0 / len(f[f"{stem}.lora_down.weight"])
+        * f[f"{stem}.lora_up.weight"] @ f[f"{stem}.lora_down.weight"]
+        for f in files
+    )  # fmt: skip
+    down, up = written[f"{stem}.lora_down.weight"], written[f"{stem}.lora_up.weight"]
+    found = float(written[f"{stem}.alpha"]) / len(down) * up @ down
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    pytest.importorskip("diffusers", reason="pip install 'lora-merge[oracles]'")
+    from lora_merge.reshape.diffusers_names import through_diffusers
+
+    parts = through_diffusers(Adapter.from_pretrained(tmp_path / "out"), "Flux")
+    for number, part in enumerate(("to_q", "to_k", "to_v")):
+        (stack,) = parts.stacks(f"transformer.transformer_blocks.0.attn.{part}")
+        rows = wanted[8 * number : 8 * (number + 1)]
+        torch.testing.assert_close(stack.delta(), rows, rtol=1e-4, atol=1e-4)
+
+
+def test_text_encoder_and_unet_have_weights_of_their_own(tmp_path: Path) -> None:
+    """As two multipliers of one file in other tools: -w apart for lora_te and lora_unet."""
+    files = []
+    for seed in (1, 2):
+        a, b = factors(seed)["down_blocks.0.attn.to_q"]
+        found = {}
+        for stem in ("lora_te1_text_model_q", "lora_unet_down_q"):
+            found |= {f"{stem}.lora_down.weight": a.clone(), f"{stem}.lora_up.weight": b.clone()}
+        save_file(found, tmp_path / f"{seed}.safetensors")
+        files.append(str(tmp_path / f"{seed}.safetensors"))
+    both = [
+        "[{filter: lora_te, value: 0.5}, {value: 2}]",
+        "[{filter: lora_te, value: 0}, {value: 1}]",
+    ]
+    command = ["merge", *files, "-M", "cat", "--scale", "1", "-o", str(tmp_path / "out")]
+    assert run([*command, "-w", both[0], "-w", both[1]]) == 0
+    merged = Adapter.from_pretrained(tmp_path / "out")
+    one, two = (expected(seed, 1.0)[0] for seed in (1, 2))
+    (text,), (unet,) = (merged.stacks(n) for n in ("lora_te1_text_model_q", "lora_unet_down_q"))
+    torch.testing.assert_close(text.delta(), 0.5 * one, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(unet.delta(), 2 * one + two, rtol=1e-4, atol=1e-4)

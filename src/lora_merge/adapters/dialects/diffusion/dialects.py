@@ -6,6 +6,8 @@ need not be: it is the module's identity as it stands.
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -43,6 +45,7 @@ _REFUSED = {
 }
 # Whole parameters, or what is added to them: no low-rank delta, but tensors that can be averaged.
 _EXTRAS = ("diff", "diff_b", "w_norm", "b_norm", "set_weight")
+_FUSED = re.compile(r"(double_blocks_\d+_(img|txt)_attn_qkv|single_blocks_\d+_linear1)$")
 _METADATA = "lora_adapter_metadata"
 
 
@@ -77,7 +80,28 @@ def _claim(header: Header) -> Claims:
             f"{header.adapter}: no module has low-rank factors",
             "it only holds whole tensors; leave it out",
         )
-    return Claims(_config(header), modules, extras, ignored, tuple(scalings.notes))
+    notes = (*scalings.notes, *_fused_blocks(modules))
+    return Claims(_config(header), modules, extras, ignored, notes)
+
+
+def _fused_blocks(modules: Mapping[str, ModuleSpec]) -> list[str]:
+    """Flux's fused projections, in which sd-scripts may keep a LoRA for each part (`split_qkv`).
+
+    Their ranks then are thrice, or in single blocks four times, those of other modules; that B is
+    zero off its blocks no header tells.
+    """
+    usual = Counter(spec.rank for spec in modules.values() if not _FUSED.search(spec.name))
+    if not usual:
+        return []
+    rank = usual.most_common(1)[0][0]
+    fused = [n for n, s in modules.items() if _FUSED.search(n) and s.rank in (3 * rank, 4 * rank)]
+    if not fused:
+        return []
+    return [
+        f"{len(fused)} fused projections ({fused[0]}) have {modules[fused[0]].rank} units where "
+        f"others have {rank}: one LoRA for each of q, k and v, as it seems; a merge is exact, and "
+        "cuts them as one matrix, so that rank is shared between them"
+    ]
 
 
 def _refuse(group: Group) -> None:
