@@ -86,6 +86,16 @@ FILES: dict[str, Callable[[], tuple]] = {
         {**PEFT, "peft_type": "PACA", "paca_alpha": 3},
         {},
     ),
+    "flora": lambda: (
+        named(
+            ["l.0.q.flora_layer", "l.1.q.flora_layer"],
+            param_G=(2, 3),
+            param_0=(8, 2),
+            param_1=(6, 3),
+        ),
+        {"peft_type": "FLORA", "scale": 0.5},
+        {},
+    ),
     "mlx": lambda: (
         named(["model.layers.0.q", "model.layers.1.q"], lora_a=(8, 4), lora_b=(4, 6)),
         {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 2.0}},
@@ -173,7 +183,9 @@ def test_no_change_of_a_file_goes_unseen(name: str) -> None:
     wide = name in MAY_LACK or name in ("ia3", "paca")
     read = with_base if wide else opened
     assert read(tensors, config, said).modules
-    own = r"\.(?:lora_[abAB]|hada_|oft_|paca_|rescale$|m$|magn|on_input$)|(?<=[abcd])\.weight$"
+    own = (
+        r"\.(?:param_|lora_[abAB]|hada_|oft_|paca_|rescale$|m$|magn|on_input$)|(?<=[abcd])\.weight$"
+    )
     stems = {
         re.split(own, key)[0].removesuffix(".default_lora_latent_mapping.weight") for key in tensors
     }
@@ -239,3 +251,26 @@ def test_forms_that_are_not_read_are_named(leaf: str, what: str) -> None:
         with pytest.raises(LoraMergeError, match=what) as refusal:
             opened(files, PEFT if given is None else None, {})
         assert refusal.value.remedy
+
+
+def test_floras_delta_is_its_core_times_every_factor() -> None:
+    """Written out with one einsum, of a linear layer and of a convolution."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {"lin": ((8, 2), (6, 3)), "conv": ((4, 2), (6, 3), (3, 2), (5, 2))}
+    tensors, wanted = {}, {}
+    for name, modes in shapes.items():
+        core = torch.randn(*(r for _, r in modes), generator=g)
+        factors = [torch.randn(*mode, generator=g) for mode in modes]
+        stem = f"{name}.flora_layer.param_"
+        tensors |= {f"{stem}G": core} | {f"{stem}{i}": f for i, f in enumerate(factors)}
+        letters = "ab" if name == "lin" else "abcd"
+        terms = ",".join([letters, *(x.upper() + x for x in letters)])
+        wanted[name] = 0.5 * torch.einsum(f"{terms}->BA{letters[2:].upper()}", core, *factors)
+    adapter = opened(tensors, {"peft_type": "FLORA", "scale": 0.5}, {})
+    assert adapter.modules["conv"].kernel == (3, 5) and adapter.modules["conv"].rank == 3
+    for name, delta in wanted.items():
+        (stack,) = adapter.stacks(name)
+        torch.testing.assert_close(stack.delta(), delta.flatten(1), rtol=1e-4, atol=1e-5)
+    with pytest.raises(LoraMergeError, match="scale") as refusal:
+        opened(tensors, None, {})
+    assert "adapter_config.json" in refusal.value.remedy

@@ -9,6 +9,7 @@ from lora_merge.adapters.dialects.language.torchtune import TORCHTUNE
 from lora_merge.adapters.dialects.looks_like import refuse_unclaimed
 from lora_merge.adapters.dialects.peft_lora import PEFT_LORA
 from lora_merge.adapters.dialects.tuners.dialect import PEFT_TUNERS
+from lora_merge.adapters.dialects.tuners.flora import FLORA
 from lora_merge.adapters.dialects.tuners.lora_variants import LORA_VARIANTS
 from lora_merge.adapters.dialects.tuners.lora_xs import LORA_XS
 from lora_merge.adapters.identity.against_base import check_base
@@ -18,6 +19,7 @@ DIALECTS: tuple[Dialect, ...] = (
     PEFT_TUNERS,
     LORA_VARIANTS,
     LORA_XS,
+    FLORA,
     TINKER,
     GGUF,
     MLX,
