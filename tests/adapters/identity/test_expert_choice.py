@@ -1,6 +1,7 @@
 """Experts written in the layout that is asked for: loaded by PEFT, and the same delta each time."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
         num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
         head_dim=8, decoder_sparse_step=1, tie_word_embeddings=False,
     )  # fmt: skip
-    Qwen3MoeForCausalLM(config).eval().save_pretrained(folder / "base")
-    model = Qwen3MoeForCausalLM.from_pretrained(folder / "base")
-    named = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    wrapped = get_peft_model(
-        model, LoraConfig(r=R, lora_alpha=6, target_modules=["q_proj"], target_parameters=named)
-    )
-    for name, weight in wrapped.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(weight, std=0.3)
-    wrapped.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    ids = torch.arange(12)[None]
-    with torch.no_grad():
-        logits = wrapped.eval()(ids).logits
+    with warnings.catch_warnings():  # whichever test asks for it first
+        warnings.simplefilter("ignore")
+        Qwen3MoeForCausalLM(config).eval().save_pretrained(folder / "base")
+        model = Qwen3MoeForCausalLM.from_pretrained(folder / "base")
+        named = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        wrapped = get_peft_model(
+            model, LoraConfig(r=R, lora_alpha=6, target_modules=["q_proj"], target_parameters=named)
+        )
+        for name, weight in wrapped.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(weight, std=0.3)
+        wrapped.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        ids = torch.arange(12)[None]
+        with torch.no_grad():
+            logits = wrapped.eval()(ids).logits
     return folder, ids, logits
 
 

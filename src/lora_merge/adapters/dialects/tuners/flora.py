@@ -2,8 +2,8 @@
 
 Key names of SJTU-DeepVisionLab/FLoRA, below a module's `flora_layer`: `param_G` of shape
 (r_in, r_out, *r_kernel), `param_0 (in, r_in)`, `param_1 (out, r_out)`, and `param_2 (k, r_2)` and
-on for a convolution. The delta is scale times the core multiplied by every factor, exactly of rank r_out.
-The scale stands in the training script alone.
+on for a convolution. The delta is scale times the core multiplied by every factor, exactly of rank
+r_out. The scale stands in the training script alone.
 """
 
 import re
