@@ -42,12 +42,12 @@ def damage(path: Path, data: bytes, random: Random) -> tuple[bytes, str]:
             TypeError,
             LookupError,
             AttributeError,
-            RecursionError,
+            RuntimeError,
             yaml.YAMLError,
             struct.error,
             OverflowError,
             sqlite3.Error,
-            pickle.PicklingError,
+            pickle.PickleError,
         ):
             pass  # damaged before, so that it has no structure any more
     return _damage_bytes(data, random)

@@ -128,6 +128,7 @@ class _Row:
 
 def add_metrics(work: Path, metrics: Mapping[str, Any]) -> None:
     """Append one step's line."""
+    work.parent.mkdir(parents=True, exist_ok=True)  # before the first checkpoint
     with _metrics_of(work).open("a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
 
