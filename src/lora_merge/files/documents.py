@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from functools import cache
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
@@ -144,10 +145,10 @@ def validated(
     Raises:
         LoraMergeError: Of the kind given, naming the first field that is not.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        found = TypeAdapter(kind).validate_python(data)
+        found: _T = _checker(kind).validate_python(data)  # type: ignore[arg-type]
     except ValidationError as faults:
         first = faults.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "its top"
@@ -172,6 +173,14 @@ def _all_finite(tree: Any) -> bool:
         elif isinstance(one, list | tuple):
             waiting += one
     return True
+
+
+@cache
+def _checker(kind: Any) -> Any:
+    """A type's checks, which take longer to make than to use."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def _not_plain(tree: Any, finite: bool) -> str | None:

@@ -37,6 +37,10 @@ class Bracket:
     high: float
 
 
+# Holds every one: of few values all are caught, in one sweep.
+EVERYTHING = Bracket(0.0, float("inf"))
+
+
 def sample_brackets(sample: Tensor, fractions: Sequence[float]) -> list[Bracket]:
     """Where the values at some fractions from the top probably lie.
 

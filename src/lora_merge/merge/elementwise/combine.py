@@ -74,7 +74,7 @@ def measure(
         sweep: Goes through all blocks: those of one tensor for scope "tensor", those of all modules
             for scope "global". Their number and order do not matter.
         count: N, the number of owners.
-        brackets: Guesses of the thresholds (`order.sample_brackets`), by owner; they save a sweep.
+        brackets: Guesses of the thresholds (`sample_brackets`), by owner; they save a sweep.
     """
     statistics = Statistics(
         low=(0.0,) * count,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapters.rank_stack import RankStack
-from lora_merge.linalg.order_statistics import Bracket, sample_brackets
+from lora_merge.linalg.order_statistics import EVERYTHING, Bracket, sample_brackets
 from lora_merge.linalg.random_bits import mask_key, random_bits
 from lora_merge.merge.elementwise.bands import Factors
 from lora_merge.merge.elementwise.blocks import Block
@@ -34,8 +34,11 @@ def guess_thresholds(
     """
     low, high = _SAMPLE
     size = min(stack.d_out * stack.d_in // _SAMPLED_SHARE, high)
-    if not rule.needs_thresholds or rule.scope != "tensor" or size < low:
+    if not rule.needs_thresholds or rule.scope != "tensor":
         return {}
+    present = [owner for owner in stack.adapters if weights[owner] != 0]
+    if size < low:
+        return {owner: [EVERYTHING] * num_thresholds(rule, owner) for owner in present}
     if whole is not None:
         samples = {
             owner: _after_dropping(rule, owner, x.flatten()[::_STRIDE].abs())
@@ -43,7 +46,6 @@ def guess_thresholds(
         }
     else:
         samples = sample_entries(rule, stack, size)
-    present = [owner for owner in stack.adapters if weights[owner] != 0]
     return {owner: brackets_of(rule, owner, samples[owner]) for owner in present}
 
 
@@ -66,6 +68,11 @@ def _after_dropping(rule: Rule, owner: int, sample: Tensor) -> Tensor:
     if rule.is_random:
         sample[: round((1 - rule.of(owner).density) * len(sample))] = 0
     return sample
+
+
+def num_thresholds(rule: Rule, owner: int) -> int:
+    """How many thresholds an adapter has: outliers are between two."""
+    return 2 if rule.of(owner).sparsify == "outliers" else 1
 
 
 def brackets_of(rule: Rule, owner: int, sample: Tensor) -> list[Bracket]:

@@ -5,7 +5,7 @@ stack, so the clustering never touches vectors of the model's width.
 """
 
 from dataclasses import dataclass, replace
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -137,14 +137,16 @@ def members_of(
     energy = units.scale.square() * norms.square()
     total = energy.new_zeros(max(units.adapters, default=0) + 1)
     share = energy / total.index_add_(0, units.owner, energy)[units.owner].clamp_min(1e-300)
+    numbers = torch.stack((alike.abs(), kept, share), dim=1)
+    rounded = torch.where(numbers.isfinite(), numbers, 0.0).round(decimals=4).tolist()
+    signs = torch.where(alike < 0, -1, 1).tolist()
     clusters: list[list[list[Any]]] = [[] for _ in range(len(lengths))]
     seen: dict[int, int] = {}
-    for j, owner in enumerate(units.owner.tolist()):
+    # Lists, not tensors: one number of a tensor at a time took a tenth of a whole merge.
+    members = zip(units.owner.tolist(), labels.tolist(), signs, rounded, strict=True)
+    for owner, label, sign, row in members:
         place = seen[owner] = seen.get(owner, -1) + 1
-        sign = -1 if float(alike[j]) < 0 else 1
-        numbers = (abs(float(alike[j])), float(kept[j]), float(share[j]))
-        rounded = [round(x, 4) if isfinite(x) else 0.0 for x in numbers]
-        clusters[int(labels[j])].append([owner, place, sign, *rounded])
+        clusters[label].append([owner, place, sign, *row])
     return clusters
 
 
