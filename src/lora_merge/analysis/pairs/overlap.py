@@ -206,7 +206,8 @@ def pair_tables(
 def _rounds_float32() -> bool:
     """Whether products of float32 are rounded to bfloat16: wherever AMX may, exact for Grams."""
     allowed = torch.get_float32_matmul_precision() == "medium"
-    return allowed and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # torch 2.9 does not tell
+    return allowed and (capabilities is None or bool(capabilities().get("amx_bf16")))
 
 
 def _grams(x: Tensor, mask: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
