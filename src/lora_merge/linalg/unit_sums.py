@@ -126,7 +126,9 @@ def transposed_times(factor: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 def product_dtype(up: Tensor, down: Tensor) -> torch.dtype:
     """bfloat16 where both factors are, and the CPU multiplies it (twice as fast as float32)."""
     half = up.dtype == down.dtype == torch.bfloat16
-    quick = up.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    # Not public: a torch that has it not multiplies in float32.
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+    quick = up.device.type == "cpu" and supported()
     return torch.bfloat16 if half and quick else torch.float32
 
 
