@@ -9,7 +9,10 @@ from click.testing import CliRunner
 from tiny import llama, tokens
 
 import lora_merge
+from builders import make_adapter
 from lora_merge.cli.app import cli
+from lora_merge.errors import MethodError
+from lora_merge.mixture.fresh import fresh_adapters
 from lora_merge.mixture.mixture import Mixture
 from lora_merge.mixture.runtime.attach import load_mixture
 from lora_merge.mixture.training.base_model import linear_modules
@@ -84,3 +87,12 @@ def test_the_command(base: str, tmp_path: Path) -> None:
         assert torch.equal(one.down, other.down) and not one.up.any()
     wrong = CliRunner().invoke(cli, ["gate", "--fresh", "4", "x", "--base", base, "-o", out])
     assert wrong.exit_code == 2 and "names no others" not in wrong.output
+
+
+def test_numbers_beyond_what_a_machine_bears_are_refused() -> None:
+    with pytest.raises(MethodError, match="a rank from 1 to 65536"):
+        fresh_adapters({"layers.0.q_proj": (4, 4)}, 10**20, ["a"])
+    with pytest.raises(MethodError, match="lr is 1e"):
+        TrainSettings(lr=1e308)
+    with pytest.raises(MethodError, match="a hidden state of 1000"):
+        Mixture([make_adapter("a", seed=1), make_adapter("b", seed=2)], "xlora", hidden_size=10**20)
