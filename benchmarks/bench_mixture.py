@@ -30,8 +30,8 @@ from transformers import logging
 PROMPT = 128
 # (work, candidate) -> at most so many times the base; or so many times faster than another.
 AIMS = {
-    ("generate", "arrow"): 1.5, ("generate", "meteora"): 1.5, ("generate", "smora"): 1.5,
-    ("generate", "xlora"): 2.6,
+    ("generate", "arrow"): 1.2, ("generate", "meteora"): 1.2, ("generate", "smora"): 1.2,
+    ("generate", "xlora"): 1.8,
     ("forward", "arrow"): 1.25, ("forward", "meteora"): 1.25, ("forward", "smora"): 1.25,
     ("forward", "xlora"): 2.3,
 }  # fmt: skip
