@@ -124,8 +124,20 @@ def _is_stacked(name: str, table: Mapping[str, nn.Module]) -> bool:
 def _faults(
     specs: Mapping[str, ModuleSpec], way: Mapping[str, str], table: Mapping[str, nn.Module]
 ) -> list[str]:
-    found = (_misfit(spec, table[way[name]]) for name, spec in specs.items())
+    found = (
+        _unheard(name, way[name], table) or _misfit(spec, table[way[name]])
+        for name, spec in specs.items()
+    )
     return [fault for fault in found if fault]
+
+
+def _unheard(name: str, there: str, table: Mapping[str, nn.Module]) -> str | None:
+    """Whether a module is in a router that never calls it, in words."""
+    parent = table.get(there.rpartition(".")[0])
+    if parent is None or not router.reads_weight_of(parent, table[there]):
+        return None
+    kind = type(parent).__name__
+    return f"{name} {_ROUTER} a {kind}, which reads its weight and does not call it"
 
 
 def _misfit(spec: ModuleSpec, target: nn.Module) -> str | None:

@@ -16,6 +16,7 @@ from lora_merge.errors import MethodError
 from lora_merge.kernels import gated_stack
 from lora_merge.mixture.gates.gate import GateSpec
 from lora_merge.mixture.gates.memory import REMEMBERED, remember
+from lora_merge.mixture.runtime.call.generation import STATE_IN_MODULES
 from lora_merge.mixture.runtime.call.kv_state import CACHE_NAMES
 from lora_merge.mixture.runtime.call.passes import Pass, Stage
 from lora_merge.mixture.runtime.precision import kept_precise
@@ -182,10 +183,6 @@ def hidden_states(body: nn.Module, **inputs: Any) -> Tensor:
     return _hidden_of(body(**inputs))
 
 
-# Model types that keep the state of a text in their modules, where two passes would meet.
-_STATE_IN_MODULES = ("recurrent_gemma",)
-
-
 def refuse_two_sequences(model: nn.Module, preset: str = "xlora") -> None:
     """An encoder and its decoder see different tokens; X-LoRA is defined on one sequence.
 
@@ -196,7 +193,7 @@ def refuse_two_sequences(model: nn.Module, preset: str = "xlora") -> None:
     Raises:
         MethodError: If the model has both, or has room for the state of one pass only.
     """
-    if getattr(getattr(model, "config", None), "model_type", None) in _STATE_IN_MODULES:
+    if getattr(getattr(model, "config", None), "model_type", None) in STATE_IN_MODULES:
         raise MethodError(
             f"gate {preset}: {type(model).__name__} keeps the state of a text in its modules, and "
             "two passes would overwrite each other's",

@@ -1,8 +1,10 @@
 """What `generate` was asked for: a forward call by itself does not tell a prompt from a draft."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import Lock
 from types import MethodType
 from typing import Any
 
@@ -31,6 +33,11 @@ class Generation:
     prompt: int | None
 
 
+# Model types that keep the state of a text in their modules: there is room for one at a time.
+STATE_IN_MODULES = ("recurrent_gemma",)
+_LOCK = Lock()
+_GENERATING: set[int] = set()  # identities of such models
+
 _SCHEDULE = "init_continuous_batching"  # what transformers' `generate_batch` begins with
 _CURRENT: ContextVar[Generation | None] = ContextVar("lora_merge_generation", default=None)
 
@@ -38,6 +45,26 @@ _CURRENT: ContextVar[Generation | None] = ContextVar("lora_merge_generation", de
 def generation() -> Generation | None:
     """The call of `generate` that this thread is in, if any; compiled code cannot know it."""
     return None if torch.compiler.is_compiling() else _CURRENT.get()
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """Let no two threads generate with a model that has room for one text."""
+    if getattr(getattr(model, "config", None), "model_type", None) not in STATE_IN_MODULES:
+        yield
+        return
+    with _LOCK:
+        if id(model) in _GENERATING:
+            raise MethodError(
+                f"a {type(model).__name__} keeps the state of a text in its modules, and is "
+                "generating another already",
+                "generate one after another, or put the texts into one batch",
+            )
+        _GENERATING.add(id(model))
+    try:
+        yield
+    finally:
+        _GENERATING.discard(id(model))
 
 
 class Generate:
@@ -66,7 +93,7 @@ class Generate:
             mixture.warn_if_untrained()
         token = _CURRENT.set(_read(args, kwargs, encodes=self.encodes))
         try:
-            with kept(mixture.switch for mixture in mixtures):
+            with kept(mixture.switch for mixture in mixtures), _alone(self.model):
                 return self.__wrapped__(*args, **static_by_default(self.model, kwargs))
         finally:
             _CURRENT.reset(token)

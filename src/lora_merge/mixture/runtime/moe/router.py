@@ -112,3 +112,27 @@ def refusal_of(module: Any) -> str:
     if scores.found != 1:
         return f"a {type(module).__name__}, whose scores are not one product with its weight"
     return ""
+
+
+def reads_weight_of(module: nn.Module, part: nn.Module) -> bool:
+    """Whether a router takes a part's weight without calling it, so that no hook would be heard.
+
+    Args:
+        module: What the part is in.
+        part: A linear layer.
+    """
+    weight = getattr(part, "weight", None)
+    if not type(module).__name__.endswith("Router") or not isinstance(part, nn.Linear):
+        return False
+    if weight is None or weight.device.type == "meta":
+        return False
+    called: list[bool] = []
+    handle = part.register_forward_pre_hook(lambda *_: called.append(True))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
+            type(module).forward(module, weight.new_zeros(1, weight.shape[1]))
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return False
+    finally:
+        handle.remove()
+    return not called
