@@ -80,7 +80,7 @@ class RecipeOptions(Semantics):
     dtype: DTypeName | None = option(None, "dtype of the result", unset="the inputs'")
     ranks: RankLayout = option(
         "uniform",
-        "pad all modules to one rank, or write rank_pattern (vLLM and llama.cpp ignore it)",
+        "pad all modules to one rank, or write rank_pattern (llama.cpp ignores it)",
     )
     extras: ExtrasPolicy = option(
         "average", "what to do with biases and modules that were saved whole"
