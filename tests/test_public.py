@@ -290,7 +290,7 @@ def test_every_import_is_declared() -> None:
     extras = project["optional-dependencies"].values()
     wanted = [*project["dependencies"], *(one for extra in extras for one in extra)]
     names = {re.split(r"[<>=\[; ]", one)[0].lower().replace("-", "_") for one in wanted}
-    names |= {"lora_merge", "sklearn", "yaml", "pandas", *sys.stdlib_module_names}
+    names |= {"lora_merge", "sklearn", "yaml", "pandas", "pywt", *sys.stdlib_module_names}
     names.add("IPython")  # it is there where a kernel runs, and imported nowhere else
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
