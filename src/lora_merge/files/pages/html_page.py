@@ -15,6 +15,8 @@ from lora_merge._version import __version__
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.targets import MARK, check_file
 
+# Control characters, which names of directories may hold, as the pictures of them.
+SHOWN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -77,7 +79,7 @@ def html_page(
         else ""
     )
     title = escape(title)
-    return (
+    page = (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         f'<meta name="generator" content="{MARK}">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
@@ -88,6 +90,7 @@ def html_page(
         f"<footer>lora-merge {escape(__version__)}. {escape(footer)}</footer>\n"
         f"{scripts}</body>\n</html>\n"
     )
+    return page.translate(SHOWN)
 
 
 def check_page(path: Path | None) -> None:

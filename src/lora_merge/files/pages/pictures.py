@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge.errors import LoraMergeError
 from lora_merge.files.atomic import atomic_file
+from lora_merge.files.pages.html_page import SHOWN
 from lora_merge.files.targets import MARK, check_file
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def write_pictures(
         text = io.StringIO()
         with matplotlib.rc_context({"svg.hashsalt": "lora-merge"}):
             figure.savefig(text, format="svg", metadata={"Date": None, "Creator": MARK})
-        _write(svg, text.getvalue().encode())
+        _write(svg, text.getvalue().translate(SHOWN).encode())
     if png:
         pixels = io.BytesIO()
         figure.savefig(pixels, format="png", dpi=144, metadata={"Software": MARK})
