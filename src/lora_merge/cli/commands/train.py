@@ -64,7 +64,11 @@ def command(
     check_out(out, mixture, arguments["base"], arguments["data"], evaluation, force=force)
     start, rows = lora_merge.Mixture.from_pretrained(mixture), Rows(output)
     history: list[Mapping[str, Any]] = []
-    with shown_progress(output) as progress:
+
+    def loss() -> str:
+        return f"loss {history[-1]['loss']:.4g}" if history else ""
+
+    with shown_progress(output, loss) as progress:
         trained = lora_merge.train(
             start,
             settings=TrainSettings(**settings),

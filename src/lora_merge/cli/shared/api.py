@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def shown_progress(output: "Output") -> "Iterator[Progress]":
-    """A bar for each part of the work; what to call after each step."""
+def shown_progress(output: "Output", now: Callable[[], str] = lambda: "") -> "Iterator[Progress]":
+    """A bar for each part of the work, `now` beside it; yields what to call after each step."""
     with ExitStack() as bars:
         steps: dict[str, Callable[[], None]] = {}
 
         def advance(what: str, total: int) -> None:
             if what not in steps:
                 bars.close()
-                steps[what] = bars.enter_context(output.progress(what, total))
+                steps[what] = bars.enter_context(output.progress(what, total, now))
             steps[what]()
 
         yield advance

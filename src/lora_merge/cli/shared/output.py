@@ -4,8 +4,10 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
@@ -13,6 +15,9 @@ from rich.segment import Segment
 
 from lora_merge.cli.shared.command import is_quiet
 from lora_merge.cli.shared.escape import for_terminal
+
+# Where progress goes to a file or a pipe; what is done sooner has no such line.
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class _Console(Console):
@@ -79,11 +84,29 @@ class Output:
             self._err.print(f"note: {text}", style="dim", markup=False, soft_wrap=whole)
 
     @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
-        """A bar on stderr, on a terminal only; yields what to call after each step."""
-        if self.as_json or is_quiet() or not sys.stderr.isatty():
+    def progress(
+        self, what: str, total: int, now: Callable[[], str] = lambda: ""
+    ) -> Iterator[Callable[[], None]]:
+        """Progress on stderr: a bar on a terminal, a line now and then in a file or pipe.
+
+        Args:
+            what: Is done.
+            total: Steps.
+            now: What else is worth showing of the last step.
+
+        Yields:
+            What to call after each step.
+        """
+        if self.as_json or is_quiet():
             yield lambda: None
-            return
+        elif sys.stderr.isatty():
+            with self._bar(what, total, now) as advance:
+                yield advance
+        else:
+            yield self._lines(what, total, now)
+
+    @contextmanager
+    def _bar(self, what: str, total: int, now: Callable[[], str]) -> Iterator[Callable[[], None]]:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -97,10 +120,31 @@ class Output:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[now]}"),
         )
         with Progress(*columns, console=self._err, transient=True) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda: bar.advance(task)
+            task = bar.add_task(what, total=total, now="")
+            yield lambda: bar.update(task, advance=1, now=now())
+
+    def _lines(self, what: str, total: int, now: Callable[[], str]) -> Callable[[], None]:
+        begun = last = time.monotonic()
+        done = 0
+
+        def advance() -> None:
+            nonlocal last, done
+            done += 1
+            if time.monotonic() - last < _SECONDS_BETWEEN_LINES:
+                return
+            last = time.monotonic()
+            left = (last - begun) / done * (total - done)
+            more = f", {text}" if (text := now()) else ""
+            self._err.print(
+                f"{what}: {done} of {total}{more}, {timedelta(seconds=round(left))} left",
+                markup=False,
+                soft_wrap=True,
+            )
+
+        return advance
 
 
 class LongList:
