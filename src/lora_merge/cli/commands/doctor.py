@@ -20,6 +20,10 @@ _OPTIONAL = {
     "accelerate": "bases larger than one device",
     "optuna": "search",
     "diffusers": "convert --pipeline",
+    "gguf": "adapters of llama.cpp",
+    "PyWavelets": "WaveFT but Haar's",
+    "ray": "--engine ray",
+    "pandas": "to_frame()",
 }
 
 
