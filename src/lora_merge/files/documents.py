@@ -153,26 +153,27 @@ def validated(
         first = faults.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "its top"
         raise error(f"{what}: {place:.100}: {first['msg'].lower()}", remedy) from faults
-    if not _all_finite(found) and _all_finite(data):  # pydantic takes "nan" for a number
-        raise error(f"{what}: a text stands for a number that is not finite", remedy)
+    where = _not_finite(found)
+    if where is not None and _not_finite(data) is None:  # pydantic takes "nan" for a number
+        raise error(f"{what}: {where:.100}: a text stands for a number that is not finite", remedy)
     return found
 
 
-def _all_finite(tree: Any) -> bool:
-    """Whether every float in dataclasses, mappings and sequences is."""
-    waiting = [tree]
+def _not_finite(tree: Any) -> str | None:
+    """Where in dataclasses, mappings and sequences a float is not finite."""
+    waiting: list[tuple[str, Any]] = [("", tree)]
     while waiting:
-        one = waiting.pop()
+        place, one = waiting.pop()
         if isinstance(one, float):
             if not isfinite(one):
-                return False
+                return place.removeprefix(".") or "its top"
         elif is_dataclass(one):
-            waiting += vars(one).values()
+            waiting += ((f"{place}.{name}", value) for name, value in vars(one).items())
         elif isinstance(one, dict):
-            waiting += one.values()
+            waiting += ((f"{place}.{name}", value) for name, value in one.items())
         elif isinstance(one, list | tuple):
-            waiting += one
-    return True
+            waiting += ((f"{place}.{number}", value) for number, value in enumerate(one))
+    return None
 
 
 @cache

@@ -33,23 +33,23 @@ def check_target(
     _check_name(target)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise OutputError(f"{target} exists and is no directory", "choose another -o")
-    target = target.resolve()  # of "missing/../there", what is there
+    said, target = target, target.resolve()  # of "missing/../there", what is there
     if is_within(Path.cwd(), target):
         raise OutputError(
-            f"{target} is the working directory, or above it", "choose another -o: a new directory"
+            f"{said} is the working directory, or above it", "choose another -o: a new directory"
         )
     if target.is_dir() and os.path.ismount(target):
-        raise OutputError(f"{target} is a mount point", "choose a directory inside it as -o")
+        raise OutputError(f"{said} is a mount point", "choose a directory inside it as -o")
     _keep_apart(target, {*inputs, *noted_inputs()})
     if target.is_dir() and any(target.iterdir()):
         if not force:
             raise OutputError(
-                f"{target} exists and is not empty", "choose another -o, or --force to replace it"
+                f"{said} exists and is not empty", "choose another -o, or --force to replace it"
             )
         reason = foreign_entry(target)
         if reason:
             raise OutputError(
-                f"{target} is not replaced: {reason}",
+                f"{said} is not replaced: {reason}",
                 "choose another -o, or move that directory away yourself",
             )
     parent = check_parent(target)
