@@ -49,7 +49,7 @@ def test_rslora_divides_by_the_root() -> None:
     [
         ({"peft_type": "IA3"}, "IA3"),
         ({"peft_type": None}, "None"),
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "lora_magnitude_vector.weight is missing"),
         ({"enable_lora": [True, False]}, "MergedLinear"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"alora_invocation_tokens": [1, 2]}, "aLoRA"),

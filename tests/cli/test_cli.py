@@ -127,7 +127,7 @@ def test_run_makes_the_same_bytes(three: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["cluster"], 2, ["Missing argument"]),
+        (["cluster"], 2, ["missing argument"]),
         (["cluster", "{a}", "--rank", "0"], 2, ["--rank"]),
         (["cluster", "{a}", "--rank", "4", "--units", "x"], 2, ["--units"]),
         (["cluster", "{a}", "{b}", "-w", "1", "--rank", "4"], 2, ["1 weights", "2 adapters"]),
