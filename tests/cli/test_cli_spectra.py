@@ -42,6 +42,13 @@ def test_no_line_is_wider_than_asked(tmp_path, width):
         assert max(map(len, run(*arguments, "--width", width).splitlines())) <= width
 
 
+def test_a_long_name_is_cut_in_the_middle_not_broken_over_lines(tmp_path):
+    folder = save_adapter(tmp_path / ("long-" * 20) / "checkpoint-1000", r=4, shapes=SHAPES)
+    first = run(folder, "--width", 80).splitlines()[0]
+    assert first.startswith(str(folder)[:20]) and first.endswith("/checkpoint-1000")
+    assert "…" in first and len(first) == 80
+
+
 def test_tables_are_not_broken_on_a_narrow_terminal(tmp_path):
     layers = {f"model.layers.{n}.mlp.down_proj.long_name": (20, 20) for n in range(6)}
     text = run(save_adapter(tmp_path / "a", r=16, shapes=layers), "--width", 60)

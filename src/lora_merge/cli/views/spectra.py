@@ -18,6 +18,7 @@ from lora_merge.analysis.advice import (
     sort_modules,
     total_group,
 )
+from lora_merge.cli.shared.table import middle
 from lora_merge.cli.views.format import dashed, number, shorten
 from lora_merge.cli.views.glyphs import common_floor, median_profile, sparkline
 from lora_merge.cli.views.grid import grid, room_for
@@ -37,7 +38,7 @@ def overview(spectra: AdapterSpectra, *, width: int, metric: str, plain: bool) -
     """One adapter on one screen."""
     groups, total = group_modules(spectra), total_group(spectra)
     return Stack(
-        _header(spectra),
+        _header(spectra, width),
         group_table(groups, total, width=width, plain=plain),
         kind_map(spectra, width=width, metric=metric),
         advice_view(advise(spectra), width=width, plain=plain),
@@ -147,13 +148,15 @@ def _remarks(advice: Advice) -> list[RenderableType]:
     return [Padding(Text(f"- {remark}"), (0, 0, 0, 2), expand=False) for remark in advice.remarks]
 
 
-def _header(spectra: AdapterSpectra) -> Text:
+def _header(spectra: AdapterSpectra, width: int) -> Text:
     specs = spectra.specs.values()
     parameters = sum(s.num_parameters for s in specs)
     dtypes = ", ".join(sorted({s.dtype for s in specs}))
-    text = Text(spectra.adapter, style="bold")
+    text = Text(middle(spectra.adapter, width), style="bold")
     if spectra.base_model:
-        text.append(f"  for {spectra.base_model}", style="not bold")
+        base = f"  for {spectra.base_model}"
+        apart = "" if len(text) + len(base) <= width else "\n"
+        text.append(apart + middle(base, width), style="not bold")
     text.append(
         f"\n{len(spectra.modules)} modules, {parameters:,} parameters ({dtypes}), "
         f"all deltas together: Frobenius norm {number(spectra.frobenius)}\n",
