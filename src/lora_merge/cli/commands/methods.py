@@ -110,20 +110,21 @@ def _details(method: "Method") -> "list[RenderableType]":
         "cost": f"{method.cost} per module",
         "by adapter": ", ".join(method.per_adapter),
     }
-    lines = Text.assemble((method.name, "bold"), f"  {method.summary}\n")
+    head = Text.assemble((method.name, "bold"), f"  {method.summary}\n")
+    known = Table.grid(padding=(0, 1, 0, 0))  # a long value goes on below itself
     for key, value in facts.items():
         if value:
-            lines.append(f"\n{key:<11} {value}")
+            known.add_row(f"{key:<11}", Text(value))
     parameters = method.parameters()
     if not parameters:
-        return [lines, "no parameters"]
+        return [head, known, "no parameters"]
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("parameter", "default", "values", "what it does"):
         grid.add_column(column, no_wrap=column in ("parameter", "default"))
     for p in parameters:
         values = f"{p.kind}{', ' if p.limits else ''}{p.limits}"
         grid.add_row(p.name, _plain(p.default), Text(values), Text(p.about))
-    return [lines, grid]
+    return [head, known, grid]
 
 
 def _plain(value: Any) -> str:
