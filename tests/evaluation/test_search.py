@@ -226,6 +226,7 @@ def test_a_study_may_have_any_name_and_is_refused_when_it_is_damaged(tmp_path) -
         "UPDATE study_user_attributes SET value_json = '{'",
         "UPDATE trials SET state = 'gone'",
         "DROP TABLE trial_values",
+        "UPDATE study_directions SET study_id = 7",
     ):
         with sqlite3.connect(study) as base:
             base.execute(change)

@@ -180,7 +180,11 @@ def search(given: Search) -> SearchResult:
             tried = space.recipe_of(asked)
         trial = _try(opened, asked, tried, adapters, chosen, tasks, given.pareto)
         with _of_file(given.study):
-            done = len(_ended(opened))
+            before, done = done, len(_ended(opened))
+        if done <= before:  # or it would never end
+            raise LoraMergeError(
+                f"{given.study} keeps no result of a trial", "name another file for the study"
+            )
         step()
         if given.on_trial is not None:
             given.on_trial(trial)
@@ -291,6 +295,11 @@ def _open_study(
             raise LoraMergeError(
                 f"the study in {path} is of another search ({', '.join(changed)} differ)",
                 "name another file, or ask for the same",
+            )
+        if [one.name.lower() for one in study.directions] != [direction] * count:
+            raise LoraMergeError(
+                f"{path} holds no study that can be read: what it optimises is not there",
+                "name another file",
             )
         study.set_user_attr("wanted", wanted)
     return study

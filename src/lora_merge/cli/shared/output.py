@@ -136,7 +136,7 @@ class Output:
             if time.monotonic() - last < _SECONDS_BETWEEN_LINES:
                 return
             last = time.monotonic()
-            left = (last - begun) / done * (total - done)
+            left = (last - begun) / done * max(total - done, 0)
             more = f", {text}" if (text := now()) else ""
             self._err.print(
                 f"{what}: {done} of {total}{more}, {timedelta(seconds=round(left))} left",
