@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lora_merge.evaluation.search import STUDY, optuna_module, storage_of
+from lora_merge.evaluation.study import STUDY, optuna_module, storage_of
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.pages.pictures import check_pictures
 from lora_merge.files.targets import MARK

@@ -1,22 +1,27 @@
 """Search a recipe's scale, weights, method and masks for the best score on rows (Optuna)."""
 
 import json
-import os
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters.adapter import Adapter
 from lora_merge.arguments import takes
-from lora_merge.errors import LoraMergeError, SourceError
+from lora_merge.errors import LoraMergeError
 from lora_merge.evaluation.bench import Bench, open_bench
 from lora_merge.evaluation.options import Search
 from lora_merge.evaluation.rows import ALL, Rows, RowsError
 from lora_merge.evaluation.search_space import SearchSpace
+from lora_merge.evaluation.study import (
+    ended,
+    of_file,
+    open_study,
+    optuna_module,
+    sampler_of,
+    waiting,
+)
 from lora_merge.files.atomic import atomic_file
 from lora_merge.files.documents import validated
 from lora_merge.files.targets import check_file
@@ -34,8 +39,6 @@ if TYPE_CHECKING:
 
 _FAILED = "failed"
 _MARK = b'"schema": 1'
-_PATIENCE = 100.0  # seconds until another process has written
-STUDY = "lora-merge"  # its name in the file
 
 
 @dataclass(frozen=True)
@@ -165,22 +168,20 @@ def search(given: Search) -> SearchResult:
         "sampler": given.sampler,
         "seed": given.seed,
     }
-    opened = _open_study(
-        given.study, wanted, len(tasks) if given.pareto else 1, bench.metric.higher
-    )
-    with _of_file(given.study):
-        done = len(_ended(opened))
-        if not done and not _waiting(opened):
+    opened = open_study(given.study, wanted, len(tasks) if given.pareto else 1, bench.metric.higher)
+    with of_file(given.study):
+        done = len(ended(opened))
+        if not done and not waiting(opened):
             opened.enqueue_trial(space.start())
     step = counted(given.progress, "searching", given.trials)
     while done < given.trials:
-        opened.sampler = _sampler(given.sampler, given.seed + done + 1_000_003 * given.worker)
-        with _of_file(given.study):
+        opened.sampler = sampler_of(given.sampler, given.seed + done + 1_000_003 * given.worker)
+        with of_file(given.study):
             asked = opened.ask()
             tried = space.recipe_of(asked)
         trial = _try(opened, asked, tried, adapters, chosen, tasks, given.pareto)
-        with _of_file(given.study):
-            before, done = done, len(_ended(opened))
+        with of_file(given.study):
+            before, done = done, len(ended(opened))
         if done <= before:  # or it would never end
             raise LoraMergeError(
                 f"{given.study} keeps no result of a trial", "name another file for the study"
@@ -188,7 +189,7 @@ def search(given: Search) -> SearchResult:
         step()
         if given.on_trial is not None:
             given.on_trial(trial)
-    with _of_file(given.study):
+    with of_file(given.study):
         trials = _trials_of(opened)
         front = tuple(sorted(trial.number for trial in opened.best_trials))
         best = _best_of(trials, front, bench.metric.higher)
@@ -244,94 +245,10 @@ def save_report(result: SearchResult, path: Path) -> None:
         staging.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def _of_file(path: str | os.PathLike[str] | None) -> Iterator[None]:
-    """What Optuna, SQLAlchemy and sqlite3 make of a damaged file, in a line.
-
-    Raises:
-        LoraMergeError: Naming the file.
-    """
-    try:
-        yield
-    except Exception as error:
-        told = isinstance(error, LoraMergeError) and not isinstance(error, SourceError)
-        if path is None or told:
-            raise
-        reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
-        raise LoraMergeError(
-            f"{path} holds no study that can be read: {reason}", "name another file"
-        ) from error
-
-
-def storage_of(path: str | os.PathLike[str]) -> Any:
-    """Optuna's storage in a file, which has no address: there ?, % and {} mean something else."""
-    from sqlalchemy.pool import NullPool
-
-    def connect() -> sqlite3.Connection:
-        return sqlite3.connect(path, timeout=_PATIENCE, check_same_thread=False)
-
-    how = {"creator": connect, "poolclass": NullPool}
-    return optuna_module().storages.RDBStorage("sqlite://", engine_kwargs=how)
-
-
-def _open_study(
-    path: str | os.PathLike[str] | None, wanted: dict[str, Any], count: int, higher: bool
-) -> "Study":
-    """The study in a file, made if it is not there; refused if it is of something else."""
-    optuna = optuna_module()
-    direction = "maximize" if higher else "minimize"
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with _of_file(path):
-        study: Study = optuna.create_study(
-            storage=None if path is None else storage_of(path),
-            study_name=STUDY,
-            directions=[direction] * count,
-            load_if_exists=True,
-        )
-        before = study.user_attrs.get("wanted")
-        changed = before and sorted(key for key in wanted if before.get(key) != wanted[key])
-        if changed:
-            raise LoraMergeError(
-                f"the study in {path} is of another search ({', '.join(changed)} differ)",
-                "name another file, or ask for the same",
-            )
-        if [one.name.lower() for one in study.directions] != [direction] * count:
-            raise LoraMergeError(
-                f"{path} holds no study that can be read: what it optimises is not there",
-                "name another file",
-            )
-        study.set_user_attr("wanted", wanted)
-    return study
-
-
-def optuna_module() -> Any:
-    """Optuna, quiet.
-
-    Raises:
-        LoraMergeError: If it is not installed.
-    """
-    try:
-        import optuna
-    except ModuleNotFoundError as error:
-        raise LoraMergeError(
-            "a search needs Optuna, which is not installed", "pip install 'lora-merge[search]'"
-        ) from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
-
-
-def _waiting(study: "Study") -> list[Any]:
-    """Trials that were asked for and that nobody has begun."""
-    from optuna.trial import TrialState
-
-    return study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-
-
 def _trials_of(study: "Study") -> tuple[Trial, ...]:
     """All that ended, in order."""
     found = []
-    for one in _ended(study):
+    for one in ended(study):
         said = one.user_attrs
         scores = validated(dict[str, float], said.get("scores", {}), f"trial {one.number}")
         found.append(Trial(one.number, dict(one.params), scores, str(said.get(_FAILED, ""))))
@@ -349,24 +266,6 @@ def _best_of(trials: Sequence[Trial], front: Sequence[int], higher: bool) -> Tri
     sign = -1 if higher else 1
     members = (trial for trial in scored if trial.number in front)
     return min(members, key=lambda t: (sign * t.scores[ALL], t.number))
-
-
-def _ended(study: "Study") -> list[Any]:
-    """Trials that have a score, or cannot have one."""
-    from optuna.trial import TrialState
-
-    states = (TrialState.COMPLETE, TrialState.PRUNED)
-    return study.get_trials(deepcopy=False, states=states)
-
-
-def _sampler(name: str, seed: int) -> Any:
-    """A sampler of its own for every trial, so that a resumed study goes the same way."""
-    samplers = optuna_module().samplers
-    if name == "cmaes":
-        return samplers.CmaEsSampler(seed=seed)
-    if name == "random":
-        return samplers.RandomSampler(seed=seed)
-    return samplers.TPESampler(seed=seed)
 
 
 def _try(

@@ -9,8 +9,8 @@ from typing import Any
 
 from lora_merge.arguments import checked
 from lora_merge.errors import MethodError
-from lora_merge.evaluation.search import optuna_module
 from lora_merge.evaluation.search_space import SearchSpace
+from lora_merge.evaluation.study import optuna_module
 from lora_merge.files.atomic import atomic_directory
 from lora_merge.merge.api import run_recipe
 from lora_merge.merge.auto.scale import with_scale
